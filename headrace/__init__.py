@@ -1,0 +1,1 @@
+"""The command line: dispatches to the rooms and knows nothing else."""

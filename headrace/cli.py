@@ -1,0 +1,50 @@
+"""`headrace COMMAND …`: hands the words to the room that knows the command."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "land": ("warehouse.cli", "bring a data set or file of events into the lake"),
+    "sql": ("warehouse.cli", "read the lake with SQL, read-only"),
+    "features": ("warehouse.cli", "list, show and check declared features"),
+    "export-training": ("warehouse.cli", "write the training examples as Parquet"),
+    "stream": ("streaming_sql.cli", "run or inspect the embedded stream"),
+    "train": ("models_ml.cli", "train, evaluate and publish the models"),
+    "serve": ("serving.cli", "run the HTTP server"),
+    "parity": ("serving.cli", "recompute served features from the lake and compare"),
+    "demo": ("headrace.demo", "everything, on real data, ending with a feed"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: headrace COMMAND [ARGUMENTS]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines += ["", "examples:", "  headrace land kuairand", "  headrace COMMAND --help"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 a check failed, 2 the user can mend it."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"headrace: no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    from warehouse.errors import HeadraceError
+
+    room = importlib.import_module(COMMANDS[words[0]][0])
+    try:
+        return room.main(words)
+    except HeadraceError as error:
+        print(f"headrace {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

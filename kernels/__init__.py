@@ -1,0 +1,1 @@
+"""Triton ops, each with its plain PyTorch reference."""

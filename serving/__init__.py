@@ -1,0 +1,1 @@
+"""The FastAPI cascade: retrieve, hydrate, L1, L2, policy, forward log, pages."""

@@ -1,0 +1,1 @@
+"""The live side: event log, embedded runner, online store, RisingWave models."""

@@ -1,0 +1,1 @@
+"""Sources of imported history: adapters for public data sets and the seeded simulator."""

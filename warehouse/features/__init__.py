@@ -1,0 +1,1 @@
+"""Feature declarations, their SQL rendering and the oracle that judges every execution."""
