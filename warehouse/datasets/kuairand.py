@@ -1,8 +1,8 @@
 """KuaiRand-Pure (Gao et al., CIKM 2022; CC BY-SA 4.0): a short-video feed as events, notes and users.
 
-A video is a note, its maker an author, its tags the topics, `tab` the surface. The source has the instant of each impression and
-what was done with it, but neither the instant of the doing nor that of its arrival: `warehouse.datasets.impressions` declares
-those, seeded.
+A video is a note, its maker an author, its tags the topics, `tab` the surface. The source has the instant of each impression
+and what was done with it, but neither the instant of the doing nor that of its arrival: `warehouse.datasets.impressions`
+declares those, seeded.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,8 @@ def load(folder: str | Path, seed: int = 20220424) -> Dataset:
     folder = Path(folder)
     if not folder.is_dir():
         raise HeadraceError(
-            f"KuaiRand folder {folder} does not exist; point HEADRACE_DATA at the folder that holds kuairand/, or use the simulator"
+            f"KuaiRand folder {folder} does not exist; "
+            "point HEADRACE_DATA at the folder that holds kuairand/, or use the simulator"
         )
     source = _Source(*(_read(folder / name, schema) for name, schema in SOURCE_SCHEMAS.items()))
     if len(source.impressions) == 0:
@@ -89,8 +90,8 @@ def load(folder: str | Path, seed: int = 20220424) -> Dataset:
         notes=_notes(source),
         users=_users(source),
         description=(
-            f"KuaiRand-Pure (Gao et al., CIKM 2022; CC BY-SA 4.0): {len(source.impressions):,} impressions of a short-video feed; "
-            "instants of actions and of arrival are declared, seeded"
+            f"KuaiRand-Pure (Gao et al., CIKM 2022; CC BY-SA 4.0): {len(source.impressions):,} impressions of a short-video "
+            "feed; instants of actions and of arrival are declared, seeded"
         ),
     )
 
@@ -171,7 +172,9 @@ def _notes(source: _Source) -> pa.Table:
             select
                 videos.video_id::varchar as note_id,
                 videos.author_id::varchar as author_id,
-                list_filter(list_transform(string_split(coalesce(videos.tag, ''), ','), lambda t: trim(t)), lambda t: t != '') as topics,
+                list_filter(
+                    list_transform(string_split(coalesce(videos.tag, ''), ','), lambda tag: trim(tag)), lambda tag: tag != ''
+                ) as topics,
                 videos.video_type as note_type,
                 coalesce(round(videos.video_duration)::bigint, reported.duration_ms) as duration_ms,
                 videos.upload_dt::timestamp as created_at
@@ -183,7 +186,7 @@ def _notes(source: _Source) -> pa.Table:
 
 
 def _users(source: _Source) -> pa.Table:
-    """`created_at` counts the registration days back from the first instant of the log; attributes that are NULL are left out."""
+    """`created_at` counts registration days back from the first instant of the log; an attribute that is NULL is left out."""
     attributes = ", ".join(f"{name} := users.{name}" for name in (*RANGE_ATTRIBUTES, *ENCODED_ATTRIBUTES))
     with _connect(source) as connection:
         users = connection.execute(f"""
