@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
-from warehouse.datasets.impressions import FLAGS, IMPRESSIONS_SCHEMA, events_from_impressions
+from warehouse.datasets.impressions import IMPRESSIONS_SCHEMA, events_from_impressions
 from warehouse.events import TIMESTAMP
 from warehouse.time_algebra import DAY_US, HOUR_US
 
@@ -82,8 +82,8 @@ def simulate_with_truth(
         notes=_notes(world),
         users=_users(rng, world, start_us),
         description=(
-            f"Simulated note feed (seed {seed}): {len(log):,} impressions of {num_notes:,} notes shown to {num_users:,} readers "
-            f"over {days} days; nothing in it is real"
+            f"Simulated note feed (seed {seed}): {len(log):,} impressions of {num_notes:,} notes shown to {num_users:,} "
+            f"readers over {days} days; nothing in it is real"
         ),
     )
     return dataset, truth
