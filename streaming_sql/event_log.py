@@ -1,8 +1,8 @@
 """The event log: acknowledged means durable, read by position, deduplicated on event_id.
 
-`Log` is the interface; `EventLog`, the embedded one, keeps it in one SQLite file (WAL, synchronous=FULL), which several threads and
-processes may append to and read at once. Concurrent appends share one transaction and one fsync (group commit): whoever
-gets the writer's lock commits for everyone who is waiting. Knows nothing of features.
+`Log` is the interface; `EventLog`, the embedded one, keeps it in one SQLite file (WAL, synchronous=FULL), which several
+threads and processes may append to and read at once. Concurrent appends share one transaction and one fsync (group
+commit): whoever gets the writer's lock commits for everyone who is waiting. Knows nothing of features.
 """
 
 import sqlite3
@@ -29,7 +29,7 @@ _IDS_PER_QUERY = 500
 
 
 class Log(Protocol):
-    """What the collector, the runner and the lander rely on; every implementation passes tests/streaming_sql/test_event_log.py."""
+    """What the collector, the runner and the lander rely on, whatever keeps the log."""
 
     num_partitions: int
 
@@ -132,18 +132,16 @@ class EventLog:
         self._follow(start, not_before_us)
 
     def _follow(self, start: Position, not_before_us: int) -> None:
-        """The lake is ahead of the log where an import took the next offsets: continue after it, unless records would be lost."""
+        """Where an import took the log's next offsets, the log continues after it, unless records would be lost."""
         end = self.end()
         if all(own >= landed for own, landed in zip(end, start, strict=True)):
             return
         with self._writer_lock:
-            marked = tuple(
-                row[0] for row in self._writer.execute("select landed_offset from partitions order by log_partition")
-            )
+            marked = self._column(self._writer, "landed_offset")
             if marked != end:
                 raise HeadraceError(
-                    f"event log {self.path} ends at {list(end)} and its records from {list(marked)} on have not landed, but the lake "
-                    f"is at {list(start)}: an import took their offsets, or the log and the lake belong to different homes"
+                    f"event log {self.path} ends at {list(end)} and its records from {list(marked)} on have not landed, but the "
+                    f"lake is at {list(start)}: an import took their offsets, or log and lake belong to different homes"
                 )
             self._writer.execute("begin immediate")
             for partition, offset in enumerate(start):
@@ -224,7 +222,7 @@ class EventLog:
     def _store(self, rows: list[tuple]) -> list[tuple[int, int]]:
         """Inside the write transaction: stamps, deduplicates and inserts."""
         now_us = self._clock.now_us()
-        state = {p: [offset, landed] for p, offset, landed in self._partitions(self._writer)}
+        state = self._state()
         known = self._first_positions([row[_EVENT_ID] for row in rows], now_us - DUPLICATE_MEMORY_US)
         positions, records, ids = [], [], []
         for row in rows:
@@ -251,14 +249,20 @@ class EventLog:
             [(offset, landed_at, partition) for partition, (offset, landed_at) in state.items()],
         )
 
-    def _partitions(self, connection: sqlite3.Connection) -> list[tuple[int, int, int]]:
-        return connection.execute("select log_partition, next_offset, landed_at from partitions order by 1").fetchall()
+    def _column(self, connection: sqlite3.Connection, name: str) -> tuple[int, ...]:
+        """One number per partition."""
+        return tuple(value for (value,) in connection.execute(f"select {name} from partitions order by log_partition"))
+
+    def _state(self) -> dict[int, list[int]]:
+        """partition -> [next offset, largest landed_at], inside a write transaction."""
+        offsets, landed = self._column(self._writer, "next_offset"), self._column(self._writer, "landed_at")
+        return {partition: list(pair) for partition, pair in enumerate(zip(offsets, landed, strict=True))}
 
     def _first_positions(self, event_ids: list[str], since_us: int) -> dict[str, tuple[int, int]]:
         known = {}
         for start in range(0, len(event_ids), _IDS_PER_QUERY):
             some = event_ids[start : start + _IDS_PER_QUERY]
-            query = f"select * from ids where event_id in ({', '.join('?' * len(some))}) and landed_at > ?"
+            query = f"select * from ids where event_id in ({', '.join('?' * len(some))}) and landed_at >= ?"
             for event_id, partition, offset, _ in self._writer.execute(query, [*some, since_us]):
                 known[event_id] = (partition, offset)
         return known
@@ -273,33 +277,32 @@ class EventLog:
             raise ValueError(f"limit must be positive, got {limit}")
         if len(position) != self.num_partitions:
             raise ValueError(f"position must have {self.num_partitions} offsets, got {position}")
-        one = f"select * from (select {_SELECTED} from records where log_partition = ? and log_offset >= ? order by log_offset limit ?)"
-        query = " union all ".join([one] * self.num_partitions) + " order by landed_at, log_partition, log_offset limit ?"
+        one = f"select {_SELECTED} from records where log_partition = ? and log_offset >= ? order by log_offset limit ?"
+        query = " union all ".join([f"select * from ({one})"] * self.num_partitions)
+        query += " order by landed_at, log_partition, log_offset limit ?"
         arguments = [argument for pair in enumerate(position) for argument in (*pair, limit)]
         with self._reader_lock:
             self._reader.execute("begin")
             try:
-                kept = [
-                    first for (first,) in self._reader.execute("select first_offset from partitions order by log_partition")
-                ]
+                kept = self._column(self._reader, "first_offset")
                 rows = self._reader.execute(query, [*arguments, limit]).fetchall()
             finally:
                 self._reader.execute("commit")
         if any(offset < first for offset, first in zip(position, kept, strict=True)):
             raise HeadraceError(
-                f"event log {self.path} keeps records from {kept} on, asked for {list(position)}: read the lake first"
+                f"event log {self.path} keeps records from {list(kept)} on, asked for {list(position)}: read the lake first"
             )
         return to_table(rows)
 
     def end(self) -> Position:
         """The position after the last durable record."""
         with self._reader_lock:
-            return tuple(offset for _, offset, _ in self._partitions(self._reader))
+            return self._column(self._reader, "next_offset")
 
     def read_through_us(self) -> tuple[int, ...]:
         """Largest landed_at of each partition (0: nothing yet), microseconds."""
         with self._reader_lock:
-            return tuple(landed_at for _, _, landed_at in self._partitions(self._reader))
+            return self._column(self._reader, "landed_at")
 
     def heartbeat(self, idle_us: int = SECOND_US) -> int:
         """Writes a heartbeat record to each partition whose newest record is at least `idle_us` old; returns how many.
@@ -312,7 +315,7 @@ class EventLog:
         with self._writer_lock:
             self._writer.execute("begin immediate")
             try:
-                state = {p: [offset, landed] for p, offset, landed in self._partitions(self._writer)}
+                state = self._state()
                 records = []
                 for partition, (offset, landed_at) in state.items():
                     if landed_at <= now_us - idle_us:
@@ -346,7 +349,7 @@ class EventLog:
                         "where log_partition = partitions.log_partition), next_offset) where log_partition = ?",
                         (partition,),
                     )
-                self._writer.execute("delete from ids where landed_at <= ?", (now_us - DUPLICATE_MEMORY_US,))
+                self._writer.execute("delete from ids where landed_at < ?", (now_us - DUPLICATE_MEMORY_US,))
                 self._writer.execute("commit")
             except sqlite3.Error as error:
                 self._writer.execute("rollback")

@@ -53,14 +53,14 @@ def test_a_record_comes_back_with_the_columns_of_the_lake(log):
 def test_a_known_id_is_answered_with_its_first_position_and_not_stored_again(log, clock):
     first = log.append([event("e1"), event("e2"), event("e1", note_id="other")])
     assert first[0] == first[2]
-    clock.advance_us(DUPLICATE_MEMORY_US - 1)
+    clock.advance_us(DUPLICATE_MEMORY_US)
     assert log.append([event("e1")]) == [first[0]]
     assert sum(log.end()) == 2
 
 
 def test_an_id_is_forgotten_after_the_duplicate_memory(log, clock):
     [first] = log.append([event("e1")])
-    clock.advance_us(DUPLICATE_MEMORY_US)
+    clock.advance_us(DUPLICATE_MEMORY_US + 1)
     assert log.append([event("e1")]) != [first]
 
 
@@ -218,7 +218,7 @@ from streaming_sql.event_log import EventLog
 log = EventLog.open(Path(sys.argv[1]))
 i = 0
 while True:
-    batch = [{"event_id": f"{sys.argv[2]}-{i + j}", "event_type": "view", "user_id": f"user{j}", "event_ts": 1651766400000000} for j in range(5)]
+    batch = [dict(event_id=f"{sys.argv[2]}-{i + j}", event_type="view", user_id=f"user{j}", event_ts=10**15) for j in range(5)]
     for one, (partition, offset) in zip(batch, log.append(batch)):
         print(one["event_id"], partition, offset, flush=True)
     i += 5
