@@ -1,0 +1,148 @@
+"""What was served, as the words of the wire (camelCase). Knows nothing of HTTP."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serving.cascade import Served, finite
+from serving.catalogue import Catalogue
+from serving.explain import stage_reached
+from serving.retrieve import Candidates
+from serving.wire import Note
+
+
+def instant(t_us: int | None) -> str | None:
+    """Microseconds → `2022-05-05T16:10:00.000000Z`."""
+    if t_us is None:
+        return None
+    return datetime.fromtimestamp(t_us / 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{t_us % 1_000_000:06d}Z"
+
+
+def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
+    candidates = served.candidates
+    notes = [
+        {
+            "position": position,
+            "noteId": candidates.note_ids[candidate],
+            "authorId": candidates.author_ids[candidate],
+            "topic": topic_of(catalogue, candidates.note_ids[candidate]),
+            "impressionId": served.impression_id(candidate),
+            "source": candidates.sources[candidate][0],
+            "sources": list(candidates.sources[candidate]),
+            "recallScore": float(candidates.recall_score_C[candidate]),
+            "l1Score": finite(served.l1_score_C[candidate]),
+            "predictions": served.predictions_of(candidate),
+            "finalScore": float(served.final_score_C[candidate]),
+        }
+        for position, candidate in enumerate(served.page())
+    ]
+    return {
+        "requestId": served.request_id,
+        "modelVersion": served.model_versions["l2"],
+        "modelVersions": dict(served.model_versions),
+        "requestTs": instant(served.t_us),
+        "featureWatermark": instant(served.tick_us),
+        "knownPosition": list(served.position),
+        "notes": notes,
+        "degraded": served.steps.degraded,
+        "timings": served.steps.timings_ms,
+    }
+
+
+def retrieved_answer(candidates: Candidates, catalogue: Catalogue) -> list[dict[str, Any]]:
+    return [
+        {
+            "noteId": note_id,
+            "authorId": author_id,
+            "recallScore": float(score),
+            "source": sources[0],
+            "sources": list(sources),
+            "topic": topic_of(catalogue, note_id),
+        }
+        for note_id, author_id, sources, score in zip(
+            candidates.note_ids, candidates.author_ids, candidates.sources, candidates.recall_score_C, strict=True
+        )
+    ]
+
+
+def l1_answer(
+    notes: Sequence[Note], author_ids: Sequence[str | None], scores: np.ndarray, order: np.ndarray
+) -> list[dict[str, Any]]:
+    return [
+        {**_carried(notes[row], author_ids[row]), "l1Score": finite(scores[row]), "position": position}
+        for position, row in enumerate(order.tolist())
+    ]
+
+
+def l2_answer(
+    notes: Sequence[Note],
+    author_ids: Sequence[str | None],
+    predictions: Mapping[str, np.ndarray],
+    scores: np.ndarray,
+    order: np.ndarray,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **_carried(notes[row], author_ids[row]),
+            "l1Score": notes[row].l1_score,
+            "predictions": {head: float(values[row]) for head, values in predictions.items()},
+            "finalScore": finite(scores[row]),
+            "position": position,
+        }
+        for position, row in enumerate(order.tolist())
+    ]
+
+
+def _carried(note: Note, author_id: str | None) -> dict[str, Any]:
+    return {
+        "noteId": note.note_id,
+        "authorId": author_id,
+        "recallScore": note.recall_score,
+        "source": note.source or (note.sources[0] if note.sources else None),
+        "sources": note.sources,
+    }
+
+
+def explain_answer(row: Mapping[str, Any], note_id: str | None) -> dict[str, Any] | None:
+    """One request, and all of its candidates or the one asked for; None if it was no candidate."""
+    candidates = [candidate for candidate in row["candidates"] if note_id is None or candidate["note_id"] == note_id]
+    if note_id is not None and not candidates:
+        return None
+    return {
+        "requestId": row["request_id"],
+        "userId": row["user_id"],
+        "feedType": row["feed_type"],
+        "requestTs": instant(row["request_ts"]),
+        "featureWatermark": instant(row["feature_watermark"]),
+        "knownPosition": row["known_position"],
+        "declarationsHash": row["declarations_hash"],
+        "modelVersions": orjson.loads(row["model_versions"]),
+        "degraded": row["degraded"],
+        "timings": orjson.loads(row["timings_ms"]),
+        "userFeatures": row["user_features"],
+        "userSequences": row["user_sequences"],
+        "candidates": [
+            {
+                "noteId": candidate["note_id"],
+                "authorId": candidate["author_id"],
+                "impressionId": candidate["impression_id"],
+                "sources": candidate["sources"],
+                "recallScore": candidate["recall_score"],
+                "l1Score": candidate["l1_score"],
+                "predictions": candidate["predictions"],
+                "finalScore": candidate["final_score"],
+                "position": candidate["position"],
+                "stageReached": stage_reached(candidate),
+                "features": candidate["features"],
+            }
+            for candidate in candidates
+        ],
+    }
+
+
+def topic_of(catalogue: Catalogue, note_id: str) -> str | None:
+    row = catalogue.row_of.get(note_id)
+    return None if row is None else catalogue.topics[row]

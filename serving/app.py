@@ -1,0 +1,336 @@
+"""The HTTP server: `uvicorn serving.app:app`, or `create_app` for one with its own home, clock and settings.
+
+Routes only translate: bodies to arguments, answers to words. The work is done in `cascade.py`, on threads, so that the event
+loop stays free to say that it is alive.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import orjson
+import torch
+from fastapi import Body, FastAPI, HTTPException, Query, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+
+from serving import answers, cascade, collect, wire
+from serving.engine import Engine
+from serving.explain import find_row
+from serving.http import Edge, install_error_bodies, json_response, sentence
+from serving.metrics import Metrics
+from serving.settings import Settings
+from serving.world import World
+from warehouse.clock import Clock
+from warehouse.home import Home
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PAGE = Path(__file__).with_name("ui.html")
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": wire.Problem, "description": what}
+    for status, what in {
+        404: "Not known here",
+        413: "The body is too large",
+        422: "Something in the body is not right; the answer says what would be",
+        503: "Not ready, or too busy; the answer says why",
+    }.items()
+}
+
+
+def create_app(home: Home | None = None, clock: Clock | None = None, settings: Settings | None = None) -> FastAPI:
+    """One server. Nothing is opened until it starts; what the environment says (HEADRACE_HOME, HEADRACE_CLOCK,
+    HEADRACE_SERVING) is read then, so that importing this module cannot fail."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        torch.set_num_threads(1)
+        chosen = settings or Settings.from_env()
+        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen)
+        app.state.engine = engine
+        app.state.workers = ThreadPoolExecutor(chosen.inference_threads, thread_name_prefix="cascade")
+        app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
+        _watch(metrics, engine)
+        engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)
+            app.state.workers.shutdown()
+            app.state.writers.shutdown()
+
+    app = FastAPI(
+        title="Headrace",
+        version="1",
+        summary="A feed from retrieval to page, with every feature explained.",
+        lifespan=lifespan,
+        responses=PROBLEMS,
+    )
+    install_error_bodies(app)
+    limit = (settings or Settings.load()).max_body_bytes
+    app.add_middleware(Edge, metrics=metrics, max_body_bytes=limit)
+    _add_cascade(app, metrics)
+    _add_events(app, metrics)
+    _add_operations(app, metrics)
+    _add_page(app)
+    return app
+
+
+def _engine(app: FastAPI) -> Engine:
+    return app.state.engine
+
+
+def _world(app: FastAPI) -> World:
+    """The loaded world. Raises 503 that names what is missing."""
+    engine = _engine(app)
+    world = engine.world
+    if world is None or engine.missing():
+        raise HTTPException(503, "not ready: " + "; ".join(engine.missing()), headers={"Retry-After": "2"})
+    return world
+
+
+async def _compute(app: FastAPI, metrics: Metrics, work: Callable[[], T]) -> T:
+    """Runs work on the cascade's threads; 503 when too many requests wait already."""
+    settings = _engine(app).settings
+    waiting = getattr(app.state, "in_flight", 0)
+    if waiting >= settings.waiting_requests + settings.inference_threads:
+        metrics.shed.inc()
+        raise HTTPException(503, f"{waiting} requests are waiting already; try again", headers={"Retry-After": "1"})
+    app.state.in_flight = waiting + 1
+    try:
+        return await asyncio.get_running_loop().run_in_executor(app.state.workers, work)
+    finally:
+        app.state.in_flight -= 1
+
+
+def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
+    @app.post("/v1/feed", response_model=wire.FeedResponse, tags=["feed"])
+    async def feed(body: wire.FeedRequest) -> Response:
+        """A page of notes for one reader. A reader never met gets what is trending and fresh."""
+        world = _world(app)
+        page_size = body.limit or world.settings.page_size
+        served = await _compute(app, metrics, functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size))
+        _engine(app).remember(served)
+        for stage, ms in served.steps.timings_ms.items():
+            metrics.stage.labels(stage).observe(ms / 1000)
+        for what in served.steps.degraded:
+            metrics.degraded.labels(what).inc()
+        metrics.candidates.observe(len(served.candidates))
+        return json_response(answers.feed_answer(served, world.catalogue))
+
+    @app.post("/v1/retrieve", response_model=list[wire.RetrievedNote], tags=["stages"])
+    async def retrieve(body: wire.RetrieveRequest) -> Response:
+        """Candidates, best recall first. What failed or was relaxed is named in the header `Headrace-Degraded`."""
+        world = _world(app)
+        work = functools.partial(cascade.retrieve_alone, world, body.user_id, body.feed_type, body.limit)
+        candidates, degraded = await _compute(app, metrics, work)
+        return json_response(answers.retrieved_answer(candidates, world.catalogue), headers=_degraded(degraded))
+
+    @app.post("/v1/rank/l1", response_model=list[wire.L1RankedNote], tags=["stages"])
+    async def rank_l1(body: wire.RankL1Request) -> Response:
+        """The candidates that L1 would keep, best first. A note given twice counts once; an unknown one is scored as new."""
+        world = _world(app)
+        notes = _once(body.candidates, world)
+        work = functools.partial(cascade.rank_l1_alone, world, body.user_id, [note.note_id for note in notes], body.top_k)
+        authors, scores, order, degraded = await _compute(app, metrics, work)
+        return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
+
+    @app.post("/v1/rank/l2", response_model=list[wire.L2RankedNote], tags=["stages"])
+    async def rank_l2(body: wire.RankL2Request) -> Response:
+        """The candidates by final score, best first, with the probability of every head."""
+        world = _world(app)
+        notes = _once(body.candidates, world)
+        work = functools.partial(cascade.rank_l2_alone, world, body.user_id, [note.note_id for note in notes], body.top_k)
+        authors, predictions, scores, order, degraded = await _compute(app, metrics, work)
+        return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
+
+    @app.get("/v1/explain/{request_id}", tags=["feed"])
+    async def explain(
+        request_id: str, note_id: Annotated[str | None, Query(alias="noteId", max_length=256)] = None
+    ) -> Response:
+        """Why each note of an answer is where it is, or at which stage it was dropped, with features, T and K."""
+        world, engine = _world(app), _engine(app)
+        assert engine.lake is not None
+        row = await asyncio.to_thread(find_row, engine.recent, engine.lake, request_id)
+        if row is None:
+            raise HTTPException(
+                404,
+                f"no request {request_id[:64]!r} in the forward log; a row can be read some seconds after its answer at the latest",
+            )
+        answer = answers.explain_answer(row, note_id)
+        if answer is None:
+            known = (
+                "was seen by the reader, or no generator brought it"
+                if note_id in world.catalogue.row_of
+                else "is not a known note"
+            )
+            raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: it {known}")
+        return json_response(answer)
+
+
+def _once(notes: list[wire.Note], world: World) -> list[wire.Note]:
+    """Each note once, the first of equals. Raises 422 above the limit."""
+    most = world.settings.max_candidates
+    if len(notes) > most:
+        raise HTTPException(422, f"candidates: at most {most} at once, got {len(notes)}")
+    return list({note.note_id: note for note in reversed(notes)}.values())[::-1]
+
+
+def _degraded(names: list[str]) -> dict[str, str]:
+    return {"Headrace-Degraded": ",".join(names)} if names else {}
+
+
+def _add_events(app: FastAPI, metrics: Metrics) -> None:
+    single = wire.EventIn.model_json_schema()
+    batch = {
+        "type": "object",
+        "required": ["events"],
+        "properties": {"events": {"type": "array", "items": single, "minItems": 1, "maxItems": collect.MOST_EVENTS}},
+    }
+
+    @app.post(
+        "/v1/events",
+        status_code=202,
+        response_model=wire.EventsResponse,
+        tags=["events"],
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [single, batch]}}}}
+        },
+    )
+    async def events(body: Annotated[Any, Body()]) -> Response:
+        """One event, or `{"events": [...]}`. The answer comes when the accepted ones are durable and count in fresh features.
+
+        202 with a result per event; 422 if none could be accepted. Sending an `eventId` again changes nothing."""
+        world, engine = _world(app), _engine(app)
+        try:
+            posted = collect.events_of(body)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        checked = collect.check(posted, world.catalogue, world.clock.now_us())
+        rows = [one.row for one in checked if one.row is not None]
+        positions = []
+        if rows:
+            positions = await asyncio.get_running_loop().run_in_executor(app.state.writers, engine.accept, rows)
+        metrics.events.labels("accepted").inc(len(rows))
+        metrics.events.labels("rejected").inc(len(checked) - len(rows))
+        given = iter(positions)
+        results = [_event_result(one, given) for one in checked]
+        answer = {"accepted": len(rows), "rejected": len(checked) - len(rows), "results": results}
+        if not rows:
+            errors = [{"where": f"events.{place}", "problem": one.error or ""} for place, one in enumerate(checked[:20])]
+            return json_response({"detail": sentence(errors), "errors": errors, **answer}, 422)
+        return json_response(answer, 202)
+
+
+def _event_result(one: collect.Checked, positions: Any) -> dict[str, Any]:
+    if one.row is None:
+        return {"eventId": one.event_id, "status": "rejected", "partition": None, "offset": None, "error": one.error}
+    partition, offset = next(positions)
+    return {"eventId": one.event_id, "status": "accepted", "partition": partition, "offset": offset, "error": None}
+
+
+def _add_operations(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/livez", tags=["operations"])
+    async def livez() -> Response:
+        """The process is alive."""
+        return json_response({"status": "alive"})
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> Response:
+        """200 when feeds are answered; 503 with what is missing, each with the command that mends it."""
+        missing = _engine(app).missing()
+        return json_response({"status": "not ready" if missing else "ready", "missing": missing}, 503 if missing else 200)
+
+    @app.get("/metrics", tags=["operations"])
+    async def prometheus() -> Response:
+        """Prometheus text."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/status", tags=["operations"])
+    async def status() -> Response:
+        """Tick, position, versions, rows: where this server stands."""
+        return json_response(_status(_engine(app)))
+
+
+def _status(engine: Engine) -> dict[str, Any]:
+    world, forward_log = engine.world, engine.forward_log
+    known: dict[str, Any] = {
+        "ready": not engine.missing(),
+        "missing": engine.missing(),
+        "clock": answers.instant(engine.clock.now_us()),
+    }
+    if world is None or forward_log is None or engine.log is None:
+        return known
+    view = world.store.view()
+    return known | {
+        "tick": answers.instant(view.tick_us),
+        "position": list(view.position),
+        "logEnd": list(engine.log.end()),
+        "modelVersions": dict(world.models.versions),
+        "declarationsHash": world.declarations_hash,
+        "featureGroups": {name: len(group.feature_names) + len(group.sequence_names) for name, group in world.groups.items()},
+        "notes": len(world.catalogue),
+        "readers": len(world.readers),
+        "forwardLog": {
+            "written": forward_log.num_written,
+            "waiting": forward_log.num_waiting,
+            "dropped": forward_log.num_dropped,
+            "failedWrites": forward_log.num_failed_writes,
+        },
+    }
+
+
+def _watch(metrics: Metrics, engine: Engine) -> None:
+    def of_log(name: str) -> Callable[[], float]:
+        return lambda: float(getattr(engine.forward_log, name, 0) or 0)
+
+    def tick_age_s() -> float:
+        world = engine.world
+        return (engine.clock.now_us() - world.store.view().tick_us) / 1e6 if world else float("nan")
+
+    metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
+    metrics.gauge("tick_age_seconds", "Server clock minus T; above 900 the stream is stuck", tick_age_s)
+    metrics.gauge("forward_log_waiting", "Requests that wait for the lake", of_log("num_waiting"))
+    metrics.gauge("forward_log_written", "Requests written to the lake since the start", of_log("num_written"))
+    metrics.gauge("forward_log_dropped", "Requests lost because the queue was full", of_log("num_dropped"))
+    metrics.gauge(
+        "forward_log_failed_writes", "Writes to the lake that failed and were tried again", of_log("num_failed_writes")
+    )
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return RedirectResponse("/ui")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/ui", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(), headers={"Cache-Control": "no-cache"})
+
+    @app.get("/ui/data", include_in_schema=False)
+    async def page_data() -> Response:
+        """What the page's header and reader list show."""
+        engine = _engine(app)
+        report = engine.home.models / "report.json"
+        readers = engine.world.readers.most_active(60) if engine.world else []
+        return json_response(
+            {
+                "status": _status(engine),
+                "readers": [{"userId": user_id, "numNotes": num_notes} for user_id, num_notes in readers],
+                "report": orjson.loads(report.read_bytes()) if report.exists() else None,
+                "headWeights": dict(engine.settings.head_weights),
+            }
+        )
+
+
+app = create_app()

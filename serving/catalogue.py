@@ -1,0 +1,100 @@
+"""The notes there are: the dimension `lake.notes` as columns, one row number per note.
+
+Request-time features of a note come from here and nowhere else. Knows nothing of users or engagement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from warehouse.lake import Lake
+from warehouse.time_algebra import MINUTE_US
+
+UNKNOWN_US = np.iinfo(np.int64).min
+"""Stands for "created_at is null"."""
+
+REQUEST_FEATURES = ("note_duration_ms", "note_age_min")
+"""Numeric request-time features of a note; note_type and note_topic are words and are not handed to models."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """N notes, in the order of note_id. `row_of` maps a note_id to its row."""
+
+    note_ids: list[str]
+    author_ids: list[str | None]
+    topics: list[str | None]
+    note_types: list[str | None]
+    duration_ms_N: np.ndarray
+    created_us_N: np.ndarray
+    first_seen_us_N: np.ndarray
+    row_of: dict[str, int]
+    rows_of_author: dict[str, np.ndarray]
+
+    @classmethod
+    def from_lake(cls, lake: Lake) -> "Catalogue":
+        """Reads `lake.notes`, and from `lake.events` when each note was first seen by anyone."""
+        notes = lake.scan("lake.notes").sort_by("note_id")
+        with lake.duckdb() as connection:
+            seen = connection.execute(
+                """
+                select note_id, min(epoch_us(event_ts)) as first_seen_us
+                from lake.events
+                where note_id is not null
+                group by note_id
+                """
+            ).to_arrow_table()
+        return cls.from_tables(notes, dict(zip(seen["note_id"].to_pylist(), seen["first_seen_us"].to_pylist(), strict=True)))
+
+    @classmethod
+    def from_tables(cls, notes: pa.Table, first_seen_us: dict[str, int]) -> "Catalogue":
+        """notes: columns of `lake.notes`. first_seen_us: note_id -> microseconds of its first event."""
+        note_ids = notes["note_id"].to_pylist()
+        author_ids = notes["author_id"].to_pylist()
+        created = pc.fill_null(notes["created_at"].cast(pa.int64()), UNKNOWN_US).to_numpy()
+        rows_of_author: dict[str, list[int]] = {}
+        for row, author_id in enumerate(author_ids):
+            if author_id is not None:
+                rows_of_author.setdefault(author_id, []).append(row)
+        return cls(
+            note_ids=note_ids,
+            author_ids=author_ids,
+            topics=[topics[0] if topics else None for topics in notes["topics"].to_pylist()],
+            note_types=notes["note_type"].to_pylist(),
+            duration_ms_N=pc.fill_null(notes["duration_ms"].cast(pa.float64()), float("nan")).to_numpy(),
+            created_us_N=created,
+            first_seen_us_N=np.array([first_seen_us.get(note_id, UNKNOWN_US) for note_id in note_ids], dtype=np.int64),
+            row_of={note_id: row for row, note_id in enumerate(note_ids)},
+            rows_of_author={author_id: np.array(rows) for author_id, rows in rows_of_author.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.note_ids)
+
+    def author_of(self, note_id: str) -> str | None:
+        row = self.row_of.get(note_id)
+        return None if row is None else self.author_ids[row]
+
+    def exists_at(self, t_us: int) -> np.ndarray:
+        """bool [N]: created before t, or without a creation time. A replay must not show notes from its future."""
+        return self.created_us_N < t_us
+
+    def freshness_us(self) -> np.ndarray:
+        """int64 [N]: when a note was created, else first seen; UNKNOWN_US if neither is known."""
+        return np.where(self.created_us_N == UNKNOWN_US, self.first_seen_us_N, self.created_us_N)
+
+    def request_features(self, note_ids: Sequence[str], t_us: int) -> np.ndarray:
+        """float64 [C, 2] in the order of REQUEST_FEATURES; NaN where unknown, or created at t or later."""
+        values_CF = np.full((len(note_ids), len(REQUEST_FEATURES)), np.nan)
+        for position, note_id in enumerate(note_ids):
+            row = self.row_of.get(note_id)
+            if row is None:
+                continue
+            values_CF[position, 0] = self.duration_ms_N[row]
+            created_us = self.created_us_N[row]
+            if created_us != UNKNOWN_US and created_us < t_us:
+                values_CF[position, 1] = (t_us - created_us) / MINUTE_US
+        return values_CF

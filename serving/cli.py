@@ -1,0 +1,82 @@
+"""`headrace serve` and `headrace parity`."""
+
+import argparse
+import json
+import logging
+import socket
+import sys
+
+from warehouse.errors import HeadraceError
+from warehouse.home import Home
+
+DIFFERS, DONE = 1, 0
+
+
+def main(words: list[str]) -> int:
+    """words: the command and its arguments. Returns the exit status; HeadraceError is the dispatcher's to print."""
+    return {"serve": _serve, "parity": _parity}[words[0]](words[1:])
+
+
+def _serve(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="headrace serve", description="Run the HTTP server on this home until it is stopped.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes; only 1 so far, see serving/README.md")
+    arguments = parser.parse_args(words)
+    if not 1 <= arguments.port <= 65535:
+        raise HeadraceError(f"--port must be between 1 and 65535, got {arguments.port}")
+    if arguments.workers != 1:
+        raise HeadraceError(
+            f"--workers {arguments.workers}: the online store lives in one process's memory and one runner feeds it, so only 1 works; "
+            "for more, run one server per home"
+        )
+    _check_port(arguments.host, arguments.port)
+
+    from serving.engine import missing_parts
+
+    home = Home.from_env()
+    if missing := missing_parts(home):
+        raise HeadraceError("cannot serve yet:\n  " + "\n  ".join(missing))
+
+    import uvicorn
+
+    from serving.app import create_app
+    from serving.settings import Settings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app = create_app(home, settings=Settings.from_env())
+    print(f"headrace: open http://{arguments.host}:{arguments.port}/ui (API: /docs, state: /readyz)", flush=True)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=10)
+    return DONE
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise HeadraceError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port") from None
+
+
+def _parity(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="headrace parity",
+        description="Compute every served feature value again from the lake and compare. Exit 1 on a difference.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--min", type=int, default=1, metavar="N", help="also fail when fewer than N vectors were compared")
+    parser.add_argument("--last", type=int, default=None, metavar="N", help="only the newest N requests")
+    arguments = parser.parse_args(words)
+    for name in ("min", "last"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise HeadraceError(f"--{name} must be at least 1, got {value}")
+
+    from serving.parity import check_parity
+    from warehouse.lake import Lake
+
+    parity = check_parity(Lake.open(Home.from_env()), arguments.last)
+    print(json.dumps(parity.as_dict()) if arguments.json else parity.as_text())
+    if parity.num_vectors < arguments.min:
+        print(f"compared {parity.num_vectors} vectors, --min asks for {arguments.min}", file=sys.stderr)
+        return DIFFERS
+    return DONE if parity.agrees else DIFFERS

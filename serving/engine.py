@@ -1,0 +1,168 @@
+"""Everything the server holds open, from the first file to the last flush: lake, event log, store, runner, models, forward log.
+
+`start` loads in the background and can be watched through `missing()`; `stop` flushes. One process per home: the online store
+lives in memory and one runner writes the lake, so a second server on the same home is refused.
+"""
+
+import contextlib
+import fcntl
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from serving.cascade import Served
+from serving.catalogue import Catalogue
+from serving.explain import Recent
+from serving.forward_log import ForwardLog
+from serving.hydrate import check_groups
+from serving.models import load_models, missing_models
+from serving.readers import Readers
+from serving.settings import Settings
+from serving.world import World
+from streaming_sql.event_log import EventLog, SqliteLog
+from streaming_sql.online_store import OnlineStore
+from streaming_sql.runner import Runner
+from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.home import Home
+from warehouse.lake import Lake
+from warehouse.landing import landed_position
+
+log = logging.getLogger(__name__)
+
+LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
+BUILD = "run `dbt build`"
+
+
+def missing_parts(home: Home) -> list[str]:
+    """What is not there yet and the command that makes it; empty when a server can start. Creates nothing but the folder."""
+    lake = Lake.open(home)
+    tables = set(lake.tables())
+    if not {"lake.events", "lake.notes"} <= tables:
+        return [f"the lake under {home.path} has no events; {LAND}", *missing_models(home)]
+    groups = load_groups()
+    unbuilt = [f"table features.{name} is not built; {BUILD}" for name in groups if f"features.{name}" not in tables]
+    return unbuilt + missing_models(home)
+
+
+class Engine:
+    """Use `start` and `stop` once each. `world` is None until everything is loaded."""
+
+    def __init__(self, home: Home, clock: Clock, settings: Settings):
+        self.home, self.clock, self.settings = home, clock, settings
+        self.world: World | None = None
+        self.lake: Lake | None = None
+        self.log: EventLog | None = None
+        self.runner: Runner | None = None
+        self.forward_log: ForwardLog | None = None
+        self.recent = Recent(settings.recent_requests)
+        self._missing: list[str] = ["not started"]
+        self._loader: threading.Thread | None = None
+        self._lock_file: IO[str] | None = None
+
+    def start(self) -> None:
+        """Begins loading on a thread of its own, so that /livez and /readyz answer meanwhile."""
+        self._missing = ["still loading: lake, online store and models"]
+        self._loader = threading.Thread(target=self._load, name="load", daemon=True)
+        self._loader.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once ready; False if loading failed or took longer."""
+        if self._loader is not None:
+            self._loader.join(timeout_s)
+        return self.world is not None
+
+    def missing(self) -> list[str]:
+        """What keeps the server from answering, each with the way out; empty when it is ready."""
+        return list(self._missing)
+
+    def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+        """Events into the log; durable, and part of fresh features, when it returns. (partition, offset) of each."""
+        assert self.log is not None and self.runner is not None and self.world is not None
+        positions = self.log.append(events)
+        self.world.readers.note_events(events)
+        self.runner.absorb()
+        return positions
+
+    def remember(self, served: Served) -> None:
+        assert self.forward_log is not None
+        self.recent.add(served)
+        self.forward_log.offer(served.as_row)
+
+    def stop(self) -> None:
+        """Waits for loading to end, then writes what waits and closes everything."""
+        if self._loader is not None:
+            self._loader.join()
+        self._missing = ["the server is stopping"]
+        if self.runner is not None:
+            self.runner.stop()
+        if self.forward_log is not None:
+            self.forward_log.close()
+        if self.log is not None and hasattr(self.log, "close"):
+            self.log.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    def _load(self) -> None:
+        try:
+            if missing := missing_parts(self.home):
+                self._missing = missing
+                return
+            self._lock_file = _only_server(self.home.log / "server.lock")
+            self.world = self._open()
+            self._missing = []
+        except HeadraceError as error:
+            self._missing = [str(error)]
+        except Exception as error:
+            log.exception("loading failed")
+            self._missing = [f"loading failed: {type(error).__name__}: {error}; the server's log has the traceback"]
+
+    def _open(self) -> World:
+        groups = load_groups()
+        check_groups(groups)
+        lake = self.lake = Lake.open(self.home)
+        start = landed_position(lake)
+        event_log = self.log = SqliteLog.open(
+            self.home.log, len(start), self.clock, start=start, not_before_us=_last_landed_us(lake)
+        )
+        store = OnlineStore.from_lake(lake, groups)
+        runner = self.runner = Runner(lake, event_log, store, groups, self.clock)
+        runner.catch_up()
+        catalogue = Catalogue.from_lake(lake)
+        world = World(
+            clock=self.clock,
+            settings=self.settings,
+            groups=groups,
+            declarations_hash=declarations_hash(groups),
+            store=store,
+            catalogue=catalogue,
+            readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
+            models=load_models(self.home, groups, catalogue),
+        )
+        self.forward_log = ForwardLog(
+            lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s
+        )
+        self.forward_log.start()
+        runner.start()
+        return world
+
+
+def _last_landed_us(lake: Lake) -> int:
+    with lake.duckdb() as connection:
+        return connection.execute("select coalesce(max(epoch_us(landed_at)), 0) from lake.events").fetchall()[0][0]
+
+
+def _only_server(path: Path) -> IO[str]:
+    handle = open(path, "w")  # noqa: SIM115  held until the process ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with contextlib.suppress(OSError):
+            handle.close()
+        raise HeadraceError(
+            f"another server runs on {path.parent.parent}; stop it first, or point HEADRACE_HOME at a home of its own"
+        ) from None
+    return handle

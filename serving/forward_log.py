@@ -1,0 +1,174 @@
+"""The forward log: what each request served, written to `lake.forward_log` behind the response.
+
+A bounded queue and one writer thread. When the lake cannot keep up, rows are dropped and counted, never waited for; when a
+write fails it is tried again, and what waits meanwhile is bounded by the same queue.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from warehouse.events import TIMESTAMP
+from warehouse.lake import Lake
+
+log = logging.getLogger(__name__)
+
+FORWARD_LOG = "lake.forward_log"
+RETRY_S = 1.0
+_FEATURES = pa.map_(pa.string(), pa.float64())
+
+CANDIDATE = pa.struct(
+    [
+        pa.field("impression_id", pa.string()),
+        pa.field("note_id", pa.string()),
+        pa.field("author_id", pa.string()),
+        pa.field("sources", pa.list_(pa.string())),
+        pa.field("recall_score", pa.float64()),
+        pa.field("l1_score", pa.float64()),
+        pa.field("final_score", pa.float64()),
+        pa.field("position", pa.int32()),
+        pa.field("shown", pa.bool_()),
+        pa.field("features", _FEATURES),
+        pa.field("predictions", _FEATURES),
+    ]
+)
+
+FORWARD_LOG_SCHEMA = pa.schema(
+    [
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("feed_type", pa.string(), nullable=False),
+        pa.field("request_ts", TIMESTAMP, nullable=False),
+        pa.field("feature_watermark", TIMESTAMP, nullable=False),
+        pa.field("known_position", pa.list_(pa.int64()), nullable=False),
+        pa.field("declarations_hash", pa.string(), nullable=False),
+        pa.field("model_versions", pa.string(), nullable=False),
+        pa.field("degraded", pa.list_(pa.string()), nullable=False),
+        pa.field("timings_ms", pa.string(), nullable=False),
+        pa.field("user_features", _FEATURES, nullable=False),
+        pa.field("user_sequences", pa.map_(pa.string(), pa.list_(pa.string())), nullable=False),
+        pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+    ]
+)
+
+
+def rows_to_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as `Served.as_row` gives them (dicts for maps, microseconds for instants) in FORWARD_LOG_SCHEMA."""
+    return pa.Table.from_pylist([_with_pairs(row) for row in rows], schema=FORWARD_LOG_SCHEMA)
+
+
+def _with_pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrow takes a map as a list of pairs."""
+    candidates = [
+        {**candidate, "predictions": _pairs(candidate["predictions"]), "features": _pairs(candidate["features"])}
+        for candidate in row["candidates"]
+    ]
+    return {
+        **row,
+        "user_features": _pairs(row["user_features"]),
+        "user_sequences": _pairs(row["user_sequences"]),
+        "candidates": candidates,
+    }
+
+
+def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, Any]] | None:
+    return None if mapping is None else list(mapping.items())
+
+
+class ForwardLog:
+    """`offer` never blocks; `close` writes what waits."""
+
+    def __init__(self, lake: Lake, max_waiting: int, max_rows: int, max_age_s: float):
+        self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
+        self._waiting: deque[tuple[float, Callable[[], dict[str, Any]]]] = deque()
+        self._changed = threading.Condition()
+        self._flush_asked = self._closing = False
+        self._in_flight = 0
+        self._thread: threading.Thread | None = None
+        self.num_written = self.num_dropped = self.num_failed_writes = 0
+
+    def start(self) -> None:
+        """Makes the table if need be and starts the writer."""
+        self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
+        self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
+        self._thread.start()
+
+    def offer(self, make_row: Callable[[], dict[str, Any]]) -> bool:
+        """Queues one request's row, made later on the writer's thread; False if it was dropped because the queue is full."""
+        with self._changed:
+            if self._closing or len(self._waiting) >= self._max_waiting:
+                self.num_dropped += 1
+                return False
+            self._waiting.append((time.monotonic(), make_row))
+            if len(self._waiting) >= self._max_rows:
+                self._changed.notify_all()
+        return True
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + self._in_flight
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Writes what waits now; False if that took longer than the timeout."""
+        with self._changed:
+            self._flush_asked = bool(self._waiting)
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: not self._waiting and not self._in_flight, timeout_s)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Takes no more rows, writes what waits and stops the writer."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self.num_waiting:
+                log.error("forward log: %d requests could not be written before the stop", self.num_waiting)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._is_due, self._seconds_until_due())
+                if not self._waiting:
+                    self._flush_asked = False
+                    self._changed.notify_all()
+                    if self._closing:
+                        return
+                    continue
+                if not self._is_due() and self._seconds_until_due() > 0:
+                    continue
+                batch = [self._waiting.popleft()[1] for _ in range(min(len(self._waiting), self._max_rows))]
+                self._in_flight = len(batch)
+            self._write(batch)
+            with self._changed:
+                self._in_flight = 0
+                self._changed.notify_all()
+
+    def _is_due(self) -> bool:
+        return self._closing or (self._flush_asked and bool(self._waiting)) or len(self._waiting) >= self._max_rows
+
+    def _seconds_until_due(self) -> float:
+        if not self._waiting:
+            return self._max_age_s
+        return max(0.0, self._waiting[0][0] + self._max_age_s - time.monotonic())
+
+    def _write(self, batch: list[Callable[[], dict[str, Any]]]) -> None:
+        table = rows_to_table([make_row() for make_row in batch])
+        while True:
+            try:
+                self._lake.append(FORWARD_LOG, table)
+                self.num_written += len(batch)
+                return
+            except Exception:  # a full disk or a locked catalogue may pass; the queue bounds what waits meanwhile
+                self.num_failed_writes += 1
+                log.exception("forward log: writing %d requests failed, trying again", len(batch))
+                with self._changed:
+                    if self._closing:
+                        self.num_dropped += len(batch)
+                        return
+                time.sleep(RETRY_S)

@@ -1,0 +1,122 @@
+"""Features of one request: the reader's once, the candidates' by gathering each distinct key once, all from one StoreView.
+
+Shape letters: C candidates, F features. One view means one tick T and one log position K for every value. Knows nothing of
+models: they ask for columns by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.catalogue import REQUEST_FEATURES, Catalogue
+from streaming_sql.online_store import StoreView
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import FeatureGroup
+
+KEY_COLUMNS = ("user_id", "note_id", "author_id")
+
+
+@dataclass(frozen=True)
+class UserFeatures:
+    """The groups keyed by the reader alone. sequences: each a list of strings, oldest first."""
+
+    names: tuple[str, ...]
+    values_F: np.ndarray
+    sequences: Mapping[str, list[str]]
+
+    def pick(self, names: Sequence[str]) -> np.ndarray:
+        """float64 [len(names)], in the order asked for; NaN for NULL."""
+        return self.values_F[_columns(self.names, names)]
+
+    def as_dict(self) -> dict[str, float | None]:
+        return _nullable(self.names, self.values_F)
+
+
+@dataclass(frozen=True)
+class CandidateFeatures:
+    """Every numeric feature of every candidate: note, author, reader × author, and request-time ones."""
+
+    names: tuple[str, ...]
+    values_CF: np.ndarray
+
+    def pick(self, names: Sequence[str]) -> np.ndarray:
+        """float64 [C, len(names)], in the order asked for; NaN for NULL."""
+        return self.values_CF[:, _columns(self.names, names)]
+
+    def take(self, order: np.ndarray) -> "CandidateFeatures":
+        return CandidateFeatures(self.names, self.values_CF[order])
+
+    def row(self, position: int) -> dict[str, float | None]:
+        return _nullable(self.names, self.values_CF[position])
+
+
+def check_groups(groups: Mapping[str, FeatureGroup]) -> None:
+    """Raises HeadraceError if a group has a key that a request cannot supply."""
+    for group in groups.values():
+        if unknown := set(group.keys) - set(KEY_COLUMNS):
+            raise HeadraceError(
+                f"feature group {group.name} is keyed by {', '.join(sorted(unknown))}, which a feed request does not know; "
+                f"served groups are keyed by {', '.join(KEY_COLUMNS)}"
+            )
+
+
+def available_names(groups: Mapping[str, FeatureGroup]) -> tuple[set[str], set[str]]:
+    """(names a model may ask for of the reader, of a candidate)."""
+    of_user = {name for group in groups.values() if group.keys == ("user_id",) for name in group.feature_names}
+    of_candidate = {name for group in groups.values() if group.keys != ("user_id",) for name in group.feature_names}
+    return of_user, of_candidate | set(REQUEST_FEATURES)
+
+
+def hydrate_user(view: StoreView, groups: Mapping[str, FeatureGroup], user_id: str, t_us: int) -> UserFeatures:
+    """The reader's own features, as of this view and t."""
+    names: list[str] = []
+    values: list[np.ndarray] = []
+    sequences: dict[str, list[str]] = {}
+    for group in groups.values():
+        if group.keys == ("user_id",):
+            matrix = view.assemble(group.name, [(user_id,)], t_us)
+            names.extend(matrix.names)
+            values.append(matrix.values[0])
+            sequences.update({name: rows[0] for name, rows in matrix.sequences.items()})
+    return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences)
+
+
+def hydrate_candidates(
+    view: StoreView,
+    groups: Mapping[str, FeatureGroup],
+    catalogue: Catalogue,
+    user_id: str,
+    note_ids: Sequence[str],
+    author_ids: Sequence[str | None],
+    t_us: int,
+) -> CandidateFeatures:
+    """All candidates' features in one call per group; a key that many candidates share is assembled once."""
+    columns: dict[str, Sequence[str]] = {
+        "user_id": [user_id] * len(note_ids),
+        "note_id": note_ids,
+        "author_id": [author_id or "" for author_id in author_ids],  # no key is empty: a note without author reads as new
+    }
+    names: list[str] = []
+    values: list[np.ndarray] = []
+    for group in groups.values():
+        if group.keys == ("user_id",):
+            continue
+        keys = list(zip(*(columns[key] for key in group.keys), strict=True))
+        distinct = dict.fromkeys(keys)
+        matrix = view.assemble(group.name, list(distinct), t_us)
+        place = {key: row for row, key in enumerate(distinct)}
+        names.extend(matrix.names)
+        values.append(matrix.values[[place[key] for key in keys]])
+    names.extend(REQUEST_FEATURES)
+    values.append(catalogue.request_features(note_ids, t_us))
+    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1))
+
+
+def _columns(have: tuple[str, ...], want: Sequence[str]) -> list[int]:
+    place = {name: column for column, name in enumerate(have)}
+    return [place[name] for name in want]
+
+
+def _nullable(names: tuple[str, ...], values_F: np.ndarray) -> dict[str, float | None]:
+    return {name: (float(value) if np.isfinite(value) else None) for name, value in zip(names, values_F, strict=True)}

@@ -1,0 +1,57 @@
+"""The four published models of one moment, and the check that this server can feed them."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models_ml.registry import Registry
+from serving.catalogue import Catalogue
+from serving.hydrate import available_names
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import FeatureGroup
+from warehouse.home import Home
+
+NAMES = ("item_to_item", "two_tower", "l1", "l2")
+REMEDY = "run `headrace train all`"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
+    model's vectors, -1 where the catalogue does not know the note."""
+
+    item_to_item: Any
+    two_tower: Any
+    l1: Any
+    l2: Any
+    versions: Mapping[str, str]
+    rows_of_vectors: np.ndarray
+
+
+def missing_models(home: Home) -> list[str]:
+    """What to do about each model that has no production version; empty when all are there."""
+    return [f"model {name} is not published; {REMEDY}" for name in NAMES if not (home.models / name / "production").exists()]
+
+
+def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue) -> Models:
+    """The production versions. Raises HeadraceError for a model that is missing, damaged, or wants features that are not served."""
+    registry = Registry(home.models)
+    loaded, versions = {}, {}
+    for name in NAMES:
+        path = registry.path(name)
+        loaded[name] = importlib.import_module(f"models_ml.{name}").load(path)
+        versions[name] = path.name
+    of_user, of_candidate = available_names(groups)
+    for name in ("l1", "l2"):
+        unknown = [feature for feature in loaded[name].user_features if feature not in of_user]
+        unknown += [feature for feature in loaded[name].note_features if feature not in of_candidate]
+        if unknown:
+            raise HeadraceError(
+                f"model {name} {versions[name]} reads features that are not declared: {', '.join(unknown)}; "
+                "export the training examples again and train again: `headrace export-training`, `headrace train all`"
+            )
+    rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
+    return Models(**loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64))

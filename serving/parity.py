@@ -1,0 +1,234 @@
+"""The promise, checked: every feature value that was served is computed again from the lake and compared.
+
+A vector is one group's features of one key in one logged request. Values of integer measures and sequences must be equal,
+averages and derived values within 1e-9 relative. Knows nothing of models or pages.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from serving.forward_log import FORWARD_LOG
+from warehouse.errors import HeadraceError
+from warehouse.events import TIMESTAMP
+from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
+from warehouse.features.recompute import recompute
+from warehouse.lake import Lake
+from warehouse.landing import landed_position
+
+TOLERANCE = 1e-9
+FIRST_DIFFERENCES = 10
+_SPINE_TIMES = pa.schema(
+    [
+        pa.field("row_id", pa.int64()),
+        pa.field("request_ts", TIMESTAMP),
+        pa.field("feature_watermark", TIMESTAMP),
+        pa.field("known_position", pa.list_(pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that does not agree."""
+
+    request_id: str
+    group: str
+    keys: tuple[str, ...]
+    feature: str
+    logged: Any
+    recomputed: Any
+
+    def __str__(self) -> str:
+        key = ", ".join(self.keys)
+        return f"request {self.request_id}: {self.feature} of {self.group} ({key}) was served as {self.logged}, the lake says {self.recomputed}"
+
+
+@dataclass
+class Parity:
+    """How many vectors and values agree, and which do not. `skipped` counts requests that cannot be compared, by reason."""
+
+    num_requests: int = 0
+    num_vectors: int = 0
+    num_equal_vectors: int = 0
+    num_values: int = 0
+    num_equal_values: int = 0
+    vectors_of_group: Counter = field(default_factory=Counter)
+    differences_of_feature: Counter = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)
+
+    @property
+    def agrees(self) -> bool:
+        return self.num_equal_values == self.num_values
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "requests": self.num_requests,
+            "vectors": self.num_vectors,
+            "equalVectors": self.num_equal_vectors,
+            "values": self.num_values,
+            "equalValues": self.num_equal_values,
+            "vectorsOfGroup": dict(self.vectors_of_group),
+            "differencesOfFeature": dict(self.differences_of_feature),
+            "firstDifferences": [str(difference) for difference in self.differences],
+            "skippedRequests": dict(self.skipped),
+        }
+
+    def as_text(self) -> str:
+        lines = [
+            f"{self.num_equal_vectors:,} of {self.num_vectors:,} logged feature vectors agree with the lake "
+            f"({self.num_equal_values:,} of {self.num_values:,} values, {self.num_requests:,} requests)"
+        ]
+        lines += [f"  {name}: {count:,} vectors" for name, count in self.vectors_of_group.items()]
+        lines += [f"  not compared: {count:,} requests, {reason}" for reason, count in self.skipped.items()]
+        if self.differences:
+            lines.append("differences by feature:")
+            lines += [f"  {name}: {count:,}" for name, count in self.differences_of_feature.most_common()]
+            lines.append("the first ones:")
+            lines += [f"  {difference}" for difference in self.differences]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Vector:
+    request: Mapping[str, Any]
+    keys: tuple[str, ...]
+    values: Mapping[str, float | None]
+    sequences: Mapping[str, list[str]]
+
+
+def check_parity(lake: Lake, last: int | None = None, groups: Mapping[str, FeatureGroup] | None = None) -> Parity:
+    """Compares every logged value of the newest `last` requests (all by default) with the lake.
+
+    Raises HeadraceError if nothing was logged.
+    """
+    groups = groups or load_groups()
+    if not lake.exists(FORWARD_LOG):
+        raise HeadraceError("nothing was served yet: the lake has no lake.forward_log; run `headrace serve` and ask for a feed")
+    rows = lake.scan(FORWARD_LOG).sort_by([("request_ts", "descending"), ("request_id", "ascending")])
+    rows = rows.slice(0, rows.num_rows if last is None else last)
+    if rows.num_rows == 0:
+        raise HeadraceError(
+            "nothing was served yet: lake.forward_log is empty; ask for a feed, or wait some seconds for the writer"
+        )
+    parity = Parity()
+    requests = list(
+        _comparable(rows.to_pylist(maps_as_pydicts="strict"), declarations_hash(dict(groups)), landed_position(lake), parity)
+    )
+    parity.num_requests = len(requests)
+    for group in groups.values():
+        vectors = list(_vectors(group, requests))
+        if vectors:
+            _compare(group, vectors, recompute(lake, group, _spine(group, vectors)), parity)
+    return parity
+
+
+def _comparable(
+    rows: Iterable[Mapping[str, Any]], declared: str, landed: Sequence[int], parity: Parity
+) -> Iterable[Mapping[str, Any]]:
+    for row in rows:
+        if row["declarations_hash"] != declared:
+            parity.skipped["the definition of features changed since they were served"] += 1
+        elif any(known > there for known, there in zip(row["known_position"], landed, strict=True)):
+            parity.skipped["events they had seen are not in the lake yet; the running server lands them within seconds"] += 1
+        else:
+            yield row
+
+
+def _vectors(group: FeatureGroup, requests: Iterable[Mapping[str, Any]]) -> Iterable[_Vector]:
+    """The group's logged vectors: one per request for the reader's own, else one per distinct key of a request."""
+    for request in requests:
+        if group.keys == ("user_id",):
+            values = {name: request["user_features"][name] for name in group.feature_names}
+            sequences = {name: request["user_sequences"][name] for name in group.sequence_names}
+            yield _Vector(request, (request["user_id"],), values, sequences)
+            continue
+        told = set()
+        for candidate in request["candidates"]:
+            if candidate["features"] is None:
+                continue
+            columns = {
+                "user_id": request["user_id"],
+                "note_id": candidate["note_id"],
+                "author_id": candidate["author_id"] or "",
+            }
+            keys = tuple(columns[key] for key in group.keys)
+            values = {name: candidate["features"][name] for name in group.feature_names}
+            fingerprint = (
+                keys,
+                tuple(values.values()),
+            )  # an author shown twice in a request is one vector, if it was logged as one
+            if fingerprint not in told:
+                told.add(fingerprint)
+                yield _Vector(request, keys, values, {})
+
+
+def _spine(group: FeatureGroup, vectors: Sequence[_Vector]) -> pa.Table:
+    times = pa.Table.from_pylist(
+        [
+            {
+                "row_id": row,
+                "request_ts": vector.request["request_ts"],
+                "feature_watermark": vector.request["feature_watermark"],
+                "known_position": vector.request["known_position"],
+            }
+            for row, vector in enumerate(vectors)
+        ],
+        schema=_SPINE_TIMES,
+    )
+    for place, key in enumerate(group.keys):
+        times = times.append_column(key, pa.array([vector.keys[place] for vector in vectors], pa.string()))
+    return times
+
+
+def _compare(group: FeatureGroup, vectors: Sequence[_Vector], recomputed: pa.Table, parity: Parity) -> None:
+    recomputed = recomputed.sort_by("row_id")
+    if not recomputed["row_id"].combine_chunks().equals(pa.array(range(len(vectors)), recomputed["row_id"].type)):
+        raise HeadraceError(f"recomputing {group.name} gave {recomputed.num_rows} rows for {len(vectors)} logged vectors")
+    columns = {name: pc.cast(recomputed[name], pa.float64()).to_pylist() for name in group.feature_names} | {
+        name: recomputed[name].to_pylist() for name in group.sequence_names
+    }
+    exact = _exact_features(group)
+    for row, vector in enumerate(vectors):
+        num_equal = 0
+        logged_values = {**vector.values, **vector.sequences}
+        for name, logged in logged_values.items():
+            value = columns[name][row]
+            if name in group.sequence_names:
+                equal = list(logged or []) == list(value or [])
+            else:
+                equal = _same(logged, value, 0.0 if name in exact else TOLERANCE)
+            num_equal += equal
+            if not equal:
+                parity.differences_of_feature[name] += 1
+                if len(parity.differences) < FIRST_DIFFERENCES:
+                    parity.differences.append(
+                        Difference(vector.request["request_id"], group.name, vector.keys, name, logged, value)
+                    )
+        parity.num_vectors += 1
+        parity.num_equal_vectors += num_equal == len(logged_values)
+        parity.num_values += len(logged_values)
+        parity.num_equal_values += num_equal
+        parity.vectors_of_group[group.name] += 1
+
+
+def _exact_features(group: FeatureGroup) -> set[str]:
+    """Names that must agree to the bit: everything of integers but averages."""
+    return {
+        f"{group.entity}_{measure.name}_{window.name}"
+        for measure in group.measures
+        if measure.type == "bigint" and measure.aggregation != "avg"
+        for window in measure.windows
+    }
+
+
+def _same(logged: float | None, value: float | None, tolerance: float) -> bool:
+    if logged is None or value is None:
+        return logged is None and value is None
+    return math.isclose(logged, value, rel_tol=tolerance, abs_tol=0.0)

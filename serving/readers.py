@@ -1,0 +1,99 @@
+"""What each reader follows and has already seen: read from `lake.events` at start, kept up with every posted event.
+
+Knows nothing of features: it only decides which notes may be shown and whose notes are wanted. Bounded per reader.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping
+
+from warehouse.lake import Lake
+
+FOLLOW = "follow"
+
+
+class Readers:
+    """Safe to read and to note events from several threads."""
+
+    def __init__(self, seen_per_user: int):
+        self._seen_per_user = seen_per_user
+        self._seen: dict[str, dict[str, None]] = {}  # insertion order is age: the newest is last
+        self._follows: dict[str, dict[str, None]] = {}
+        self._histories: dict[str, list[str]] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_lake(cls, lake: Lake, seen_per_user: int, t_us: int) -> "Readers":
+        """Every event with a reader before t (microseconds), oldest first, and the history that came with `lake.users`."""
+        readers = cls(seen_per_user)
+        with lake.duckdb() as connection:
+            seen = connection.execute(
+                """
+                select user_id, list(note_id order by last_us, note_id) as note_ids
+                from (
+                    select user_id, note_id, max(epoch_us(event_ts)) as last_us
+                    from lake.events
+                    where user_id is not null and note_id is not null and epoch_us(event_ts) < $t_us
+                    group by user_id, note_id
+                    qualify row_number() over (partition by user_id order by last_us desc, note_id desc) <= $seen_per_user
+                )
+                group by user_id
+                """,
+                {"t_us": t_us, "seen_per_user": seen_per_user},
+            ).fetchall()
+            follows = connection.execute(
+                """
+                select user_id, list(distinct author_id order by author_id) as author_ids
+                from lake.events
+                where event_type = 'follow' and user_id is not null and author_id is not null and epoch_us(event_ts) < $t_us
+                group by user_id
+                """,
+                {"t_us": t_us},
+            ).fetchall()
+        readers._seen = {user_id: dict.fromkeys(note_ids) for user_id, note_ids in seen}
+        readers._follows = {user_id: dict.fromkeys(author_ids) for user_id, author_ids in follows}
+        users = lake.scan("lake.users", columns=("user_id", "history_note_ids"))
+        for user_id, history in zip(users["user_id"].to_pylist(), users["history_note_ids"].to_pylist(), strict=True):
+            if history:
+                readers._histories[user_id] = history
+        return readers
+
+    def note_events(self, events: Iterable[Mapping]) -> None:
+        """Events that the log has accepted; `user_id`, `note_id`, `author_id`, `event_type` of each are looked at."""
+        with self._lock:
+            for event in events:
+                user_id, note_id, author_id = event.get("user_id"), event.get("note_id"), event.get("author_id")
+                if user_id is None:
+                    continue
+                if note_id is not None:
+                    seen = self._seen.setdefault(user_id, {})
+                    seen.pop(note_id, None)
+                    seen[note_id] = None
+                    if len(seen) > self._seen_per_user:
+                        del seen[next(iter(seen))]
+                if event.get("event_type") == FOLLOW and author_id is not None:
+                    self._follows.setdefault(user_id, {})[author_id] = None
+
+    def seen(self, user_id: str) -> list[str]:
+        """The reader's notes, the longest ago first; empty for a reader never met."""
+        with self._lock:
+            return list(self._seen.get(user_id, ()))
+
+    def follows(self, user_id: str) -> list[str]:
+        with self._lock:
+            return list(self._follows.get(user_id, ()))
+
+    def history_before_the_log(self, user_id: str) -> list[str]:
+        """Notes watched before the first event, oldest first."""
+        return self._histories.get(user_id, [])
+
+    def known(self, user_id: str) -> bool:
+        return user_id in self._seen or user_id in self._histories
+
+    def most_active(self, limit: int) -> list[tuple[str, int]]:
+        """(user_id, number of notes seen), most first: for the page's list of readers."""
+        with self._lock:
+            counts = [(user_id, len(seen)) for user_id, seen in self._seen.items()]
+        return sorted(counts, key=lambda pair: (-pair[1], pair[0]))[:limit]
+
+    def __len__(self) -> int:
+        return len(self._seen.keys() | self._histories.keys())

@@ -1,0 +1,151 @@
+"""Candidate generators and their union: which few hundred of all notes are worth ranking for this reader.
+
+Shape letters: N notes in the catalogue, C candidates. A generator takes a `Retrieval` and returns row numbers of the
+catalogue, best first, already limited to `eligible_N`. One more generator is one more function and a line in `GENERATORS`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.catalogue import UNKNOWN_US, Catalogue
+
+log = logging.getLogger(__name__)
+
+TRENDING_FEATURE = "note_num_clicks_1d"
+RANK_DAMPING = 60
+"""Of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009): scores of different generators do not compare, ranks do."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """All that generators may look at."""
+
+    catalogue: Catalogue
+    models: object  # with `.item_to_item` and `.two_tower`, as `serving.models.Models`
+    eligible_N: np.ndarray
+    trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
+    recent_clicks: Sequence[str]  # oldest first
+    history: Sequence[str]  # what the two-tower model reads, oldest first
+    followed_authors: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """C notes, each once, best recall first."""
+
+    note_ids: list[str]
+    author_ids: list[str | None]
+    sources: list[tuple[str, ...]]
+    recall_score_C: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.note_ids)
+
+    def take(self, order: np.ndarray) -> "Candidates":
+        """The candidates at these positions, in this order."""
+        picked = [int(position) for position in order]
+        return Candidates(
+            [self.note_ids[position] for position in picked],
+            [self.author_ids[position] for position in picked],
+            [self.sources[position] for position in picked],
+            self.recall_score_C[picked] if picked else np.empty(0),
+        )
+
+
+def trending(request: Retrieval, limit: int) -> np.ndarray:
+    """Notes clicked most in the day before this tick."""
+    return request.trending_rows[request.eligible_N[request.trending_rows]][:limit]
+
+
+def fresh(request: Retrieval, limit: int) -> np.ndarray:
+    """Notes created most recently, or first seen most recently where the creation time is unknown."""
+    freshness_N = np.where(request.eligible_N, request.catalogue.freshness_us(), UNKNOWN_US)
+    rows = _largest(freshness_N, limit)
+    return rows[freshness_N[rows] != UNKNOWN_US]
+
+
+def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
+    """Notes clicked by those who clicked what this reader clicked last."""
+    if not request.recent_clicks:
+        return np.empty(0, dtype=np.int64)
+    neighbours = request.models.item_to_item.neighbours(list(request.recent_clicks), limit * 2)  # type: ignore[attr-defined]
+    rows = [request.catalogue.row_of[note_id] for note_id, _ in neighbours if note_id in request.catalogue.row_of]
+    rows_C = np.array(rows, dtype=np.int64)
+    return rows_C[request.eligible_N[rows_C]][:limit]
+
+
+def two_tower(request: Retrieval, limit: int) -> np.ndarray:
+    """Exact dot-product top-k of the reader's vector over all notes the model knows."""
+    if not request.history:
+        return np.empty(0, dtype=np.int64)
+    tower = request.models.two_tower  # type: ignore[attr-defined]
+    similarity_V = tower.note_vectors @ tower.user_vector(list(request.history))
+    rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
+    usable_V = (rows_V >= 0) & request.eligible_N[rows_V]
+    best = _largest(np.where(usable_V, similarity_V, -np.inf), limit)
+    return rows_V[best[usable_V[best]]]
+
+
+def followed_authors(request: Retrieval, limit: int) -> np.ndarray:
+    """The newest notes of the authors this reader follows."""
+    rows_of_author = request.catalogue.rows_of_author
+    lists = [rows_of_author[author_id] for author_id in request.followed_authors if author_id in rows_of_author]
+    if not lists:
+        return np.empty(0, dtype=np.int64)
+    rows = np.concatenate(lists)
+    rows = rows[request.eligible_N[rows]]
+    return rows[np.argsort(-request.catalogue.freshness_us()[rows].astype(np.float64), kind="stable")][:limit]
+
+
+GENERATORS: Mapping[str, Callable[[Retrieval, int], np.ndarray]] = {
+    "followed_authors": followed_authors,
+    "item_to_item": item_to_item,
+    "two_tower": two_tower,
+    "trending": trending,
+    "fresh": fresh,
+}
+
+
+def retrieve(request: Retrieval, limits: Mapping[str, int]) -> tuple[Candidates, list[str]]:
+    """The union of the generators named in `limits`, each note once, and the names of generators that failed.
+
+    recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
+    """
+    score_of: dict[int, float] = {}
+    sources_of: dict[int, list[str]] = {}
+    failed = []
+    for name, limit in limits.items():
+        try:
+            rows = GENERATORS[name](request, int(limit))
+        except Exception:  # one generator's failure costs its notes, never the page
+            log.exception("generator %s failed; the feed goes on without it", name)
+            failed.append(name)
+            continue
+        for rank, row in enumerate(rows.tolist()):
+            score_of[row] = score_of.get(row, 0.0) + 1.0 / (RANK_DAMPING + 1 + rank)
+            sources_of.setdefault(row, []).append(name)
+    rows_C = sorted(score_of, key=lambda row: (-score_of[row], row))
+    catalogue = request.catalogue
+    candidates = Candidates(
+        [catalogue.note_ids[row] for row in rows_C],
+        [catalogue.author_ids[row] for row in rows_C],
+        [tuple(sources_of[row]) for row in rows_C],
+        np.array([score_of[row] for row in rows_C], dtype=np.float64),
+    )
+    return candidates, failed
+
+
+def _largest(values_N: np.ndarray, limit: int) -> np.ndarray:
+    """Positions of the largest values, largest first; ties by position, so that a page does not depend on luck."""
+    if limit < len(values_N):
+        kth = np.partition(values_N, len(values_N) - limit)[len(values_N) - limit] if limit > 0 else None
+        if kth is None:
+            return np.empty(0, dtype=np.int64)
+        pool = np.flatnonzero(values_N >= kth)
+    else:
+        pool = np.arange(len(values_N))
+    order = np.lexsort((pool, -values_N[pool].astype(np.float64)))
+    return pool[order][:limit]
