@@ -1,0 +1,121 @@
+"""Compiles every shipped kernel configuration for GPUs that need not be there, and says what each takes of one.
+
+    python -m kernels.ahead_of_time            a table: registers, stack, shared memory, tensor-core instructions
+    python -m kernels.ahead_of_time --json     the same, for the tests
+
+Runs in a process of its own: a process that interprets kernels cannot also compile them.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.backend import Kernel
+
+OPERATIONS = ("window_assembly",)
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Most shared memory of one block, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration that is launched somewhere: pointer types (`*bf16`) by parameter, then what is compiled in.
+
+    Sizes are int32, or as `types` says. `uses_tensor_cores`: whether it holds a `tl.dot`.
+    """
+
+    label: str
+    kernel: Kernel
+    types: dict[str, str]
+    configuration: dict[str, Any]
+    uses_tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: bytes of shared memory and stack, registers a thread, tensor-core instructions."""
+
+    operation: str
+    label: str
+    capability: int
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+    tensor_core_instructions: int
+    uses_tensor_cores: bool
+
+
+def compile_case(operation: str, case: Case, capability: int) -> Resources:
+    """Down to machine code with the assembler in Triton's wheel; disassembled to count what matters."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: value for name, value in case.configuration.items() if name in ("num_warps", "num_stages")}
+    constants = {name: value for name, value in case.configuration.items() if name not in options}
+    kinds = case.kernel.parameters
+    signature = {name: "constexpr" if kind == "constexpr" else case.types.get(name, "i32") for name, kind in kinds.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind == "pointer"}
+    source = ASTSource(fn=case.kernel.jit, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, code = (
+            subprocess.run([cuobjdump, flag, cubin.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return Resources(
+        operation=operation,
+        label=case.label,
+        capability=capability,
+        shared_bytes=compiled.metadata.shared,
+        registers=_number(usage, "REG"),
+        stack_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
+        tensor_core_instructions=len(re.findall(r"\b(?:HGMMA|IGMMA)\b" if capability >= 90 else r"\b(?:HMMA|IMMA)\b", code)),
+        uses_tensor_cores=case.uses_tensor_cores,
+    )
+
+
+def _number(usage: str, name: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no {name}: {usage[-200:]!r}")
+    return int(found[1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.ahead_of_time", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    parser.add_argument("--only", choices=OPERATIONS, help="one operation")
+    options = parser.parse_args(arguments)
+    results = [
+        compile_case(operation, case, capability)
+        for operation in OPERATIONS
+        if options.only in (None, operation)
+        for case in importlib.import_module(f"kernels.{operation}").shipped()
+        for capability in SHARED_MEMORY_BYTES
+    ]
+    if options.json:
+        json.dump([asdict(result) for result in results], sys.stdout)
+        return 0
+    print(f"{'operation':<18} {'case':<34} {'sm':>3} {'registers':>9} {'stack B':>8} {'shared B':>9} {'tensor core':>11}")
+    for r in results:
+        print(
+            f"{r.operation:<18} {r.label:<34} {r.capability:>3} {r.registers:>9} {r.stack_bytes:>8} {r.shared_bytes:>9} "
+            f"{r.tensor_core_instructions:>11}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
