@@ -43,16 +43,22 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(home: Home | None = None, clock: Clock | None = None, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    home: Home | None = None,
+    clock: Clock | None = None,
+    settings: Settings | None = None,
+    on_failure: Callable[[list[str]], None] | None = None,
+) -> FastAPI:
     """One server. Nothing is opened until it starts; what the environment says (HEADRACE_HOME, HEADRACE_CLOCK,
-    HEADRACE_SERVING) is read then, so that importing this module cannot fail."""
+    HEADRACE_SERVING) is read then, so that importing this module cannot fail. on_failure is told, on the loading thread, what
+    is missing when the server cannot become ready; without it the server stays up and /readyz says so."""
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)
         chosen = settings or Settings.from_env()
-        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen)
+        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure)
         app.state.engine = engine
         app.state.workers = ThreadPoolExecutor(chosen.inference_threads, thread_name_prefix="cascade")
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
@@ -159,18 +165,14 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         assert engine.lake is not None
         row = await asyncio.to_thread(find_row, engine.recent, engine.lake, request_id)
         if row is None:
-            raise HTTPException(
-                404,
-                f"no request {request_id[:64]!r} in the forward log; a row can be read some seconds after its answer at the latest",
-            )
+            known_when = "a row is in the lake some seconds after its answer"
+            raise HTTPException(404, f"no request {request_id[:64]!r} in the forward log; {known_when}")
         answer = answers.explain_answer(row, note_id)
         if answer is None:
-            known = (
-                "was seen by the reader, or no generator brought it"
-                if note_id in world.catalogue.row_of
-                else "is not a known note"
-            )
-            raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: it {known}")
+            why = "it is not a known note"
+            if note_id in world.catalogue.row_of:
+                why = "the reader had seen it, or no generator brought it"
+            raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: {why}")
         return json_response(answer)
 
 

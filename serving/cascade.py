@@ -126,7 +126,7 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int) -> Served:
     started = time.perf_counter()
     settings, steps = world.settings, Steps()
     t_us = world.clock.now_us()
-    view = world.store.view()
+    view = world.store.view(at_us=t_us)
 
     with steps.timed("hydrate_user"):
         user = hydrate_user(view, world.groups, user_id, t_us)
@@ -178,7 +178,8 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int) -> Served:
 
 def retrieve_alone(world: World, user_id: str, feed_type: str, limit: int) -> tuple[Candidates, list[str]]:
     """The first stage alone: at most `limit` candidates, and what was degraded."""
-    steps, t_us, view = Steps(), world.clock.now_us(), world.store.view()
+    steps, t_us = Steps(), world.clock.now_us()
+    view = world.store.view(at_us=t_us)
     user = hydrate_user(view, world.groups, user_id, t_us)
     candidates = find_candidates(world, view, user, user_id, feed_type, 1, t_us, steps)
     return candidates.take(np.arange(min(limit, len(candidates)))), steps.degraded
@@ -273,7 +274,7 @@ def run_l2(
     l1_score_S: np.ndarray,
     steps: Steps,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(head → probabilities [S], final_score [S]). If L2 fails the order that came in stands and L1's score is the final one."""
+    """(head → probabilities [S], final_score [S]). If L2 fails, L1's score is the final one."""
     if len(note_ids_S) == 0:
         return {}, np.empty(0)
     try:
@@ -293,7 +294,8 @@ def history_of(world: World, user: UserFeatures, user_id: str) -> list[str]:
 def _hydrate_given(
     world: World, user_id: str, note_ids: Sequence[str]
 ) -> tuple[UserFeatures, list[str | None], CandidateFeatures]:
-    t_us, view = world.clock.now_us(), world.store.view()
+    t_us = world.clock.now_us()
+    view = world.store.view(at_us=t_us)
     authors = [world.catalogue.author_of(note_id) for note_id in note_ids]
     user = hydrate_user(view, world.groups, user_id, t_us)
     return user, authors, hydrate_candidates(view, world.groups, world.catalogue, user_id, note_ids, authors, t_us)

@@ -10,6 +10,7 @@ from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
 DIFFERS, DONE = 1, 0
+GRACEFUL_SHUTDOWN_S = 10
 
 
 def main(words: list[str]) -> int:
@@ -26,27 +27,35 @@ def _serve(words: list[str]) -> int:
     if not 1 <= arguments.port <= 65535:
         raise HeadraceError(f"--port must be between 1 and 65535, got {arguments.port}")
     if arguments.workers != 1:
-        raise HeadraceError(
-            f"--workers {arguments.workers}: the online store lives in one process's memory and one runner feeds it, so only 1 works; "
-            "for more, run one server per home"
-        )
+        why = "the online store lives in one process's memory and one runner feeds it"
+        raise HeadraceError(f"--workers {arguments.workers}: only 1 works so far, because {why}")
     _check_port(arguments.host, arguments.port)
-
-    from serving.engine import missing_parts
-
-    home = Home.from_env()
-    if missing := missing_parts(home):
-        raise HeadraceError("cannot serve yet:\n  " + "\n  ".join(missing))
 
     import uvicorn
 
     from serving.app import create_app
+    from serving.engine import missing_parts
     from serving.settings import Settings
 
+    home, settings = Home.from_env(), Settings.from_env()
+    if missing := missing_parts(home):
+        raise HeadraceError("cannot serve yet:\n  " + "\n  ".join(missing))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = create_app(home, settings=Settings.from_env())
+    failures: list[str] = []
+
+    def stop(missing: list[str]) -> None:
+        failures.extend(missing)
+        server.should_exit = True
+
+    app = create_app(home, settings=settings, on_failure=stop)
+    config = uvicorn.Config(
+        app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S
+    )
+    server = uvicorn.Server(config)
     print(f"headrace: open http://{arguments.host}:{arguments.port}/ui (API: /docs, state: /readyz)", flush=True)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=10)
+    server.run()
+    if failures:
+        raise HeadraceError("\n  ".join(failures))
     return DONE
 
 

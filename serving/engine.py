@@ -8,9 +8,11 @@ import contextlib
 import fcntl
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from streaming_sql.runner import Runner
 
 from serving.cascade import Served
 from serving.catalogue import Catalogue
@@ -23,7 +25,6 @@ from serving.settings import Settings
 from serving.world import World
 from streaming_sql.event_log import EventLog, SqliteLog
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.runner import Runner
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
@@ -51,8 +52,8 @@ def missing_parts(home: Home) -> list[str]:
 class Engine:
     """Use `start` and `stop` once each. `world` is None until everything is loaded."""
 
-    def __init__(self, home: Home, clock: Clock, settings: Settings):
-        self.home, self.clock, self.settings = home, clock, settings
+    def __init__(self, home: Home, clock: Clock, settings: Settings, on_failure: Callable[[list[str]], None] | None = None):
+        self.home, self.clock, self.settings, self._on_failure = home, clock, settings, on_failure
         self.world: World | None = None
         self.lake: Lake | None = None
         self.log: EventLog | None = None
@@ -81,7 +82,9 @@ class Engine:
 
     def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
         """Events into the log; durable, and part of fresh features, when it returns. (partition, offset) of each."""
-        assert self.log is not None and self.runner is not None and self.world is not None
+        assert self.log is not None
+        assert self.runner is not None
+        assert self.world is not None
         positions = self.log.append(events)
         self.world.readers.note_events(events)
         self.runner.absorb()
@@ -108,17 +111,21 @@ class Engine:
 
     def _load(self) -> None:
         try:
-            if missing := missing_parts(self.home):
-                self._missing = missing
+            self._missing = missing_parts(self.home)
+            if not self._missing:
+                self._missing = ["still loading: lake, online store and models"]
+                self._lock_file = _only_server(self.home.log / "server.lock")
+                self.world = self._open()
+                self._missing = []
                 return
-            self._lock_file = _only_server(self.home.log / "server.lock")
-            self.world = self._open()
-            self._missing = []
         except HeadraceError as error:
             self._missing = [str(error)]
         except Exception as error:
             log.exception("loading failed")
             self._missing = [f"loading failed: {type(error).__name__}: {error}; the server's log has the traceback"]
+        log.error("not ready: %s", "; ".join(self._missing))
+        if self._on_failure is not None:
+            self._on_failure(self.missing())
 
     def _open(self) -> World:
         groups = load_groups()

@@ -50,7 +50,7 @@ def _from_lake(rows: pa.Table) -> dict[str, Any]:
 
 
 def stage_reached(candidate: dict[str, Any]) -> str:
-    """`shown`, or the stage after which the candidate was dropped: `l1`, `l2` (scored, but below the page or an author's cap)."""
+    """`shown`, or the last stage that scored a candidate: `l1`; `l2` for one below the page or its author's cap."""
     if candidate["shown"]:
         return "shown"
     return "l1" if candidate["final_score"] is None else "l2"

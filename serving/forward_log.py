@@ -19,7 +19,7 @@ from warehouse.lake import Lake
 log = logging.getLogger(__name__)
 
 FORWARD_LOG = "lake.forward_log"
-RETRY_S = 1.0
+RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _FEATURES = pa.map_(pa.string(), pa.float64())
 
 CANDIDATE = pa.struct(
@@ -158,17 +158,29 @@ class ForwardLog:
         return max(0.0, self._waiting[0][0] + self._max_age_s - time.monotonic())
 
     def _write(self, batch: list[Callable[[], dict[str, Any]]]) -> None:
-        table = rows_to_table([make_row() for make_row in batch])
+        tables = [table for table in map(self._made, batch) if table is not None]
+        if not tables:
+            return
+        table, pause_s = pa.concat_tables(tables), RETRY_S
         while True:
             try:
                 self._lake.append(FORWARD_LOG, table)
-                self.num_written += len(batch)
+                self.num_written += table.num_rows
                 return
             except Exception:  # a full disk or a locked catalogue may pass; the queue bounds what waits meanwhile
                 self.num_failed_writes += 1
-                log.exception("forward log: writing %d requests failed, trying again", len(batch))
-                with self._changed:
-                    if self._closing:
-                        self.num_dropped += len(batch)
-                        return
-                time.sleep(RETRY_S)
+                log.exception("forward log: writing %d requests failed, trying again", table.num_rows)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closing, pause_s):
+                    log.error("forward log: %d requests are lost, the server stops", table.num_rows)
+                    self.num_dropped += table.num_rows
+                    return
+            pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+
+    def _made(self, make_row: Callable[[], dict[str, Any]]) -> pa.Table | None:
+        try:
+            return rows_to_table([make_row()])
+        except Exception:  # one row that does not fit the schema must not take the writer down
+            log.exception("forward log: a request does not fit the schema and is dropped")
+            self.num_dropped += 1
+            return None

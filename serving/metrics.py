@@ -5,37 +5,23 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
+_CANDIDATES = (0, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Metrics:
     """One registry per app, so that several apps in one process (tests) do not share counts."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "headrace_http_requests", "Answers by route and status", ["route", "status"], registry=self.registry
-        )
+        own = self.registry = CollectorRegistry()
+        self.requests = Counter("headrace_http_requests", "Answers", ["route", "status"], registry=own)
         self.latency = Histogram(
-            "headrace_http_request_seconds",
-            "From the first byte read to the last written",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self.registry,
+            "headrace_http_request_seconds", "From headers read to body written", ["route"], buckets=_SECONDS, registry=own
         )
-        self.stage = Histogram(
-            "headrace_stage_seconds", "Time in one stage of the cascade", ["stage"], buckets=_SECONDS, registry=self.registry
-        )
-        self.candidates = Histogram(
-            "headrace_candidates",
-            "Candidates of one feed request",
-            buckets=(0, 20, 50, 100, 200, 500, 1000, 2000, 5000),
-            registry=self.registry,
-        )
-        self.degraded = Counter(
-            "headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=self.registry
-        )
-        self.events = Counter("headrace_events", "Events posted", ["status"], registry=self.registry)
-        self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=self.registry)
+        self.stage = Histogram("headrace_stage_seconds", "One stage of the cascade", ["stage"], buckets=_SECONDS, registry=own)
+        self.candidates = Histogram("headrace_candidates", "Candidates of one feed", buckets=_CANDIDATES, registry=own)
+        self.degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
+        self.events = Counter("headrace_events", "Events posted", ["status"], registry=own)
+        self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=own)
 
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A value that is read when it is asked for."""

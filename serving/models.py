@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 from models_ml.registry import Registry
+
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from warehouse.errors import HeadraceError
@@ -37,7 +37,7 @@ def missing_models(home: Home) -> list[str]:
 
 
 def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue) -> Models:
-    """The production versions. Raises HeadraceError for a model that is missing, damaged, or wants features that are not served."""
+    """The production versions. Raises HeadraceError if one is missing, damaged, or reads features that are not served."""
     registry = Registry(home.models)
     loaded, versions = {}, {}
     for name in NAMES:

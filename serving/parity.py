@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from warehouse.features.recompute import recompute
 
 from serving.forward_log import FORWARD_LOG
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
-from warehouse.features.recompute import recompute
 from warehouse.lake import Lake
 from warehouse.landing import landed_position
 
@@ -46,7 +46,8 @@ class Difference:
 
     def __str__(self) -> str:
         key = ", ".join(self.keys)
-        return f"request {self.request_id}: {self.feature} of {self.group} ({key}) was served as {self.logged}, the lake says {self.recomputed}"
+        where = f"request {self.request_id}: {self.feature} of {self.group} ({key})"
+        return f"{where} was served as {self.logged}, the lake says {self.recomputed}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 from serving.hydrate import CandidateFeatures, UserFeatures
 
 
-class StageFailed(Exception):
+class StageError(Exception):
     """A model gave no usable scores; the cascade goes on without that stage and says so."""
 
 
@@ -46,7 +46,7 @@ def best_first(scores_C: np.ndarray, top_k: int) -> np.ndarray:
 
 def _usable(what: str, scores_C: np.ndarray, num_candidates: int) -> np.ndarray:
     if scores_C.shape != (num_candidates,):
-        raise StageFailed(f"{what} gave scores of shape {scores_C.shape} for {num_candidates} candidates")
+        raise StageError(f"{what} gave scores of shape {scores_C.shape} for {num_candidates} candidates")
     if not np.isfinite(scores_C).all():
-        raise StageFailed(f"{what} gave {int((~np.isfinite(scores_C)).sum())} scores of {num_candidates} that are not finite")
+        raise StageError(f"{what} gave {int((~np.isfinite(scores_C)).sum())} scores of {num_candidates} that are not finite")
     return scores_C

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from serving.retrieve import GENERATORS
 from warehouse.errors import HeadraceError
 
 DEFAULTS = Path(__file__).with_name("settings.yml")
@@ -40,6 +41,10 @@ class Settings:
         is not a setting."""
         override = os.environ.get("HEADRACE_SERVING", "")
         return cls.load(Path(override) if override else None)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.generators) - set(GENERATORS)):
+            raise HeadraceError(f"serving settings: {', '.join(unknown)} is no generator; there are {', '.join(GENERATORS)}")
 
     @classmethod
     def load(cls, override: Path | None = None) -> "Settings":

@@ -1,0 +1,150 @@
+import threading
+import time
+
+import pytest
+
+from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog
+from warehouse.home import Home
+from warehouse.lake import Lake
+
+
+def row(request_id="r1"):
+    return {
+        "request_id": request_id,
+        "user_id": "u1",
+        "feed_type": "EXPLORE",
+        "request_ts": 1_650_000_000_000_001,
+        "feature_watermark": 1_650_000_000_000_000,
+        "known_position": [3, 5],
+        "declarations_hash": "abc",
+        "model_versions": "{}",
+        "degraded": ["l2"],
+        "timings_ms": "{}",
+        "user_features": {"user_num_views_1h": 2.0, "user_ctr_1d": None},
+        "user_sequences": {"user_last_clicks_30d": ["n1", "n2"]},
+        "candidates": [
+            {
+                "impression_id": "r1:0",
+                "note_id": "n1",
+                "author_id": None,
+                "sources": ["trending", "fresh"],
+                "recall_score": 0.1,
+                "l1_score": None,
+                "final_score": 0.5,
+                "position": 0,
+                "shown": True,
+                "features": {"note_ctr_1d": None, "note_num_views_1h": 7.0},
+                "predictions": {"click": 0.25},
+            },
+            {
+                "impression_id": None,
+                "note_id": "n2",
+                "author_id": "a",
+                "sources": ["fresh"],
+                "recall_score": 0.05,
+                "l1_score": 0.1,
+                "final_score": None,
+                "position": None,
+                "shown": False,
+                "features": None,
+                "predictions": {},
+            },
+        ],
+    }
+
+
+@pytest.fixture
+def lake(tmp_path):
+    return Lake.open(Home(tmp_path))
+
+
+def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
+    forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s)
+    forward_log.start()
+    return forward_log
+
+
+def test_a_row_comes_back_from_the_lake_as_it_was(lake):
+    forward_log = opened(lake)
+    assert forward_log.offer(row)
+    forward_log.close()
+    stored = lake.scan(FORWARD_LOG)
+    assert stored.schema.names == FORWARD_LOG_SCHEMA.names
+    back = stored.to_pylist(maps_as_pydicts="strict")[0]
+    assert back["candidates"] == row()["candidates"]
+    assert back["user_features"] == row()["user_features"]
+    assert back["user_sequences"] == row()["user_sequences"]
+    assert back["known_position"] == [3, 5]
+    assert back["request_ts"].timestamp() == pytest.approx(1_650_000_000.000001)
+    assert (forward_log.num_written, forward_log.num_dropped, forward_log.num_waiting) == (1, 0, 0)
+
+
+def test_flush_writes_at_once_and_close_writes_the_rest(lake):
+    forward_log = opened(lake)
+    forward_log.offer(row)
+    assert forward_log.flush()
+    assert lake.scan(FORWARD_LOG).num_rows == 1
+    forward_log.offer(lambda: row("r2"))
+    assert lake.scan(FORWARD_LOG).num_rows == 1
+    forward_log.close()
+    assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == ["r1", "r2"]
+
+
+@pytest.mark.parametrize(("max_rows", "max_age_s"), [(2, 60.0), (50, 0.05)])
+def test_rows_are_written_by_number_and_by_age_without_being_asked(lake, max_rows, max_age_s):
+    forward_log = opened(lake, max_rows=max_rows, max_age_s=max_age_s)
+    forward_log.offer(row)
+    forward_log.offer(lambda: row("r2"))
+    deadline = time.monotonic() + 10
+    while forward_log.num_written < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert forward_log.num_written == 2
+    forward_log.close()
+
+
+def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):
+    stuck = threading.Event()
+    real_append = Lake.append
+
+    def slow_append(self, name, rows, properties=None):
+        stuck.wait(10)
+        real_append(self, name, rows, properties)
+
+    monkeypatch.setattr(Lake, "append", slow_append)
+    forward_log = opened(lake, max_waiting=3, max_rows=1)
+    started = time.monotonic()
+    taken = [forward_log.offer(lambda n=n: row(f"r{n}")) for n in range(20)]
+    assert time.monotonic() - started < 1
+    assert taken.count(False) == forward_log.num_dropped >= 16  # 3 wait, at most 1 is with the writer
+    stuck.set()
+    forward_log.close()
+    assert forward_log.num_written == taken.count(True) == lake.scan(FORWARD_LOG).num_rows
+
+
+def test_a_write_that_fails_is_tried_again(lake, monkeypatch, caplog):
+    real_append, failures = Lake.append, [OSError("no space left on device")]
+
+    def failing_append(self, name, rows, properties=None):
+        if failures:
+            raise failures.pop()
+        real_append(self, name, rows, properties)
+
+    monkeypatch.setattr(Lake, "append", failing_append)
+    monkeypatch.setattr("serving.forward_log.RETRY_S", 0.01)
+    forward_log = opened(lake)
+    forward_log.offer(row)
+    assert forward_log.flush()
+    assert lake.scan(FORWARD_LOG).num_rows == 1
+    assert forward_log.num_failed_writes == 1
+    assert "no space left on device" in caplog.text
+    forward_log.close()
+
+
+def test_a_row_that_does_not_fit_is_dropped_alone(lake, caplog):
+    forward_log = opened(lake)
+    forward_log.offer(lambda: row() | {"request_ts": "yesterday"})
+    forward_log.offer(lambda: row("r2"))
+    forward_log.close()
+    assert lake.scan(FORWARD_LOG)["request_id"].to_pylist() == ["r2"]
+    assert (forward_log.num_written, forward_log.num_dropped) == (1, 1)
+    assert "does not fit the schema" in caplog.text

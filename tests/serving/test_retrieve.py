@@ -1,0 +1,128 @@
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from serving.catalogue import Catalogue
+from serving.retrieve import Retrieval, _largest, retrieve
+from warehouse.landing import NOTES_SCHEMA
+from warehouse.time_algebra import HOUR_US, MINUTE_US
+
+NOON = 1_650_000_000_000_000
+NOTES = [
+    # note, author, hours before noon that it was created (None: unknown)
+    ("n0", "a", 5),
+    ("n1", "a", 1),
+    ("n2", "b", None),
+    ("n3", "b", 3),
+    ("n4", None, -2),
+]
+
+
+def catalogue():
+    rows = [
+        {
+            "note_id": note_id,
+            "author_id": author,
+            "topics": ["music", "art"],
+            "note_type": "NORMAL",
+            "duration_ms": 1000,
+            "created_at": None if hours is None else NOON - hours * HOUR_US,
+        }
+        for note_id, author, hours in NOTES
+    ]
+    return Catalogue.from_tables(
+        pa.Table.from_pylist(rows, schema=NOTES_SCHEMA), {"n2": NOON - 2 * HOUR_US, "n0": NOON - HOUR_US}
+    )
+
+
+class OneNeighbour:
+    def neighbours(self, note_ids, k):
+        return [("unheard-of", 9.0), ("n3", 2.0), ("n0", 1.0)][:k]
+
+
+class TwoVectors:
+    note_ids = ("n3", "gone", "n1")
+    note_vectors = np.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+
+    def user_vector(self, history):
+        return np.array([0.0, 1.0], dtype=np.float32)
+
+
+def request(seen=(), **changes):
+    notes = catalogue()
+    eligible_N = notes.exists_at(NOON)
+    eligible_N[[notes.row_of[note_id] for note_id in seen]] = False
+    models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=np.array([3, -1, 1]))
+    settings = {
+        "trending_rows": np.array([2, 4, 0]),
+        "recent_clicks": ["n1"],
+        "history": ["n1"],
+        "followed_authors": ["a", "z"],
+    }
+    return Retrieval(catalogue=notes, models=models, eligible_N=eligible_N, **(settings | changes))
+
+
+def found(name, limit=10, **changes):
+    candidates, failed = retrieve(request(**changes), {name: limit})
+    assert failed == []
+    return candidates.note_ids
+
+
+@pytest.mark.parametrize(
+    ("generator", "expected"),
+    [
+        ("trending", ["n2", "n0"]),  # n4 is not created until two hours after noon
+        ("fresh", ["n1", "n2", "n3", "n0"]),  # n2 counts from when it was first seen
+        ("item_to_item", ["n3", "n0"]),
+        ("two_tower", ["n1", "n3"]),
+        ("followed_authors", ["n1", "n0"]),
+    ],
+)
+def test_each_generator_gives_its_notes_best_first(generator, expected):
+    assert found(generator) == expected
+    assert found(generator, limit=1) == expected[:1]
+    assert found(generator, limit=0) == []
+    assert found(generator, seen=["n1", "n2"]) == [note_id for note_id in expected if note_id not in ("n1", "n2")]
+
+
+def test_a_reader_without_a_past_gets_nothing_from_generators_that_need_one():
+    nobody = {"recent_clicks": [], "history": [], "followed_authors": []}
+    assert found("item_to_item", **nobody) == found("two_tower", **nobody) == found("followed_authors", **nobody) == []
+
+
+def test_the_union_holds_each_note_once_with_all_its_sources():
+    candidates, _ = retrieve(request(), {"trending": 10, "item_to_item": 10})
+    assert candidates.note_ids == ["n0", "n2", "n3"]
+    assert candidates.sources == [("trending", "item_to_item"), ("trending",), ("item_to_item",)]
+    assert candidates.recall_score_C.tolist() == pytest.approx([1 / 62 + 1 / 62, 1 / 61, 1 / 61])
+    assert candidates.author_ids == ["a", "b", "b"]
+
+
+def test_a_generator_that_breaks_is_named_and_the_others_go_on(caplog):
+    class Broken:
+        def neighbours(self, note_ids, k):
+            raise RuntimeError("index torn")
+
+    models = SimpleNamespace(item_to_item=Broken())
+    candidates, failed = retrieve(dataclasses.replace(request(), models=models), {"item_to_item": 5, "trending": 5})
+    assert failed == ["item_to_item"]
+    assert candidates.note_ids == ["n2", "n0"]
+    assert "index torn" in caplog.text
+
+
+def test_largest_breaks_ties_by_place_whatever_the_limit():
+    values = np.array([1.0, 3.0, 3.0, 2.0, 3.0])
+    for limit in range(6):
+        assert _largest(values, limit).tolist() == [1, 2, 4, 3, 0][:limit]
+
+
+def test_request_features_of_a_note_are_null_until_it_exists():
+    values = catalogue().request_features(["n1", "n4", "n2", "unheard-of"], NOON)
+    assert values[0].tolist() == [1000.0, HOUR_US / MINUTE_US]
+    assert values[1, 0] == 1000.0
+    assert np.isnan(values[1, 1])
+    assert np.isnan(values[2, 1])
+    assert np.isnan(values[3]).all()
