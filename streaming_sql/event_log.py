@@ -140,8 +140,8 @@ class EventLog:
             marked = self._column(self._writer, "landed_offset")
             if marked != end:
                 raise HeadraceError(
-                    f"event log {self.path} ends at {list(end)} and its records from {list(marked)} on have not landed, but the "
-                    f"lake is at {list(start)}: an import took their offsets, or log and lake belong to different homes"
+                    f"event log {self.path} ends at {list(end)} and its records from {list(marked)} on have not landed, but "
+                    f"the lake is at {list(start)}: an import took their offsets, or log and lake belong to different homes"
                 )
             self._writer.execute("begin immediate")
             for partition, offset in enumerate(start):

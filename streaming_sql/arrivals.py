@@ -1,0 +1,93 @@
+"""What becomes of a record when it arrives: a heartbeat, a dead letter, a duplicate, or an event. Design §4, "Arrival".
+
+Knows nothing of features. Each event_id is remembered for H after its last arrival; among the arrivals that are known the
+first by (landed_at, log_partition, log_offset) wins, also when a lagging partition delivers it last.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from streaming_sql.head import Place
+from warehouse.events import HEARTBEAT
+from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, MINUTE_US
+
+LATE = f"event is older on arrival than the duplicate memory of {DUPLICATE_MEMORY_US // DAY_US} days"
+AHEAD = f"event is stamped more than {FURTHEST_AHEAD_US // MINUTE_US} minutes ahead of the clock"
+
+
+def reasons(records: pa.Table) -> pa.ChunkedArray:
+    """Why each record is a dead letter (string), null where it is not. records: EVENTS_SCHEMA."""
+    age = pc.subtract(records["landed_at"].cast(pa.int64()), records["event_ts"].cast(pa.int64()))
+    fine = pa.scalar(None, pa.string())
+    return pc.if_else(pc.greater(age, DUPLICATE_MEMORY_US), LATE, pc.if_else(pc.less(age, -FURTHEST_AHEAD_US), AHEAD, fine))
+
+
+@dataclass
+class _Memory:
+    """What is remembered of one event_id: the arrival that counts, and when it last arrived."""
+
+    winner: tuple[int, int, int]
+    last_landed_us: int
+
+
+@dataclass
+class Admission:
+    """What one batch of records brought."""
+
+    events: pa.Table
+    """First arrivals, EVENTS_SCHEMA."""
+    superseded: list[tuple[Place, Place]]
+    """(loser, winner): an event admitted earlier than now, and the earlier arrival that takes its place."""
+    num_duplicates: int
+    num_dead: int
+
+
+@dataclass
+class Arrivals:
+    """The duplicate memory."""
+
+    _known: dict[str, _Memory] = field(default_factory=dict)
+    _by_age: deque[tuple[int, str]] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def admit(self, records: pa.Table) -> Admission:
+        """Splits records (EVENTS_SCHEMA, each partition in order) into first arrivals and the rest."""
+        alive = pc.and_(pc.is_null(reasons(records)), pc.not_equal(records["event_type"], HEARTBEAT))
+        num_dead = pc.sum(pc.is_valid(reasons(records))).as_py() or 0
+        events = records.filter(alive)
+        landed_at = events["landed_at"].cast(pa.int64()).to_pylist()
+        places = zip(events["log_partition"].to_pylist(), events["log_offset"].to_pylist(), strict=True)
+        superseded: list[tuple[Place, Place]] = []
+        wins = []
+        for event_id, landed_us, place in zip(events["event_id"].to_pylist(), landed_at, places, strict=True):
+            wins.append(self._admit(event_id, (landed_us, *place), superseded))
+        admitted = events if all(wins) else events.filter(pa.array(wins, pa.bool_()))
+        return Admission(admitted, superseded, len(wins) - admitted.num_rows, num_dead)
+
+    def _admit(self, event_id: str, arrival: tuple[int, int, int], superseded: list[tuple[Place, Place]]) -> bool:
+        memory = self._known.get(event_id)
+        landed_us = arrival[0]
+        self._by_age.append((landed_us, event_id))
+        if memory is None or landed_us - memory.last_landed_us > DUPLICATE_MEMORY_US:
+            self._known[event_id] = _Memory(arrival, landed_us)
+            return True
+        memory.last_landed_us = max(memory.last_landed_us, landed_us)
+        if arrival > memory.winner or memory.winner[0] - landed_us > DUPLICATE_MEMORY_US:
+            return arrival < memory.winner
+        superseded.append((memory.winner[1:], arrival[1:]))
+        memory.winner = arrival
+        return True
+
+    def forget_before(self, read_through_us: int) -> None:
+        """Drops ids whose last arrival is more than H before an instant that every partition has been read past."""
+        oldest_us = read_through_us - DUPLICATE_MEMORY_US
+        while self._by_age and self._by_age[0][0] < oldest_us:
+            _, event_id = self._by_age.popleft()
+            memory = self._known.get(event_id)
+            if memory is not None and memory.last_landed_us < oldest_us:
+                del self._known[event_id]

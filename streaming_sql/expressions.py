@@ -1,0 +1,210 @@
+"""Derived features at request time: a DuckDB expression compiled to numpy, over float64 columns with NaN for NULL.
+
+The list of operations is closed; anything else is refused when compiled. x/0, the logarithm of a number that is not positive
+and the root of a negative one are NULL, as in every execution. Truth values are 1, 0 and NaN (unknown) with Kleene's logic.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import sqlglot
+from sqlglot import expressions as exp
+
+from warehouse.errors import HeadraceError
+
+Columns = Mapping[str, np.ndarray]
+Compiled = Callable[[Columns], np.ndarray]
+"""Columns of N float64 each → N float64 (or one number, where the expression is constant)."""
+
+SUPPORTED = "+ - * / coalesce nullif least greatest abs sqrt ln cast case and or not = <> < <= > >= is null in between"
+
+
+def compile_expression(text: str, columns: frozenset[str], what: str) -> Compiled:
+    """Compiles `text` over `columns`; the result takes the columns it names and returns float64 [N], NaN for NULL.
+
+    what: named in messages, for example `derived feature note_ctr_1d`. Raises HeadraceError if it cannot be parsed, names
+    no column, is a truth value, or uses anything outside the closed list.
+    """
+    try:
+        tree = sqlglot.parse_one(text, dialect="duckdb")
+    except sqlglot.errors.ParseError as error:
+        raise HeadraceError(f"{what}: {text!r} cannot be parsed: {str(error).splitlines()[0]}") from None
+    compiled, is_truth = _compile(tree, columns, what)
+    if is_truth:
+        raise HeadraceError(f"{what}: {text!r} is a truth value; write case when … then 1 else 0 end")
+
+    def evaluate(values: Columns) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return _null_unless_finite(compiled(values))
+
+    return evaluate
+
+
+def _compile(node: exp.Expression, columns: frozenset[str], what: str) -> tuple[Compiled, bool]:
+    """The compiled node, and whether it is a truth value."""
+
+    def refuse(problem: str) -> HeadraceError:
+        return HeadraceError(f"{what}: {problem}; supported are {SUPPORTED}")
+
+    def number(child: exp.Expression) -> Compiled:
+        compiled, is_truth = _compile(child, columns, what)
+        if is_truth:
+            raise refuse(f"{child.sql('duckdb')} is a truth value where a number is needed")
+        return compiled
+
+    def truth(child: exp.Expression) -> Compiled:
+        compiled, is_truth = _compile(child, columns, what)
+        if not is_truth and not isinstance(child, exp.Null):
+            raise refuse(f"{child.sql('duckdb')} is a number where a condition is needed")
+        return compiled
+
+    if isinstance(node, exp.Paren):
+        return _compile(node.this, columns, what)
+    if isinstance(node, exp.Column):
+        name = node.name
+        if name not in columns:
+            raise HeadraceError(f"{what}: there is no {name}; there are {', '.join(sorted(columns))}")
+        return (lambda values: values[name]), False
+    if isinstance(node, exp.Literal):
+        if node.is_string:
+            raise refuse(f"text {node.sql('duckdb')} in a number's place")
+        constant = np.float64(node.this)
+        return (lambda values: constant), False
+    if isinstance(node, exp.Null):
+        return (lambda values: np.float64("nan")), False
+    if isinstance(node, exp.Boolean):
+        constant = np.float64(bool(node.this))
+        return (lambda values: constant), True
+    if isinstance(node, exp.Cast):
+        return _cast(node, number(node.this), refuse), False
+    if type(node) in _ARITHMETIC:
+        left, right, operation = number(node.this), number(node.expression), _ARITHMETIC[type(node)]
+        return (lambda values: operation(left(values), right(values))), False
+    if type(node) in _ONE_NUMBER:
+        inner, function = number(node.this), _ONE_NUMBER[type(node)]
+        return (lambda values: function(inner(values))), False
+    if type(node) in _MANY_NUMBERS:
+        parts = [number(child) for child in (node.this, *node.expressions)]
+        combine = _MANY_NUMBERS[type(node)]
+
+        def reduce(values: Columns) -> np.ndarray:
+            result = parts[0](values)
+            for part in parts[1:]:
+                result = combine(result, part(values))
+            return result
+
+        return reduce, False
+    if isinstance(node, exp.Case):
+        return _case(node, number, truth), False
+    if type(node) in _COMPARISONS:
+        left, right, compare = number(node.this), number(node.expression), _COMPARISONS[type(node)]
+        return (lambda values: _compared(compare, left(values), right(values))), True
+    if isinstance(node, exp.And | exp.Or):
+        left, right = truth(node.this), truth(node.expression)
+        combine = _and if isinstance(node, exp.And) else _or
+        return (lambda values: combine(left(values), right(values))), True
+    if isinstance(node, exp.Not):
+        inner = truth(node.this)
+        return (lambda values: 1.0 - inner(values)), True
+    if isinstance(node, exp.Is) and isinstance(node.expression, exp.Null):
+        inner = number(node.this)
+        return (lambda values: np.isnan(inner(values)).astype(np.float64)), True
+    if isinstance(node, exp.Between):
+        inner, low, high = number(node.this), number(node.args["low"]), number(node.args["high"])
+        return (
+            lambda values: _and(
+                _compared(np.greater_equal, inner(values), low(values)), _compared(np.less_equal, inner(values), high(values))
+            )
+        ), True
+    if isinstance(node, exp.In) and node.expressions:
+        inner, options = number(node.this), [number(option) for option in node.expressions]
+
+        def among(values: Columns) -> np.ndarray:
+            found = np.float64(0.0)
+            for option in options:
+                found = _or(found, _compared(np.equal, inner(values), option(values)))
+            return found
+
+        return among, True
+    raise refuse(f"{node.sql('duckdb')} is not supported")
+
+
+def _null_unless_finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _divide(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.where(right == 0, np.nan, np.divide(left, right))
+
+
+def _compared(compare: Callable, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(left) | np.isnan(right), np.nan, compare(left, right).astype(np.float64))
+
+
+def _and(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.where((left == 0) | (right == 0), 0.0, left * right)
+
+
+def _or(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.where((left == 1) | (right == 1), 1.0, left + right)
+
+
+def _round_to_bigint(values: np.ndarray) -> np.ndarray:
+    """DuckDB rounds halves away from zero when it casts."""
+    return np.trunc(values + np.copysign(0.5, values))
+
+
+def _cast(node: exp.Cast, inner: Compiled, refuse: Callable[[str], HeadraceError]) -> Compiled:
+    if node.to.is_type(exp.DataType.Type.DOUBLE):
+        return inner
+    if node.to.is_type(exp.DataType.Type.BIGINT):
+        return lambda values: _round_to_bigint(inner(values))
+    raise refuse(f"{node.sql('duckdb')} casts to neither double nor bigint")
+
+
+def _case(node: exp.Case, number: Callable, truth: Callable) -> Compiled:
+    """First branch whose condition is true; `case x when y` compares x with y."""
+    branches = [
+        (
+            truth(exp.EQ(this=node.this.copy(), expression=branch.this) if node.this else branch.this),
+            number(branch.args["true"]),
+        )
+        for branch in node.args["ifs"]
+    ]
+    otherwise = number(node.args.get("default") or exp.Null())
+
+    def choose(values: Columns) -> np.ndarray:
+        result = otherwise(values)
+        for condition, value in reversed(branches):
+            result = np.where(condition(values) == 1, value(values), result)
+        return result
+
+    return choose
+
+
+_ARITHMETIC: dict[type, Callable] = {
+    exp.Add: np.add,
+    exp.Sub: np.subtract,
+    exp.Mul: np.multiply,
+    exp.Div: _divide,
+    exp.Nullif: lambda left, right: np.where(left == right, np.nan, left),
+}
+_ONE_NUMBER: dict[type, Callable] = {
+    exp.Neg: np.negative,
+    exp.Abs: np.abs,
+    exp.Sqrt: lambda values: np.where(values >= 0, np.sqrt(values), np.nan),
+    exp.Ln: lambda values: np.where(values > 0, np.log(values), np.nan),
+}
+_MANY_NUMBERS: dict[type, Callable] = {
+    exp.Coalesce: lambda left, right: np.where(np.isnan(left), right, left),
+    exp.Least: np.fmin,  # NULLs are passed over, as in DuckDB and PostgreSQL
+    exp.Greatest: np.fmax,
+}
+_COMPARISONS: dict[type, Callable] = {
+    exp.EQ: np.equal,
+    exp.NEQ: np.not_equal,
+    exp.LT: np.less,
+    exp.LTE: np.less_equal,
+    exp.GT: np.greater,
+    exp.GTE: np.greater_equal,
+}

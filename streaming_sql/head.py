@@ -1,0 +1,104 @@
+"""The head of one feature group: every event of the log that no block of the tick holds yet, by key.
+
+Lists are append-only. What a view sees of them is decided by its tick and position alone, so views of different instants
+share one head, and a request sees exactly one K. Knows nothing of blocks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from streaming_sql.key_index import Key
+from warehouse.features.declarations import FeatureGroup, Measure
+
+Place = tuple[int, int]
+"""(log_partition, log_offset)."""
+
+
+@dataclass(slots=True)
+class HeadEvent:
+    """One event of one key. `values` has one item per fresh measure: None where the event is not in its set."""
+
+    event_ts: int
+    event_id: str
+    known_at: int
+    log_partition: int
+    log_offset: int
+    values: tuple[Any, ...]
+    superseded_by: Place | None = None
+    """Where an earlier arrival of the same event_id was read later (a lagging partition): views that know it see it instead."""
+
+    def is_visible(self, tick_us: int, position: Sequence[int]) -> bool:
+        if self.known_at <= tick_us or self.log_offset >= position[self.log_partition]:
+            return False
+        return self.superseded_by is None or self.superseded_by[1] >= position[self.superseded_by[0]]
+
+
+class Head:
+    """Events by key, and by place in the log."""
+
+    def __init__(self, events: Iterable[tuple[Key, HeadEvent]] = ()):
+        self._of_key: dict[Key, list[HeadEvent]] = {}
+        self._at: dict[Place, tuple[Key, HeadEvent]] = {}
+        for key, event in events:
+            self.add(key, event)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def add(self, key: Key, event: HeadEvent) -> None:
+        self._of_key.setdefault(key, []).append(event)
+        self._at[event.log_partition, event.log_offset] = (key, event)
+
+    def supersede(self, loser: Place, winner: Place) -> None:
+        """The event at `loser` counts only for views that do not know `winner`."""
+        if loser in self._at:
+            self._at[loser][1].superseded_by = winner
+
+    def after(self, tick_us: int) -> "Head":
+        """A new head without what the blocks of `tick_us` hold; views of this one keep theirs."""
+        return Head(item for item in list(self._at.values()) if item[1].known_at > tick_us)
+
+    def visible(self, key: Key, tick_us: int, position: Sequence[int], before_us: int) -> list[HeadEvent]:
+        """The key's events that a view of (tick, position) sees, with event_ts < before_us."""
+        events = self._of_key.get(key)
+        if not events:
+            return []
+        return [event for event in list(events) if event.event_ts < before_us and event.is_visible(tick_us, position)]
+
+
+def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
+    """DuckDB `select` of one row per event that is in the set of at least one fresh measure: keys, place, times, then `of`
+    of each measure (true for a bare count), NULL where the event is not in its set."""
+    items, conditions = [], []
+    for measure in fresh:
+        condition = " and ".join(
+            [f"({measure.where})"] * bool(measure.where) + [f"({measure.of}) is not null"] * bool(measure.of)
+        )
+        value = f"cast({measure.of} as {measure.type})" if measure.of else "true"
+        conditions.append(condition or "true")
+        items.append(f"case when {condition or 'true'} then {value} end as {measure.name}")
+    keys = ", ".join(group.keys)
+    known = " and ".join(f"{key} is not null" for key in group.keys)
+    return (
+        f"select {keys}, epoch_us(event_ts) as head_event_ts, event_id as head_event_id, epoch_us(known_at) as head_known_at, "
+        f"log_partition as head_partition, log_offset as head_offset, {', '.join(items)} "
+        f"from {events} where {known} and ({' or '.join(f'coalesce({one}, false)' for one in conditions)})"
+    )
+
+
+def head_events(group: FeatureGroup, rows: pa.Table) -> list[tuple[Key, HeadEvent]]:
+    """The rows of `head_sql` as (key, event)."""
+    if rows.num_rows == 0:
+        return []
+    columns = [column.to_pylist() for column in rows.columns]
+    num_keys = len(group.keys)
+    keys, facts, values = columns[:num_keys], columns[num_keys : num_keys + 5], columns[num_keys + 5 :]
+    return [
+        (key, HeadEvent(*fact, measured))
+        for key, fact, measured in zip(
+            zip(*keys, strict=True), zip(*facts, strict=True), zip(*values, strict=True), strict=True
+        )
+    ]

@@ -1,0 +1,129 @@
+"""Feature values at request time: all groups at one tick, plus the head of the log for fresh ones.
+
+The store moves from tick to tick and keeps two; `view()` is an immutable snapshot, so one request reads every group at one
+(T, K). One thread advances it (the runner), any number read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from streaming_sql.block_layer import BlockLayer, Blocks
+from streaming_sql.group_state import FeatureMatrix, GroupState, Instant
+from streaming_sql.head import Head, HeadEvent, Place
+from streaming_sql.key_index import Key, KeyIndex
+from streaming_sql.plan import GroupPlan
+from warehouse.errors import HeadraceError
+from warehouse.events import NUM_PARTITIONS
+from warehouse.features.declarations import FeatureGroup
+from warehouse.time_algebra import newest_tick
+
+_MERGE_FACTOR = 4
+"""A layer is merged into the one before it once it is no smaller than a quarter of it: logarithmically many layers."""
+
+
+@dataclass(frozen=True)
+class StoreView:
+    """All groups at one tick T (`tick_us`) and one log position K."""
+
+    tick_us: int
+    position: tuple[int, ...]
+    groups: Mapping[str, GroupState]
+
+    def assemble(self, group_name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix:
+        """The group's features for N keys as a request at t_us reads them; unknown keys get the empty values.
+
+        keys: tuples in the order of the group's key columns. Raises HeadraceError for an unknown group, ValueError if t_us
+        is before the tick (its blocks may hold what happens after t).
+        """
+        state = self.groups.get(group_name)
+        if state is None:
+            raise HeadraceError(f"no feature group {group_name}; there are {', '.join(self.groups)}")
+        if t_us < self.tick_us:
+            raise ValueError(f"t_us {t_us} is before the view's tick {self.tick_us}: ask the store for view(at_us=t_us)")
+        return state.assemble(keys, Instant(self.tick_us, self.position, t_us))
+
+
+class OnlineStore:
+    """The current view and the one a tick older."""
+
+    def __init__(self, groups: Mapping[str, FeatureGroup], tick_us: int = 0, position: tuple[int, ...] = (0,) * NUM_PARTITIONS):
+        self.plans = {name: GroupPlan.of(group) for name, group in groups.items()}
+        states = {name: GroupState(plan, KeyIndex(plan.group.keys), (), Head()) for name, plan in self.plans.items()}
+        self._view = StoreView(tick_us, position, states)
+        self._previous = self._view
+
+    def view(self, at_us: int | None = None) -> StoreView:
+        """The newest view, or for a request at `at_us` the newest that it may read: T <= floor_5m(at_us − grace).
+
+        Raises HeadraceError if both kept ticks are newer than that.
+        """
+        view, previous = self._view, self._previous
+        if at_us is None or view.tick_us <= newest_tick(at_us):
+            return view
+        if previous.tick_us <= newest_tick(at_us):
+            return previous
+        raise HeadraceError(f"the store keeps ticks from {previous.tick_us} us on; a request at {at_us} us needs an older one")
+
+    @property
+    def tick_us(self) -> int:
+        return self._view.tick_us
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        return self._view.position
+
+    def advance(
+        self,
+        position: tuple[int, ...],
+        head: Mapping[str, Sequence[tuple[Key, HeadEvent]]],
+        superseded: Sequence[tuple[Place, Place]] = (),
+        tick_us: int | None = None,
+        blocks: Mapping[str, pa.Table] | None = None,
+    ) -> None:
+        """Moves to a log position and, with `tick_us`, to a newer tick; readers see all of it at once.
+
+        head: new events of each fresh group; superseded: (loser, winner) places; blocks: the rows of `features.<group>`
+        that the tick adds. Raises ValueError if the tick is not newer.
+        """
+        view = self._view
+        if tick_us is not None and tick_us <= view.tick_us:
+            raise ValueError(f"tick_us must be after {view.tick_us}, got {tick_us}")
+        states = dict(view.groups)
+        for name, events in head.items():
+            for key, event in events:
+                states[name].head.add(key, event)
+        for loser, winner in superseded:
+            for state in states.values():
+                state.head.supersede(loser, winner)
+        if tick_us is not None:
+            for name, state in states.items():
+                layers = _with_blocks(state, (blocks or {}).get(name), tick_us)
+                states[name] = replace(state, layers=layers, head=state.head.after(tick_us))
+        next_view = StoreView(view.tick_us if tick_us is None else tick_us, position, states)
+        if tick_us is not None:
+            self._previous = view
+        self._view = next_view
+
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of the blocks of each group (key index and head not counted)."""
+        return {name: sum(layer.num_bytes for layer in state.layers) for name, state in self._view.groups.items()}
+
+    def num_keys(self) -> dict[str, int]:
+        return {name: len(state.index) for name, state in self._view.groups.items()}
+
+
+def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int) -> tuple[BlockLayer, ...]:
+    """The group's layers with one more, merged where sizes have come close."""
+    if rows is None or rows.num_rows == 0:
+        return state.layers
+    layers = [*state.layers, BlockLayer.build(state.plan, Blocks.of(state.plan, state.index.add(rows), rows))]
+    first = len(layers) - 1
+    size = layers[-1].num_blocks
+    while first > 0 and size * _MERGE_FACTOR >= layers[first - 1].num_blocks:
+        first -= 1
+        size += layers[first].num_blocks
+    if first < len(layers) - 1:
+        layers[first:] = [BlockLayer.merge(state.plan, layers[first:], tick_us - state.plan.keep_us)]
+    return tuple(layers)

@@ -1,0 +1,215 @@
+"""The embedded runner: log → head, ticks → blocks → store, log → lake. All of its state can be rebuilt from lake and log.
+
+`step()` does one round and is deterministic under a manual clock; `start()` runs rounds in two threads (feeding and landing,
+so that a slow commit never delays an event's way to the head) until `stop()`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from streaming_sql.event_log import EventLog
+from streaming_sql.feed import Feed, Taken
+from streaming_sql.lander import Lander, LanderSettings
+from streaming_sql.online_store import OnlineStore
+from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
+from warehouse.events import EVENTS_SCHEMA
+from warehouse.features.declarations import FeatureGroup
+from warehouse.lake import Lake
+from warehouse.landing import EVENTS, landed_position
+from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, SECOND_US
+
+_LOG = logging.getLogger("headrace.stream")
+Progress = Callable[[int, int], None]
+"""Called with (records replayed, records in all)."""
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """How much a round reads, and how long a partition may be silent before it gets a heartbeat."""
+
+    read_limit: int = 10_000
+    replay_limit: int = 200_000
+    heartbeat_idle_us: int = 5 * SECOND_US
+    poll_seconds: float = 0.005
+    lander: LanderSettings = field(default_factory=LanderSettings)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one round did, and where it left the store."""
+
+    num_records: int
+    num_events: int
+    num_duplicates: int
+    num_dead: int
+    num_late: int
+    num_landed: int
+    closed_tick_us: int | None
+    """The tick that this round closed, if it did."""
+    tick_us: int
+    position: tuple[int, ...]
+    num_behind: int
+    """Records in the log that have not been read."""
+
+
+class Runner:
+    """Keeps `store` up to date with `log`, and the lake with both."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        log: EventLog,
+        store: OnlineStore,
+        groups: Mapping[str, FeatureGroup],
+        clock: Clock,
+        settings: RunnerSettings | None = None,
+    ):
+        self._lake, self._log, self._clock = lake, log, clock
+        self._settings = settings or RunnerSettings()
+        self._feed = Feed(store, groups, (0,) * log.num_partitions)
+        self._lander = Lander(lake, log, clock, self._settings.lander)
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._caught_up = False
+        self.totals = Taken()
+        self.failure: BaseException | None = None
+
+    @property
+    def store(self) -> OnlineStore:
+        return self._feed.store
+
+    def catch_up(self, progress: Progress | None = None) -> int:
+        """Replays what the store's blocks do not hold: from the lake, then from the log up to its end. Returns records read.
+
+        Call it once, before `step` or `start`. The store is at the log's end on return.
+        """
+        landed = landed_position(self._lake)
+        done = self._replay_lake(progress, sum(self._log.end()) - sum(landed))
+        self._feed.position = tuple(max(a, b) for a, b in zip(self._feed.position, landed, strict=True))
+        self._caught_up = True
+        end = self._log.end()
+        total = done + sum(end) - sum(self._feed.position)
+        while sum(self._feed.position) < sum(end):
+            report = self._feed_once(self._settings.replay_limit)
+            done += report[0]
+            if progress:
+                progress(min(done, total), total)
+        return done
+
+    def _replay_lake(self, progress: Progress | None, num_in_log: int) -> int:
+        if not self._lake.exists(EVENTS) or self._lake.table(EVENTS).current_snapshot() is None:
+            return 0
+        columns = ", ".join(EVENTS_SCHEMA.names)
+        since_us = self._feed.store.tick_us - FURTHEST_AHEAD_US - DUPLICATE_MEMORY_US
+        done = 0
+        with self._lake.duckdb() as connection:
+            where = f"where landed_at >= make_timestamptz({max(since_us, 0)})"
+            (total,) = connection.execute(f"select count(*) from lake.events {where}").fetchall()[0]
+            reader = connection.execute(
+                f"select {columns} from lake.events {where} order by landed_at, log_partition, log_offset"
+            ).to_arrow_reader(self._settings.replay_limit)
+            for batch in reader:
+                records = pa.Table.from_batches([batch]).cast(EVENTS_SCHEMA)
+                self._count(self._feed.take(records, is_history=True))
+                done += records.num_rows
+                if progress:
+                    progress(done, total + num_in_log)
+        return done
+
+    def step(self) -> StepReport:
+        """One round: heartbeats, the next records into the store, a commit to the lake if one is due."""
+        self._must_have_caught_up()
+        num_records, taken = self._feed_once(self._settings.read_limit)
+        num_landed = self._lander.step()
+        return StepReport(
+            num_records,
+            taken.num_events,
+            taken.num_duplicates,
+            taken.num_dead,
+            taken.num_late,
+            num_landed,
+            taken.closed_tick_us,
+            self.store.tick_us,
+            self.store.position,
+            sum(self._log.end()) - sum(self._feed.position),
+        )
+
+    def _must_have_caught_up(self) -> None:
+        if not self._caught_up:
+            raise HeadraceError("the runner has not caught up with the lake: call catch_up() first")
+
+    def _feed_once(self, limit: int) -> tuple[int, Taken]:
+        self._log.heartbeat(self._settings.heartbeat_idle_us)
+        records = self._log.read(self._feed.position, limit)
+        taken = self._feed.take(records) if records.num_rows else Taken()
+        self._count(taken)
+        return records.num_rows, taken
+
+    def _count(self, taken: Taken) -> None:
+        self.totals.num_events += taken.num_events
+        self.totals.num_duplicates += taken.num_duplicates
+        self.totals.num_dead += taken.num_dead
+        self.totals.num_late += taken.num_late
+
+    def flush(self) -> int:
+        """Lands everything in the log now; returns the number of records landed."""
+        return self._lander.flush()
+
+    def start(self) -> None:
+        """Runs until `stop()`. If a round fails, the thread ends, `failure` holds why and `is_healthy` turns false."""
+        self._must_have_caught_up()
+        if self._threads:
+            raise HeadraceError("the runner is already running")
+        self._stopping.clear()
+        rounds = {"feed": lambda: self._feed_once(self._settings.read_limit)[0], "lander": self._land_once}
+        self._threads = [
+            threading.Thread(target=self._run, args=(one_round,), name=f"headrace-{name}", daemon=True)
+            for name, one_round in rounds.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _land_once(self) -> int:
+        landed = self._lander.step()
+        if not landed:
+            self._stopping.wait(1.0)
+        return landed
+
+    def _run(self, one_round: Callable[[], int]) -> None:
+        try:
+            while not self._stopping.is_set():
+                if not one_round():
+                    self._stopping.wait(self._settings.poll_seconds)
+        except BaseException as failure:
+            self.failure = failure
+            _LOG.exception("%s stopped", threading.current_thread().name)
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.failure is None
+
+    def stop(self, flush: bool = True) -> None:
+        """Ends both threads, then lands what is left. Raises what ended a thread early, if anything did."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        if self.failure is not None:
+            raise self.failure
+        if flush:
+            self.flush()
+
+    def wait_until(self, position: tuple[int, ...], timeout_s: float = 10.0) -> bool:
+        """Waits until the store has absorbed `position`; false if it has not by then."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.failure is None:
+            if all(own >= wanted for own, wanted in zip(self.store.position, position, strict=True)):
+                return True
+            time.sleep(0.001)
+        return False
