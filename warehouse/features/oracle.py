@@ -1,0 +1,116 @@
+"""The oracle: the design's equation over raw events, written as plainly as possible. Every execution is judged by it.
+
+    value(k, t, T, K) = finalize( combine over { map(e) : key(e) = k, p(e), lower <= event_ts(e) < upper, known(e) <= K } )
+
+It shares no code with the executions beyond the clock arithmetic, and it is slow: one pass over all events per value.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.expressions import evaluate
+from warehouse.time_algebra import DUPLICATE_MEMORY_US, GRACE_US, floor_5m, known_at
+
+Event = Mapping[str, Any]
+"""A row of the event log with `event_ts` and `landed_at` in microseconds, plus the staging model's typed columns."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One question: a key, a request time t, a tick T and what was known.
+
+    known_tick: K of block-fresh measures. known_position: next offset per log partition, K of event-fresh measures; None
+    means "landed before t", the rule for a spine without a log.
+    """
+
+    key: tuple[str | None, ...]
+    request_us: int
+    tick_us: int
+    known_tick_us: int
+    known_position: tuple[int, ...] | None = None
+
+
+def values(group: FeatureGroup, events: Iterable[Event], read: Read) -> dict[str, Any]:
+    """All features of the group for one read: name → int, float, list of str, or None for NULL."""
+    arrivals = sorted(events, key=lambda event: (event["landed_at"], event["log_partition"], event["log_offset"]))
+    result: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for measure in group.measures:
+        first = first_arrivals([event for event in arrivals if _arrived(event, measure, read)])
+        for window in measure.windows:
+            lower, upper = _bounds(measure, window.length_us, read)
+            chosen = [
+                event
+                for event in first
+                if tuple(event[key] for key in group.keys) == read.key
+                and None not in read.key
+                and (measure.where is None or evaluate(measure.where, event) is True)
+                and lower <= event["event_ts"] < upper
+                and (measure.freshness == "event" or known_at(event["event_ts"], event["landed_at"]) <= read.known_tick_us)
+            ]
+            value = _aggregate(measure, chosen)
+            plain[f"{measure.name}_{window.name}"] = value
+            result[f"{group.entity}_{measure.name}_{window.name}"] = value
+    for derived in group.derived:
+        result[f"{group.entity}_{derived.name}"] = evaluate(derived.expression, plain)
+    return result
+
+
+def first_arrivals(arrivals: Sequence[Event]) -> list[Event]:
+    """Each event_id once: the first arrival wins with its whole row and is remembered for H after the id's last arrival.
+
+    arrivals: in the order (landed_at, log_partition, log_offset). Heartbeats are no events.
+    """
+    last_seen: dict[str, int] = {}
+    kept = []
+    for event in arrivals:
+        if event["event_type"] == "heartbeat":
+            continue
+        previous = last_seen.get(event["event_id"])
+        if previous is None or event["landed_at"] > previous + DUPLICATE_MEMORY_US:
+            kept.append(event)
+        last_seen[event["event_id"]] = event["landed_at"]
+    return kept
+
+
+def _arrived(event: Event, measure: Measure, read: Read) -> bool:
+    """Whether the log held the event at K, whatever its event_ts."""
+    if measure.freshness == "block":
+        return floor_5m(event["landed_at"] - GRACE_US) + 5 * 60_000_000 <= read.known_tick_us
+    in_blocks = floor_5m(event["landed_at"] - GRACE_US) + 5 * 60_000_000 <= read.tick_us
+    if read.known_position is None:
+        return in_blocks or event["landed_at"] < read.request_us
+    return event["log_offset"] < read.known_position[event["log_partition"]]
+
+
+def _bounds(measure: Measure, length_us: int, read: Read) -> tuple[int, int]:
+    """[lower, upper) in event time."""
+    if measure.freshness == "event":
+        upper = read.request_us
+        lower = floor_5m(read.request_us) - length_us
+    else:
+        upper = min(read.tick_us, read.known_tick_us)
+        lower = (floor_5m(read.request_us) if measure.anchor == "request" else read.tick_us) - length_us
+    return min(lower, upper), upper
+
+
+def _aggregate(measure: Measure, events: list[Event]) -> Any:
+    if measure.of is None:
+        return len(events)
+    pairs = [(event["event_ts"], event["event_id"].encode(), evaluate(measure.of, event)) for event in events]
+    pairs = [pair for pair in pairs if pair[2] is not None]
+    found = [value for _, _, value in pairs]
+    if measure.aggregation == "count":
+        return len(found)
+    if measure.aggregation == "sum":
+        return sum(found)
+    if measure.aggregation == "avg":
+        return sum(found) / len(found) if found else None
+    if measure.aggregation == "min":
+        return min(found, default=None)
+    if measure.aggregation == "max":
+        return max(found, default=None)
+    assert measure.aggregation == "last_n" and measure.n is not None
+    return [str(value) for _, _, value in sorted(pairs)[-measure.n :]]

@@ -1,0 +1,63 @@
+"""Renders the algebra's SQL macros outside dbt, so that every execution runs the very text that dbt builds with.
+
+The macros in `warehouse/macros/algebra/` use plain Jinja only: no adapter, no graph, no `return`.
+"""
+
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import FeatureGroup
+from warehouse.home import REPOSITORY
+from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, GRACE_US, SECOND_US
+
+MACROS = REPOSITORY / "warehouse" / "macros" / "algebra"
+VARIABLES = {
+    "grace_seconds": GRACE_US // SECOND_US,
+    "duplicate_memory_seconds": DUPLICATE_MEMORY_US // SECOND_US,
+    "furthest_ahead_seconds": FURTHEST_AHEAD_US // SECOND_US,
+}
+"""The dbt variables of the same names; `tests/warehouse/test_render.py` holds them equal to `dbt_project.yml`."""
+
+
+def _refuse(message: str) -> None:
+    raise HeadraceError(message)
+
+
+@cache
+def _macros(dialect: str) -> Any:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, extensions=["jinja2.ext.do"], trim_blocks=False)
+    environment.globals.update(
+        target={"type": dialect},
+        var=lambda name, default=None: VARIABLES.get(name, default),
+        exceptions={"raise_compiler_error": _refuse},
+    )
+    text = "\n".join(path.read_text() for path in sorted(MACROS.glob("*.sql")))
+    return environment.from_string(text).module
+
+
+def render_macro(macro: str, *arguments: Any, dialect: str = "duckdb", **keywords: Any) -> str:
+    """The SQL text of one macro of the algebra."""
+    return str(getattr(_macros(dialect), macro)(*arguments, **keywords)).strip()
+
+
+def block_sql(group: FeatureGroup, events: str, dialect: str = "duckdb") -> str:
+    """`select` of the group's 5-minute block rows from a relation with the columns of its staging model."""
+    return render_macro("block_rows", group.as_meta(), events, dialect=dialect)
+
+
+def roll_up_sql(group: FeatureGroup, child: str, minutes: int, dialect: str = "duckdb") -> str:
+    """`select` of hour or day rows from the rows of a finer granularity."""
+    return render_macro("rolled_up_rows", group.as_meta(), child, minutes, dialect=dialect)
+
+
+def staging_sql(events: str, dialect: str = "duckdb") -> str:
+    """`select` of typed first arrivals with their `known_at` from rows of `lake.events`."""
+    return render_macro("first_arrivals", events, dialect=dialect)
+
+
+def point_in_time_sql(group: FeatureGroup, spine: str, blocks: str, hours: str, days: str, events: str) -> str:
+    """`select` of one row per spine row with the group's features as known at the row's own T and K."""
+    return render_macro("point_in_time", group.as_meta(), spine, blocks, hours, days, events)

@@ -1,0 +1,166 @@
+"""The Iceberg lake: one SQLite catalogue, local files, atomic appends and overwrites, and DuckDB views to read them.
+
+Knows nothing of features. Any Iceberg engine can read the same tables: the catalogue is pyiceberg's own and each table is
+described by its metadata file (docs/decisions/0002-reading-the-lake.md).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.expressions import AlwaysTrue, BooleanExpression
+from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC
+from pyiceberg.schema import Schema
+from pyiceberg.table import Table, Transaction
+from pyiceberg.transforms import parse_transform
+
+from warehouse.errors import HeadraceError
+from warehouse.home import Home
+
+CATALOGUE = "headrace"
+
+
+def duckdb_connection(database: str = ":memory:") -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection that speaks UTC and reads Iceberg."""
+    connection = duckdb.connect(database)
+    prepare_connection(connection)
+    return connection
+
+
+def prepare_connection(connection: duckdb.DuckDBPyConnection) -> None:
+    """Loads the Iceberg extension from its wheel (no download) and fixes the time zone."""
+    from duckdb_extensions import import_extension
+
+    for extension in ("avro", "httpfs", "iceberg"):
+        import_extension(extension, con=connection)
+        connection.execute(f"load {extension}")
+    connection.execute("set global TimeZone = 'UTC'")
+
+
+def quoted(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The tables of one warehouse folder. Cheap to make; every call reads the catalogue afresh."""
+
+    catalogue: SqlCatalog
+    folder: Path
+
+    @classmethod
+    def open(cls, home: Home) -> "Lake":
+        """Opens the warehouse under `home`, making it on first use."""
+        folder = home.lake
+        try:
+            catalogue = SqlCatalog(
+                CATALOGUE,
+                uri=f"sqlite:///{folder / 'catalogue.db'}?timeout=60",
+                warehouse=f"file://{folder / 'warehouse'}",
+            )
+        except Exception as error:
+            raise HeadraceError(f"cannot open the lake's catalogue in {folder}: {error}") from error
+        return cls(catalogue, folder)
+
+    def tables(self) -> list[str]:
+        """Names of all tables, `namespace.table`, sorted."""
+        names = [
+            ".".join(identifier)
+            for namespace in self.catalogue.list_namespaces()
+            for identifier in self.catalogue.list_tables(namespace)
+        ]
+        return sorted(names)
+
+    def exists(self, name: str) -> bool:
+        return self.catalogue.table_exists(name)
+
+    def table(self, name: str) -> Table:
+        """The table at its current snapshot. Raises HeadraceError if there is none."""
+        try:
+            return self.catalogue.load_table(name)
+        except NoSuchTableError:
+            raise HeadraceError(f"the lake has no table {name}; it has {', '.join(self.tables()) or 'none yet'}") from None
+
+    def create(
+        self, name: str, schema: pa.Schema | Schema, partition_by: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None
+    ) -> Table:
+        """Creates the table if it is not there. `partition_by` maps a column to a transform: `{"landed_at": "hour"}`."""
+        if self.exists(name):
+            return self.table(name)
+        namespace = name.rpartition(".")[0]
+        self.catalogue.create_namespace_if_not_exists(namespace)
+        with self.catalogue.create_table_transaction(
+            name, schema=schema, partition_spec=UNPARTITIONED_PARTITION_SPEC, properties=dict(properties or {})
+        ) as transaction:
+            if partition_by:
+                with transaction.update_spec() as spec:
+                    for column, transform in partition_by.items():
+                        spec.add_field(column, parse_transform(transform), f"{column}_{transform.replace('[', '_').rstrip(']')}")
+        return self.table(name)
+
+    def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
+        """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
+        self.table(name).append(rows, snapshot_properties=dict(properties or {}))
+
+    @contextlib.contextmanager
+    def transaction(self, name: str) -> Iterator[Transaction]:
+        """One commit of several steps; nothing is kept if the block raises."""
+        with self.table(name).transaction() as transaction:
+            yield transaction
+
+    def scan(self, name: str, row_filter: str | BooleanExpression | None = None, columns: tuple[str, ...] = ("*",)) -> pa.Table:
+        """The rows as Arrow, by pyiceberg (prunes files by partition and statistics)."""
+        return self.table(name).scan(row_filter=AlwaysTrue() if row_filter is None else row_filter, selected_fields=columns).to_arrow()
+
+    def properties(self, name: str) -> dict[str, str]:
+        """The summary of the current snapshot (what a commit wrote beside its rows); empty if there is none."""
+        snapshot = self.table(name).current_snapshot() if self.exists(name) else None
+        return dict(snapshot.summary.additional_properties) if snapshot and snapshot.summary else {}
+
+    def view_sql(self, name: str) -> str:
+        """`select` that reads the table at its current snapshot, for DuckDB."""
+        table = self.table(name)
+        if table.current_snapshot() is None:
+            columns = ", ".join(f'null::{_duckdb_type(field)} as "{field.name}"' for field in table.schema().as_arrow())
+            return f"select {columns} where false"
+        return f"select * from iceberg_scan({quoted(table.metadata_location.removeprefix('file://'))})"
+
+    def create_views(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """One view per table, `namespace.table`, pinned to the current snapshot."""
+        for name in self.tables():
+            self.create_view(connection, name)
+
+    def create_view(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
+        namespace, _, table = name.rpartition(".")
+        connection.execute(f'create schema if not exists "{namespace}"')
+        connection.execute(f'create or replace view "{namespace}"."{table}" as {self.view_sql(name)}')
+
+    def duckdb(self, read_only: bool = False) -> duckdb.DuckDBPyConnection:
+        """An in-memory DuckDB with one view per table. `read_only` locks it down for SQL that a user wrote: no files
+        outside the lake, no extensions, no settings."""
+        connection = duckdb_connection()
+        self.create_views(connection)
+        if read_only:
+            connection.execute(f"set allowed_directories = [{quoted(str(self.folder))}]")
+            connection.execute("set enable_external_access = false")
+            connection.execute("set lock_configuration = true")
+        return connection
+
+
+def _duckdb_type(field: Any) -> str:
+    """The DuckDB type of an Arrow field, asked of DuckDB itself."""
+    empty = pa.table({field.name: pa.array([], field.type)})
+    return str(duckdb.from_arrow(empty).types[0])
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes on disk under a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not os.path.islink(path))

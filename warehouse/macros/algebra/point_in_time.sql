@@ -1,0 +1,299 @@
+{# Point-in-time features: one row per row of `spine`, the values of design §4's equation at the row's own (t, T, K). DuckDB.
+
+   spine    row_id (unique), the keys, request_ts (t), feature_watermark (T), known_at (K of block features, most often T) and, for
+            event-fresh measures, known_position (bigint[]: next offset per log partition) or null for `landed_at < t`
+   blocks, hours, days   the group's rows of 5 minutes, 1 hour, 1 day
+   events   the staging model (read only for event-fresh measures)
+
+   Sums and counts of integers are differences of prefix sums over on-time rows (one ASOF join per window edge: plain equalities and
+   one inequality, DuckDB has open faults with more), plus a join on late rows. What cannot be subtracted is combined over an exact
+   cover of days, hours and 5-minute blocks. Event-fresh measures add the head: known events that no block of tick T holds. #}
+{% macro point_in_time(features, spine, blocks, hours, days, events) -%}
+{%- set keys = features['keys'] -%}
+{%- set families = [] -%}
+{%- for name in ('tick', 'request', 'event') -%}
+    {%- set measures = [] -%}
+    {%- for measure in features['measures'] -%}
+        {%- set family = 'event' if measure.freshness == 'event' else measure.anchor -%}
+        {%- if family == name -%}{%- do measures.append(measure) -%}{%- endif -%}
+    {%- endfor -%}
+    {%- if measures -%}{%- do families.append({'name': name, 'measures': measures}) -%}{%- endif -%}
+{%- endfor -%}
+with spine as (
+    select
+        row_id,
+        {%- for key in keys %}
+        {{ key }},
+        {%- endfor %}
+        request_ts,
+        feature_watermark,
+        known_at,
+        known_position,
+        {{ floor_minutes('request_ts', 5) }} as request_tick
+    from {{ spine }}
+),
+
+on_time as (
+    select * from {{ blocks }}
+    where known_at = block_start + {{ seconds(300) }}
+),
+
+late as (
+    select * from {{ blocks }}
+    where known_at > block_start + {{ seconds(300) }}
+),
+{% for family in families %}
+{{ family_reads(family, keys, blocks, hours, days, events) }}
+{%- endfor %}
+
+finalized as (
+    select
+        spine.row_id,
+        {%- for family in families %}
+        {%- set outer_last = loop.last %}
+        {%- for measure in family.measures %}
+        {%- set measure_last = loop.last %}
+        {%- for window in measure.windows %}
+        {{ finalized(measure, window, parts_of(family, measure).split(',')) }} as {{ measure.name }}_{{ window }}
+            {{- ',' if not (outer_last and measure_last and loop.last) }}
+        {%- endfor %}
+        {%- endfor %}
+        {%- endfor %}
+    from spine
+    {%- for family in families %}
+    inner join {{ family.name }}_reads
+        on {% for key in keys %}spine.{{ key }} is not distinct from {{ family.name }}_reads.{{ key }} and {% endfor -%}
+        spine.feature_watermark = {{ family.name }}_reads.feature_watermark
+        and spine.known_at = {{ family.name }}_reads.known_at
+        and {{ 'spine.feature_watermark' if family.name == 'tick' else 'spine.request_tick' }} = {{ family.name }}_reads.anchor
+    {%- for part in part_names(family).split(',') %}
+    {%- if part == family.name ~ '_head' %}
+    left join {{ part }} on spine.row_id = {{ part }}.row_id
+    {%- else %}
+    left join {{ part }} on {{ family.name }}_reads.read_id = {{ part }}.read_id
+    {%- endif %}
+    {%- endfor %}
+    {%- endfor %}
+)
+
+select
+    row_id,
+    {%- for measure in features['measures'] %}
+    {%- for window in measure.windows %}
+    {{ measure.name }}_{{ window }} as {{ features['entity'] }}_{{ measure.name }}_{{ window }},
+    {%- endfor %}
+    {%- endfor %}
+    {%- for derived in features['derived'] %}
+    {{ derived.sql }} as {{ features['entity'] }}_{{ derived.name }},
+    {%- endfor %}
+from finalized
+{%- endmacro %}
+
+{# The names of the CTEs that hold a family's parts, comma-separated. #}
+{% macro part_names(family) -%}
+    {%- set names = [] -%}
+    {%- for measure in family.measures -%}
+        {%- for name in parts_of(family, measure).split(',') -%}
+            {%- if name not in names -%}{%- do names.append(name) -%}{%- endif -%}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- names | join(',') -}}
+{%- endmacro %}
+
+{# The CTEs that a measure's value is put together from, comma-separated. #}
+{% macro parts_of(family, measure) -%}
+    {%- set names = [] -%}
+    {%- if subtractable(measure) == 'yes' -%}
+        {%- do names.append(family.name ~ '_prefixes') -%}
+        {%- do names.append(family.name ~ '_late') -%}
+    {%- else -%}
+        {%- do names.append(family.name ~ '_covers') -%}
+    {%- endif -%}
+    {%- if family.name == 'event' -%}{%- do names.append(family.name ~ '_head') -%}{%- endif -%}
+    {{- names | join(',') -}}
+{%- endmacro %}
+
+{# 'yes' where windows are differences of prefix sums: exact types only (doubles are covered, never subtracted). #}
+{% macro subtractable(measure) -%}
+    {{- 'yes' if measure.aggregation in ('count', 'sum', 'avg') and measure.type == 'bigint' else 'no' -}}
+{%- endmacro %}
+
+{# The CTEs of one family: its distinct reads, then its parts. `anchor` is where windows hang: T, or floor_5m(t). #}
+{% macro family_reads(family, keys, blocks, hours, days, events) -%}
+{%- set name = family.name -%}
+{%- set subtracted = [] -%}
+{%- set covered = [] -%}
+{%- set edges = [] -%}
+{%- set cover_windows = [] -%}
+{%- for measure in family.measures -%}
+    {%- if subtractable(measure) == 'yes' -%}
+        {%- do subtracted.append(measure) -%}
+        {%- for window in measure.windows -%}{%- if window not in edges -%}{%- do edges.append(window) -%}{%- endif -%}{%- endfor -%}
+    {%- else -%}
+        {%- do covered.append(measure) -%}
+        {%- for window in measure.windows -%}{%- if window not in cover_windows -%}{%- do cover_windows.append(window) -%}{%- endif -%}{%- endfor -%}
+    {%- endif -%}
+{%- endfor %}
+{{ name }}_reads as (
+    select
+        row_number() over () as read_id,
+        *,
+        {%- for window in edges %}
+        least(anchor - {{ seconds(window_seconds(window)) }}, upper_edge) as lower_{{ window }},
+        {%- endfor %}
+    from (
+        select distinct
+            {%- for key in keys %}
+            {{ key }},
+            {%- endfor %}
+            feature_watermark,
+            known_at,
+            {{ 'feature_watermark' if name == 'tick' else 'request_tick' }} as anchor,
+            {{ 'feature_watermark' if name == 'event' else 'least(feature_watermark, known_at)' }} as upper_edge,
+            {{ 'feature_watermark' if name == 'event' else 'known_at' }} as blocks_known_at
+        from spine
+    ) as distinct_reads
+),
+{% if subtracted %}
+{{ name }}_running as (
+    select
+        {%- for key in keys %}
+        {{ key }},
+        {%- endfor %}
+        block_start,
+        {%- for measure in subtracted %}
+        {%- for column in representation_columns(measure).split(',') %}
+        cast(sum({{ column }}) over (partition by {{ keys | join(', ') }} order by block_start) as bigint) as {{ column }},
+        {%- endfor %}
+        {%- endfor %}
+    from on_time
+),
+
+{{ name }}_prefixes as (
+    select
+        reads.read_id,
+        {%- for measure in subtracted %}
+        {%- for window in measure.windows %}
+        {%- for column in representation_columns(measure).split(',') %}
+        coalesce(at_upper.{{ column }}, 0) - coalesce(at_{{ window }}.{{ column }}, 0) as {{ column }}_{{ window }},
+        {%- endfor %}
+        {%- endfor %}
+        {%- endfor %}
+    from {{ name }}_reads as reads
+    {%- for edge in ['upper'] + edges %}
+    asof left join {{ name }}_running as at_{{ edge }}
+        on {% for key in keys %}reads.{{ key }} = at_{{ edge }}.{{ key }} and {% endfor -%}
+        reads.{{ 'upper_edge' if edge == 'upper' else 'lower_' ~ edge }} > at_{{ edge }}.block_start
+    {%- endfor %}
+),
+
+{{ name }}_late as (
+    select
+        reads.read_id,
+        {%- for measure in subtracted %}
+        {%- for window in measure.windows %}
+        {{ combined(measure, 'late.block_start >= reads.lower_' ~ window, '_' ~ window) }},
+        {%- endfor %}
+        {%- endfor %}
+    from {{ name }}_reads as reads
+    inner join late
+        on {% for key in keys %}reads.{{ key }} = late.{{ key }} and {% endfor -%}
+        late.known_at <= reads.blocks_known_at
+        and late.block_start < reads.upper_edge
+        and late.block_start >= least({% for window in edges %}reads.lower_{{ window }}{{ ', ' if not loop.last }}{% endfor %})
+    group by reads.read_id
+),
+{% endif %}
+{%- if covered %}
+{{ name }}_ranges as (
+    select
+        *,
+        {#- whole hours and days inside [lower_edge, upper_edge); empty where the first is not before the second -#}
+        {%- for minutes, unit in ((60, 'hour'), (1440, 'day')) %}
+        {{ floor_minutes('(lower_edge + ' ~ seconds(minutes * 60 - 300) ~ ')', minutes) }} as first_{{ unit }},
+        {{ floor_minutes('upper_edge', minutes) }} as end_{{ unit }},
+        {%- endfor %}
+    from (
+        {%- for window in cover_windows %}
+        select
+            read_id,
+            {%- for key in keys %}
+            {{ key }},
+            {%- endfor %}
+            '{{ window }}' as look_back,
+            least(anchor - {{ seconds(window_seconds(window)) }}, upper_edge) as lower_edge,
+            upper_edge,
+            blocks_known_at
+        from {{ name }}_reads
+        {%- if not loop.last %}
+        union all
+        {%- endif %}
+        {%- endfor %}
+    ) as all_ranges
+),
+
+{{ name }}_cover_rows as (
+    {%- for relation, first, inner in ((days, 'day', none), (hours, 'hour', 'day'), (blocks, none, 'hour')) %}
+    select
+        ranges.read_id,
+        ranges.look_back,
+        {%- for measure in covered %}
+        {%- for column in representation_columns(measure).split(',') %}
+        rows_of.{{ column }},
+        {%- endfor %}
+        {%- endfor %}
+    from {{ name }}_ranges as ranges
+    inner join {{ relation }} as rows_of
+        on {% for key in keys %}ranges.{{ key }} = rows_of.{{ key }} and {% endfor -%}
+        rows_of.known_at <= ranges.blocks_known_at
+        and rows_of.block_start >= {{ 'ranges.first_' ~ first if first else 'ranges.lower_edge' }}
+        and rows_of.block_start < {{ 'ranges.end_' ~ first if first else 'ranges.upper_edge' }}
+        {%- if inner %}
+        and not (rows_of.block_start >= ranges.first_{{ inner }} and rows_of.block_start < ranges.end_{{ inner }})
+        {%- endif %}
+    {%- if not loop.last %}
+    union all
+    {%- endif %}
+    {%- endfor %}
+),
+
+{{ name }}_covers as (
+    select
+        read_id,
+        {%- for measure in covered %}
+        {%- for window in measure.windows %}
+        {{ combined(measure, "look_back = '" ~ window ~ "'" ~ (' and ' ~ measure.name ~ ' is not null' if measure.aggregation == 'last_n' else ''), '_' ~ window) }},
+        {%- endfor %}
+        {%- endfor %}
+    from {{ name }}_cover_rows
+    group by read_id
+),
+{% endif %}
+{%- if name == 'event' %}
+{{ name }}_head as (
+    select
+        spine_row_id as row_id,
+        {%- for measure in family.measures %}
+        {%- for window in measure.windows %}
+        {{ mapped(measure, 'event_ts >= request_tick - ' ~ seconds(window_seconds(window)), '_' ~ window) }},
+        {%- endfor %}
+        {%- endfor %}
+    from (
+        select
+            spine.row_id as spine_row_id,
+            spine.request_tick,
+            head.*
+        from spine
+        inner join {{ events }} as head
+            on {% for key in keys %}spine.{{ key }} = head.{{ key }} and {% endfor -%}
+            head.known_at > spine.feature_watermark
+            and head.event_ts < spine.request_ts
+            and case
+                when spine.known_position is null then head.landed_at < spine.request_ts
+                else head.log_offset < spine.known_position[head.log_partition + 1]
+            end
+    ) as head_events
+    group by spine_row_id
+),
+{% endif %}
+{%- endmacro %}
