@@ -1,0 +1,64 @@
+# `make help` lists the targets. The environment is made in .venv/, everything else lands in $HEADRACE_HOME (default .headrace/).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo lint test clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Python 3.11 or 3.12; `make demo PYTHON=/path/to/python3.12` picks one
+PYTHON := python3 python3.12 python3.11
+USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+FREE_GB := 4
+WORKERS := 2
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the environment in .venv/ (again when pyproject.toml or constraints.txt change)
+
+$(READY): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '$(USABLE)' 2>/dev/null; then \
+		for candidate in $(PYTHON); do \
+			if "$$candidate" -c '$(USABLE)' 2>/dev/null; then found="$$candidate"; break; fi; \
+		done; \
+		if [ -z "$${found:-}" ]; then \
+			echo "Headrace needs Python 3.11 or 3.12 with its venv module; looked for: $(PYTHON); python3 is $$(python3 -V 2>&1 || true)." >&2; \
+			echo "On Debian 12: apt-get install python3 python3-venv. Or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+			exit 2; \
+		fi; \
+		free_gb=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \
+		if [ "$$free_gb" -lt $(FREE_GB) ]; then \
+			echo "The environment needs about $(FREE_GB) GB of disk (8 GB with a CUDA build of torch), $$free_gb GB are free in $$PWD." >&2; \
+			exit 2; \
+		fi; \
+		echo "Setting up $(VENV)/ with $$("$$found" -V) (once; one to four minutes)"; \
+		"$$found" -m venv --clear $(VENV); \
+	fi
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@if ! $(BIN)/python -c 'import lightgbm' 2>/dev/null; then \
+		$(BIN)/python -c 'import lightgbm' 2>&1 | tail -n 1 >&2 || true; \
+		echo "lightgbm does not load; it needs the OpenMP library. On Debian: apt-get install libgomp1, then again." >&2; \
+		exit 2; \
+	fi
+	@touch $@
+
+demo: $(READY) ## land, build features, train, then serve on 127.0.0.1:8000; ONCE=1 exits after the printed feed
+	@$(BIN)/headrace demo $(if $(filter-out 0,$(ONCE)),--once)
+
+lint: $(READY) ## format, imports between rooms, types, SQL
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/sqlfluff lint --processes 1 warehouse/models streaming_sql/models
+
+test: lint ## lint, then every test this machine can run; those it cannot name what is missing
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+clean: ## remove the environment and caches; $HEADRACE_HOME stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
