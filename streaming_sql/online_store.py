@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from streaming_sql.block_layer import BlockLayer, Blocks
+from streaming_sql.bulk_load import blocks_in_lake
+from streaming_sql.explain import Explanation, explain_key
 from streaming_sql.group_state import FeatureMatrix, GroupState, Instant
 from streaming_sql.head import Head, HeadEvent, Place
 from streaming_sql.key_index import Key, KeyIndex
@@ -17,6 +19,7 @@ from streaming_sql.plan import GroupPlan
 from warehouse.errors import HeadraceError
 from warehouse.events import NUM_PARTITIONS
 from warehouse.features.declarations import FeatureGroup
+from warehouse.lake import Lake
 from warehouse.time_algebra import newest_tick
 
 _MERGE_FACTOR = 4
@@ -37,12 +40,19 @@ class StoreView:
         keys: tuples in the order of the group's key columns. Raises HeadraceError for an unknown group, ValueError if t_us
         is before the tick (its blocks may hold what happens after t).
         """
+        return self._state(group_name, t_us).assemble(keys, Instant(self.tick_us, self.position, t_us))
+
+    def explain(self, group_name: str, key: Key, t_us: int) -> Explanation:
+        """One key's values with their tick, position, blocks and head events. Errors as in `assemble`."""
+        return explain_key(self._state(group_name, t_us), key, Instant(self.tick_us, self.position, t_us))
+
+    def _state(self, group_name: str, t_us: int) -> GroupState:
         state = self.groups.get(group_name)
         if state is None:
             raise HeadraceError(f"no feature group {group_name}; there are {', '.join(self.groups)}")
         if t_us < self.tick_us:
             raise ValueError(f"t_us {t_us} is before the view's tick {self.tick_us}: ask the store for view(at_us=t_us)")
-        return state.assemble(keys, Instant(self.tick_us, self.position, t_us))
+        return state
 
 
 class OnlineStore:
@@ -53,6 +63,15 @@ class OnlineStore:
         states = {name: GroupState(plan, KeyIndex(plan.group.keys), (), Head()) for name, plan in self.plans.items()}
         self._view = StoreView(tick_us, position, states)
         self._previous = self._view
+
+    @classmethod
+    def from_lake(cls, lake: Lake, groups: Mapping[str, FeatureGroup]) -> "OnlineStore":
+        """A store at the newest tick that the lake's block tables hold in full. `Runner.catch_up` replays what came after."""
+        store = cls(groups)
+        tick_us, blocks = blocks_in_lake(lake, groups)
+        if tick_us:
+            store.advance(store.position, {}, tick_us=tick_us, blocks=blocks)
+        return store
 
     def view(self, at_us: int | None = None) -> StoreView:
         """The newest view, or for a request at `at_us` the newest that it may read: T <= floor_5m(at_us − grace).

@@ -1,0 +1,46 @@
+"""The lake's blocks into a new online store, in one read per feature group."""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from streaming_sql.plan import GroupPlan
+from warehouse.features.declarations import FeatureGroup
+from warehouse.lake import Lake
+from warehouse.landing import EVENTS
+from warehouse.time_algebra import closed_tick
+
+BUILT_THROUGH = "headrace.built_through"
+"""Table property of `features.<group>`: every row with known_at at or before it (microseconds) is in the table."""
+
+
+def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int, dict[str, pa.Table]]:
+    """The newest tick that every group's table holds in full and the log had closed, and the rows known by it that some
+    window can still reach. Tick 0 and nothing where a table is missing or unbuilt: then everything is replayed."""
+    tick_us = min([*(_built_through(lake, name) for name in groups), _closed(lake)])
+    if tick_us <= 0:
+        return 0, {}
+    blocks = {}
+    with lake.duckdb() as connection:
+        for name, group in groups.items():
+            blocks[name] = connection.execute(
+                f'select * from features."{name}" where known_at <= make_timestamptz($tick_us) '
+                "and block_start >= make_timestamptz($from_us)",
+                {"tick_us": tick_us, "from_us": tick_us - GroupPlan.of(group).keep_us},
+            ).to_arrow_table()
+    return tick_us, blocks
+
+
+def _built_through(lake: Lake, group_name: str) -> int:
+    name = f"features.{group_name}"
+    return int(lake.table(name).properties.get(BUILT_THROUGH, 0)) if lake.exists(name) else 0
+
+
+def _closed(lake: Lake) -> int:
+    """The last tick that the landed part of the log closes; 0 while a partition is silent."""
+    if not lake.exists(EVENTS) or lake.table(EVENTS).current_snapshot() is None:
+        return 0
+    with lake.duckdb() as connection:
+        landed = connection.execute("select max(epoch_us(landed_at)) from lake.events group by log_partition").fetchall()
+        partitions = connection.execute("select max(log_partition) + 1 from lake.events").fetchall()[0][0]
+    return (closed_tick([value for (value,) in landed]) or 0) if len(landed) == partitions else 0
