@@ -109,13 +109,18 @@ def use_triton(tensor: Tensor) -> bool:
     return True
 
 
-def eager(tensor: Tensor) -> bool:
-    """Whether to run an operation straight, past PyTorch's dispatcher: a real tensor, and nobody is tracing.
+def eager(*arguments: Any) -> bool:
+    """Whether to run an operation straight, past PyTorch's dispatcher: real tensors, nobody is tracing, and no gradient is
+    wanted from a Triton kernel (PyTorch differentiates the reference by itself).
 
     The first call of any `torch.library.custom_op` imports torch._dynamo and with it Triton (4 s on two cores), every
-    further one costs 36 us: no request should pay that where nothing is traced.
+    further one costs 36 us: no request should pay that for nothing.
     """
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not (differentiated and use_triton(tensors[0]))
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:

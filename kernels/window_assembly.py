@@ -207,5 +207,5 @@ def window_assembly(
         raise ValueError("run_offsets must hold at least one offset (K + 1 of them), got none")
     if lower.shape[1] > MOST_WINDOWS:
         raise ValueError(f"lower must have at most {MOST_WINDOWS} windows, got {lower.shape[1]}")
-    call = _run if eager(block_start) else _operator
-    return call(block_start, prefix, run_offsets, row, lower, upper)
+    arguments = (block_start, prefix, run_offsets, row, lower, upper)
+    return (_run if eager(*arguments) else _operator)(*arguments)

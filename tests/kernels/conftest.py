@@ -53,3 +53,24 @@ def guard():
         expected = torch.full((width,), poison, dtype=buffer.dtype, device=buffer.device)
         for zone in (buffer[:width], buffer[-width:]):
             torch.testing.assert_close(zone, expected, rtol=0, atol=0, equal_nan=True, msg="a guard zone was written to")
+
+
+@pytest.fixture
+def assert_as_accurate():
+    """`assert_as_accurate(kernel, plain, exact, dtype)`: against float64, the kernel's largest error is at most `factor` times
+    that of PyTorch in the same type, plus two roundings. The interpreter truncates where it stores bf16: twice the factor."""
+
+    def check(kernel: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, factor: float = 2.0) -> None:
+        assert kernel.shape == exact.shape
+        assert torch.isfinite(kernel).all(), "the kernel left NaN or infinity behind"
+        if exact.numel() == 0:
+            return
+        if dtype == torch.bfloat16 and not GPU:
+            factor *= 2
+        exact = exact.cpu()
+        scale = exact.abs().max().item() + 1e-12
+        errors = [(value.detach().cpu().double() - exact).abs().max().item() / scale for value in (kernel, plain)]
+        floor = 2 * torch.finfo(dtype).eps
+        assert errors[0] <= factor * errors[1] + floor, f"kernel is off by {errors[0]:.2e}, torch {dtype} by {errors[1]:.2e}"
+
+    return check
