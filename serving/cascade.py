@@ -215,8 +215,8 @@ def find_candidates(
     """
     catalogue, limits = world.catalogue, world.settings.generators
     exists_N = catalogue.exists_at(t_us)
-    clicks = _clicked_notes(user)
-    seen = [*world.readers.seen(user_id), *clicks]
+    history = history_of(world, user, user_id)
+    seen = [*world.readers.seen(user_id), *history]
     unseen_N = exists_N.copy()
     unseen_N[[catalogue.row_of[note_id] for note_id in seen if note_id in catalogue.row_of]] = False
 
@@ -227,8 +227,8 @@ def find_candidates(
                 models=world.models,
                 eligible_N=eligible_N,
                 trending_rows=world.trending.rows(world, view, t_us),
-                recent_clicks=clicks[-world.settings.recent_clicks :],
-                history=history_of(world, user, user_id),
+                history=history,
+                seeds=history[-world.settings.item_to_item_seeds :],
                 followed_authors=world.readers.follows(user_id),
             ),
             limits,
@@ -287,8 +287,8 @@ def run_l2(
 
 
 def history_of(world: World, user: UserFeatures, user_id: str) -> list[str]:
-    """What the sequence models read: the last clicks, oldest first; before the first click, what came with the reader."""
-    return _clicked_notes(user) or list(world.readers.history_before_the_log(user_id))
+    """What the sequence models read, oldest first: what was watched before the log began, then the last clicks."""
+    return [*world.readers.history_before_the_log(user_id), *_clicked_notes(user)]
 
 
 def _hydrate_given(

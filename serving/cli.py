@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import socket
 import sys
 
@@ -64,7 +65,8 @@ def _check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise HeadraceError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port") from None
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise HeadraceError(f"cannot listen on {host}:{port}: {why}; choose another with --host or --port") from None
 
 
 def _parity(words: list[str]) -> int:

@@ -23,7 +23,7 @@ from serving.models import load_models, missing_models
 from serving.readers import Readers
 from serving.settings import Settings
 from serving.world import World
-from streaming_sql.event_log import EventLog, SqliteLog
+from streaming_sql.event_log import EventLog
 from streaming_sql.online_store import OnlineStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
 BUILD = "run `dbt build`"
+ABSORBED_WITHIN_S = 2.0
+"""How long an answer to posted events waits for them to count in fresh features; they are durable before."""
 
 
 def missing_parts(home: Home) -> list[str]:
@@ -78,6 +80,8 @@ class Engine:
 
     def missing(self) -> list[str]:
         """What keeps the server from answering, each with the way out; empty when it is ready."""
+        if not self._missing and self.runner is not None and not self.runner.is_healthy:
+            return [f"the stream stopped: {self.runner.failure}; features no longer move, restart the server"]
         return list(self._missing)
 
     def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -87,7 +91,11 @@ class Engine:
         assert self.world is not None
         positions = self.log.append(events)
         self.world.readers.note_events(events)
-        self.runner.absorb()
+        wanted = [0] * self.log.num_partitions
+        for partition, offset in positions:
+            wanted[partition] = max(wanted[partition], offset + 1)
+        if not self.runner.wait_until(tuple(wanted), ABSORBED_WITHIN_S):
+            log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
 
     def remember(self, served: Served) -> None:
@@ -100,11 +108,14 @@ class Engine:
         if self._loader is not None:
             self._loader.join()
         self._missing = ["the server is stopping"]
-        if self.runner is not None:
-            self.runner.stop()
         if self.forward_log is not None:
             self.forward_log.close()
-        if self.log is not None and hasattr(self.log, "close"):
+        if self.runner is not None:
+            try:
+                self.runner.stop()
+            except Exception:  # told before by /readyz; what can still be closed is closed
+                log.exception("the stream had stopped early")
+        if self.log is not None:
             self.log.close()
         if self._lock_file is not None:
             self._lock_file.close()
@@ -132,12 +143,13 @@ class Engine:
         check_groups(groups)
         lake = self.lake = Lake.open(self.home)
         start = landed_position(lake)
-        event_log = self.log = SqliteLog.open(
+        event_log = self.log = EventLog.open(
             self.home.log, len(start), self.clock, start=start, not_before_us=_last_landed_us(lake)
         )
         store = OnlineStore.from_lake(lake, groups)
         runner = self.runner = Runner(lake, event_log, store, groups, self.clock)
         runner.catch_up()
+        runner.flush()
         catalogue = Catalogue.from_lake(lake)
         world = World(
             clock=self.clock,

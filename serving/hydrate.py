@@ -92,10 +92,10 @@ def hydrate_candidates(
     t_us: int,
 ) -> CandidateFeatures:
     """All candidates' features in one call per group; a key that many candidates share is assembled once."""
-    columns: dict[str, Sequence[str]] = {
+    columns: dict[str, Sequence[str | None]] = {
         "user_id": [user_id] * len(note_ids),
         "note_id": note_ids,
-        "author_id": [author_id or "" for author_id in author_ids],  # no key is empty: a note without author reads as new
+        "author_id": author_ids,  # a note without author has no key, and reads like an author never met
     }
     names: list[str] = []
     values: list[np.ndarray] = []

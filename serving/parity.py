@@ -157,7 +157,7 @@ def _vectors(group: FeatureGroup, requests: Iterable[Mapping[str, Any]]) -> Iter
             columns = {
                 "user_id": request["user_id"],
                 "note_id": candidate["note_id"],
-                "author_id": candidate["author_id"] or "",
+                "author_id": candidate["author_id"],
             }
             keys = tuple(columns[key] for key in group.keys)
             values = {name: candidate["features"][name] for name in group.feature_names}

@@ -27,8 +27,8 @@ class Retrieval:
     models: object  # with `.item_to_item` and `.two_tower`, as `serving.models.Models`
     eligible_N: np.ndarray
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
-    recent_clicks: Sequence[str]  # oldest first
-    history: Sequence[str]  # what the two-tower model reads, oldest first
+    history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
+    seeds: Sequence[str]  # the newest part of it
     followed_authors: Sequence[str]
 
 
@@ -68,10 +68,10 @@ def fresh(request: Retrieval, limit: int) -> np.ndarray:
 
 
 def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
-    """Notes clicked by those who clicked what this reader clicked last."""
-    if not request.recent_clicks:
+    """Notes that others came to after what this reader came to last."""
+    if not request.seeds:
         return np.empty(0, dtype=np.int64)
-    neighbours = request.models.item_to_item.neighbours(list(request.recent_clicks), limit * 2)  # type: ignore[attr-defined]
+    neighbours = request.models.item_to_item.neighbours(list(request.seeds), limit * 2)  # type: ignore[attr-defined]
     rows = [request.catalogue.row_of[note_id] for note_id, _ in neighbours if note_id in request.catalogue.row_of]
     rows_C = np.array(rows, dtype=np.int64)
     return rows_C[request.eligible_N[rows_C]][:limit]
@@ -112,10 +112,10 @@ GENERATORS: Mapping[str, Callable[[Retrieval, int], np.ndarray]] = {
 def retrieve(request: Retrieval, limits: Mapping[str, int]) -> tuple[Candidates, list[str]]:
     """The union of the generators named in `limits`, each note once, and the names of generators that failed.
 
+    A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
-    score_of: dict[int, float] = {}
-    sources_of: dict[int, list[str]] = {}
+    shares_of: dict[int, list[tuple[float, str]]] = {}
     failed = []
     for name, limit in limits.items():
         try:
@@ -124,15 +124,15 @@ def retrieve(request: Retrieval, limits: Mapping[str, int]) -> tuple[Candidates,
             log.exception("generator %s failed; the feed goes on without it", name)
             failed.append(name)
             continue
-        for rank, row in enumerate(rows.tolist()):
-            score_of[row] = score_of.get(row, 0.0) + 1.0 / (RANK_DAMPING + 1 + rank)
-            sources_of.setdefault(row, []).append(name)
+        for rank, row in enumerate(dict.fromkeys(rows.tolist())):
+            shares_of.setdefault(row, []).append((1.0 / (RANK_DAMPING + 1 + rank), name))
+    score_of = {row: sum(share for share, _ in shares) for row, shares in shares_of.items()}
     rows_C = sorted(score_of, key=lambda row: (-score_of[row], row))
     catalogue = request.catalogue
     candidates = Candidates(
         [catalogue.note_ids[row] for row in rows_C],
         [catalogue.author_ids[row] for row in rows_C],
-        [tuple(sources_of[row]) for row in rows_C],
+        [tuple(name for _, name in sorted(shares_of[row], key=lambda pair: -pair[0])) for row in rows_C],
         np.array([score_of[row] for row in rows_C], dtype=np.float64),
     )
     return candidates, failed

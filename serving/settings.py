@@ -24,7 +24,7 @@ class Settings:
     max_notes_per_author: int
     head_weights: Mapping[str, float]
     seen_per_user: int
-    recent_clicks: int
+    item_to_item_seeds: int
     logged_share: float
     forward_log_queue: int
     forward_log_rows: int

@@ -89,7 +89,7 @@ def test_each_generator_gives_its_notes_best_first(generator, expected):
 
 
 def test_a_reader_without_a_past_gets_nothing_from_generators_that_need_one():
-    nobody = {"recent_clicks": [], "history": [], "followed_authors": []}
+    nobody = {"seeds": [], "history": [], "followed_authors": []}
     assert found("item_to_item", **nobody) == found("two_tower", **nobody) == found("followed_authors", **nobody) == []
 
 

@@ -1,0 +1,94 @@
+"""The page in a real browser: loaded from the server, clicked, and read back."""
+
+import contextlib
+import re
+import threading
+
+import pytest
+
+from serving.app import PAGE
+from tests.serving.browser import CHROMIUM, browsing
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package: chromium)")
+NUM_ROWS = "document.querySelectorAll('#feed tbody tr').length"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    with browsing(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+        assert page.problems == []
+
+
+@contextlib.contextmanager
+def moving(clock):
+    """Lets the clock run, so that the page's next request comes after its event."""
+    stop = threading.Event()
+
+    def run():
+        while not stop.wait(0.001):
+            clock.advance_us(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+@needs_chromium
+def test_the_page_shows_the_feed_and_a_notes_features(server, readers, page):
+    page.go(f"{server.base_url}/ui?user={readers[0]}&open=0")
+    page.until(f"{NUM_ROWS} === 20 && document.querySelector('#note .features')")
+    shown = page.run("[...document.querySelectorAll('#feed tbody tr')].map((row) => row.dataset.note)")
+    assert shown == [note["noteId"] for note in server.feed(readers[0])["notes"]]
+    assert page.run("document.querySelectorAll('#feed tr[aria-selected=true]').length") == 1
+    text = page.run("document.body.innerText")
+    for part in (
+        "note_num_views_7d",
+        "user_num_clicks_7d",
+        "watermark T",
+        "known at K",
+        "two tower",
+        "trending",
+        "total",
+        "position K",
+    ):
+        assert part in text
+    assert not re.search(r"\b(NaN|undefined|null)\b", text)
+
+
+@needs_chromium
+def test_a_like_pressed_on_the_page_changes_the_readers_features_at_once(server, clock, page):
+    page.go(f"{server.base_url}/ui?user=presses-buttons&open=0")
+    page.until("document.querySelector('#note .actions')")
+    with moving(clock):
+        page.run(
+            "[...document.querySelectorAll('#note .actions button')].find((button) => button.textContent === 'like').click()"
+        )
+        page.until("document.querySelector('#user tr.changed')")
+    changed = page.run("[...document.querySelectorAll('#user tr.changed td:first-child')].map((cell) => cell.textContent)")
+    assert "user_num_likes_7d" in changed
+    assert re.search(r"like \S+ → \d+:\d+", page.run("document.querySelector('#user').innerText"))
+    assert "already count it" in page.run("document.querySelector('#message').textContent")
+
+
+@needs_chromium
+def test_the_feed_can_be_used_from_the_keyboard_alone(server, page):
+    page.go(f"{server.base_url}/ui?user=types-only")
+    page.until(f"{NUM_ROWS} === 20")
+    page.run("document.querySelectorAll('#feed button.note')[4].focus()")
+    page.run("document.activeElement.click()")  # what Enter does to a focused button
+    page.until("document.querySelector('#note .features')")
+    assert page.run("document.querySelectorAll('#feed tbody tr')[4].getAttribute('aria-selected')") == "true"
+    unlabelled = "[...document.querySelectorAll('input, select')].filter((field) => !field.labels.length).length"
+    assert page.run(unlabelled) == 0
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = PAGE.read_text()
+    assert set(re.findall(r"https?://[^\s\"'<>]+", page)) == set()
+    assert '<html lang="en">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'aria-live="polite"' in page
+    assert "innerHTML" not in page  # ids come from clients
