@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from warehouse.clock import Clock
-from warehouse.datasets.base import Dataset
+from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, NUM_PARTITIONS, TIMESTAMP, partition_of
 from warehouse.lake import Lake
@@ -37,26 +37,6 @@ DEAD_LETTERS_SCHEMA = pa.schema(
         pa.field("landed_at", TIMESTAMP, nullable=False),
     ]
 )
-NOTES_SCHEMA = pa.schema(
-    [
-        pa.field("note_id", pa.string(), nullable=False),
-        pa.field("author_id", pa.string()),
-        pa.field("topics", pa.list_(pa.string())),
-        pa.field("note_type", pa.string()),
-        pa.field("duration_ms", pa.int64()),
-        pa.field("created_at", TIMESTAMP),
-    ]
-)
-USERS_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("created_at", TIMESTAMP),
-        pa.field("attributes", pa.string()),
-        pa.field("history_note_ids", pa.list_(pa.string())),
-        pa.field("history_liked_note_ids", pa.list_(pa.string())),
-    ]
-)
-LOG_COLUMNS = ("log_partition", "log_offset", "landing")
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""

@@ -1,83 +1,128 @@
 """Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null, out of
 order, on a boundary, and two log partitions, one of which lags.
 
-Times sit on a coarse grid around a few ticks, so that hypothesis finds edges instead of missing them.
+Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges instead of missing them.
+Hypothesis draws the seed; `random.Random` draws the rows.
 """
 
 import json
+from random import Random
 from typing import Any
 
 import pyarrow as pa
-from hypothesis import strategies as st
 
-from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA
-from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, GRACE_US, HOUR_US, MINUTE_US, SECOND_US
+from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.oracle import Read
+from warehouse.time_algebra import (
+    DAY_US,
+    DUPLICATE_MEMORY_US,
+    FIVE_MINUTES_US,
+    GRACE_US,
+    HOUR_US,
+    MINUTE_US,
+    SECOND_US,
+    floor_5m,
+    newest_tick,
+)
 
 START_US = 1_767_225_600_000_000  # 2026-01-01 00:00 UTC
-EDGES_US = (0, -1, 1, SECOND_US, GRACE_US, GRACE_US - 1, GRACE_US + 1, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
+BASES_US = (0, HOUR_US, DAY_US)
+EDGES_US = (0, -1, 1, SECOND_US, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
 DELAYS_US = (0, 1, SECOND_US, GRACE_US - 1, GRACE_US, GRACE_US + 1, 4 * MINUTE_US, 7 * MINUTE_US, 70 * MINUTE_US, 26 * HOUR_US, -MINUTE_US, -8 * MINUTE_US)
-IDS = ("1", "12", "é", "")
+EVENT_TYPES = ("view", "click", "like", "watch")
+IDS = ("1", "12", "é")
 """Ids that collide when composite keys are concatenated, and one that is not ASCII."""
+WINDOWS_US = (FIVE_MINUTES_US, 2 * FIVE_MINUTES_US, HOUR_US, DAY_US, 7 * DAY_US, 30 * DAY_US)
 
 
-@st.composite
-def instants(draw: st.DrawFn, days: int = 9) -> int:
-    """An instant near a 5-minute boundary, most often near the same few."""
-    base = draw(st.sampled_from((0, HOUR_US, DAY_US, DAY_US + HOUR_US, 7 * DAY_US, days * DAY_US)))
-    return START_US + base + draw(st.integers(0, 4)) * FIVE_MINUTES_US + draw(st.sampled_from(EDGES_US))
-
-
-@st.composite
-def event_logs(draw: st.DrawFn, max_events: int = 40) -> list[dict[str, Any]]:
+def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
     """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing."""
-    raw = draw(
-        st.lists(
-            st.tuples(
-                instants(),
-                st.sampled_from(DELAYS_US),
-                st.sampled_from(EVENT_TYPES),
-                st.sampled_from(IDS),
-                st.sampled_from((*IDS, None)),
-                st.sampled_from((*IDS, None)),
-                st.one_of(st.none(), st.integers(-3, 5), st.just(2**52)),
-                st.integers(0, 1),
-                st.integers(0, 60),
-            ),
-            max_size=max_events,
-        )
-    )
-    lag_us = draw(st.sampled_from((0, 3 * MINUTE_US, HOUR_US)))
-    arrivals = []
-    for number, (event_ts, delay, event_type, user_id, note_id, author_id, watch_ms, partition, reused) in enumerate(raw):
-        arrivals.append(
+    lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
+    rows = []
+    for number in range(num_events):
+        event_ts = START_US + random.choice(BASES_US) + random.randrange(4) * FIVE_MINUTES_US + random.choice(EDGES_US)
+        partition = random.randrange(2)
+        watch_ms = random.choice((None, -3, 0, 1, 2, 5, 2**52))
+        rows.append(
             {
-                "event_id": f"e{reused if reused < len(raw) else number}",
-                "event_type": event_type,
-                "user_id": user_id,
-                "note_id": note_id,
-                "author_id": author_id,
-                "impression_id": None,
+                "event_id": f"e{number if random.random() < 0.7 else random.randrange(num_events)}",
+                "event_type": random.choice(EVENT_TYPES),
+                "user_id": random.choice(IDS),
+                "note_id": random.choice((*IDS, None)),
+                "author_id": random.choice((*IDS, None)),
                 "surface": None,
                 "request_id": None,
+                "impression_id": None,
                 "event_ts": event_ts,
-                "landed_at": max(event_ts + delay, event_ts - 9 * MINUTE_US) + (lag_us if partition == 1 else 0),
+                "landed_at": event_ts + random.choice(DELAYS_US) + (lag_us if partition == 1 else 0),
                 "log_partition": partition,
-                "watch_ms": watch_ms,
-                "properties": None if watch_ms is None else json.dumps({"watch_ms": watch_ms}),
                 "landing": "log",
                 "retracts": None,
+                "properties": None if watch_ms is None else json.dumps({"watch_ms": watch_ms}),
+                "watch_ms": watch_ms,
             }
         )
-    arrivals = [row for row in arrivals if row["landed_at"] - row["event_ts"] <= DUPLICATE_MEMORY_US]
-    arrivals.sort(key=lambda row: row["landed_at"])
+    for row in random.sample(rows, num_events // 10):  # again after the duplicate memory, and just within it
+        ago = random.choice((DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
+        rows.append({**row, "landed_at": row["landed_at"] + ago, "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US})
+    rows.sort(key=lambda row: row["landed_at"])
     next_offset = [0, 0]
-    for row in arrivals:
+    for row in rows:
         row["log_offset"] = next_offset[row["log_partition"]]
         next_offset[row["log_partition"]] += 1
-    return arrivals
+    return rows
+
+
+def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], number: int = 40) -> list[Read]:
+    """Questions whose edges fall on and beside the events, K at, before and after T."""
+    questions = []
+    for _ in range(number):
+        event = random.choice(rows)
+        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.keys)
+        aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
+        aim += random.choice((0, 0, *WINDOWS_US)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
+        request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
+        tick_us = newest_tick(request_us) - random.choice((0, 0, 0, 1, 12)) * FIVE_MINUTES_US
+        known_tick_us = tick_us + random.choice((0, 0, 0, -1, 1, 300)) * FIVE_MINUTES_US
+        questions.append(Read(key, request_us, tick_us, known_tick_us, _position(random, rows, tick_us, request_us)))
+    return questions
+
+
+def _position(random: Random, rows: list[dict[str, Any]], tick_us: int, request_us: int) -> tuple[int, ...] | None:
+    """None, or a position at or past the one that closed the tick; the partitions need not be equally far."""
+    if random.random() < 0.5:
+        return None
+    position = []
+    for partition in (0, 1):
+        landings = [row["landed_at"] for row in rows if row["log_partition"] == partition]
+        must = sum(landed < tick_us + GRACE_US for landed in landings)
+        position.append(random.randint(must, max(must, sum(landed < request_us + HOUR_US for landed in landings))))
+    return tuple(position)
 
 
 def as_table(rows: list[dict[str, Any]]) -> pa.Table:
     """The rows as an Arrow table in the schema of `lake.events`."""
-    columns = {field.name: pa.array([row[field.name] for row in rows], pa.int64() if pa.types.is_timestamp(field.type) else field.type) for field in EVENTS_SCHEMA}
+    columns = {
+        field.name: pa.array([row[field.name] for row in rows], pa.int64() if pa.types.is_timestamp(field.type) else field.type)
+        for field in EVENTS_SCHEMA
+    }
     return pa.table(columns).cast(EVENTS_SCHEMA)
+
+
+def spine_table(group: FeatureGroup, questions: list[Read]) -> pa.Table:
+    """The questions as the spine of a point-in-time read."""
+
+    def times(found: list[int]) -> pa.Array:
+        return pa.array(found, pa.int64()).cast(TIMESTAMP)
+
+    return pa.table(
+        {
+            "row_id": pa.array(range(len(questions)), pa.int64()),
+            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.keys)},
+            "request_ts": times([read.request_us for read in questions]),
+            "feature_watermark": times([read.tick_us for read in questions]),
+            "known_at": times([read.known_tick_us for read in questions]),
+            "known_position": pa.array([read.known_position for read in questions], pa.list_(pa.int64())),
+        }
+    )

@@ -3,12 +3,14 @@
 The macros in `warehouse/macros/algebra/` use plain Jinja only: no adapter, no graph, no `return`.
 """
 
+import hashlib
 from functools import cache
 from typing import Any
 
 import jinja2
 
 from warehouse.errors import HeadraceError
+from warehouse.events import NUM_PARTITIONS
 from warehouse.features.declarations import FeatureGroup
 from warehouse.home import REPOSITORY
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, GRACE_US, SECOND_US
@@ -18,6 +20,7 @@ VARIABLES = {
     "grace_seconds": GRACE_US // SECOND_US,
     "duplicate_memory_seconds": DUPLICATE_MEMORY_US // SECOND_US,
     "furthest_ahead_seconds": FURTHEST_AHEAD_US // SECOND_US,
+    "log_partitions": NUM_PARTITIONS,
 }
 """The dbt variables of the same names; `tests/warehouse/test_render.py` holds them equal to `dbt_project.yml`."""
 
@@ -36,6 +39,12 @@ def _macros(dialect: str) -> Any:
     )
     text = "\n".join(path.read_text() for path in sorted(MACROS.glob("*.sql")))
     return environment.from_string(text).module
+
+
+def macros_digest() -> str:
+    """A short hash of the algebra's text: a change of any macro changes what every table means."""
+    text = "\n".join(path.read_text() for path in sorted(MACROS.glob("*.sql")))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def render_macro(macro: str, *arguments: Any, dialect: str = "duckdb", **keywords: Any) -> str:
@@ -58,6 +67,11 @@ def staging_sql(events: str, dialect: str = "duckdb") -> str:
     return render_macro("first_arrivals", events, dialect=dialect)
 
 
-def point_in_time_sql(group: FeatureGroup, spine: str, blocks: str, hours: str, days: str, events: str) -> str:
+def shadowed_sql(events: str) -> str:
+    """`select` of duplicates that a lagging reader takes for the first, with the positions that shadow them."""
+    return render_macro("shadowed_arrivals", events)
+
+
+def point_in_time_sql(group: FeatureGroup, spine: str, blocks: str, hours: str, days: str, events: str, shadowed: str) -> str:
     """`select` of one row per spine row with the group's features as known at the row's own T and K."""
-    return render_macro("point_in_time", group.as_meta(), spine, blocks, hours, days, events)
+    return render_macro("point_in_time", group.as_meta(), spine, blocks, hours, days, events, shadowed)

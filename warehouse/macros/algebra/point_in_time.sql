@@ -3,12 +3,12 @@
    spine    row_id (unique), the keys, request_ts (t), feature_watermark (T), known_at (K of block features, most often T) and, for
             event-fresh measures, known_position (bigint[]: next offset per log partition) or null for `landed_at < t`
    blocks, hours, days   the group's rows of 5 minutes, 1 hour, 1 day
-   events   the staging model (read only for event-fresh measures)
+   events, shadowed   the staging model and its shadowed arrivals (read only for event-fresh measures)
 
    Sums and counts of integers are differences of prefix sums over on-time rows (one ASOF join per window edge: plain equalities and
    one inequality, DuckDB has open faults with more), plus a join on late rows. What cannot be subtracted is combined over an exact
    cover of days, hours and 5-minute blocks. Event-fresh measures add the head: known events that no block of tick T holds. #}
-{% macro point_in_time(features, spine, blocks, hours, days, events) -%}
+{% macro point_in_time(features, spine, blocks, hours, days, events, shadowed) -%}
 {%- set keys = features['keys'] -%}
 {%- set families = [] -%}
 {%- for name in ('tick', 'request', 'event') -%}
@@ -43,7 +43,7 @@ late as (
     where known_at > block_start + {{ seconds(300) }}
 ),
 {% for family in families %}
-{{ family_reads(family, keys, blocks, hours, days, events) }}
+{{ family_reads(family, keys, blocks, hours, days, events, shadowed) }}
 {%- endfor %}
 
 finalized as (
@@ -119,7 +119,7 @@ from finalized
 {%- endmacro %}
 
 {# The CTEs of one family: its distinct reads, then its parts. `anchor` is where windows hang: T, or floor_5m(t). #}
-{% macro family_reads(family, keys, blocks, hours, days, events) -%}
+{% macro family_reads(family, keys, blocks, hours, days, events, shadowed) -%}
 {%- set name = family.name -%}
 {%- set subtracted = [] -%}
 {%- set covered = [] -%}
@@ -284,7 +284,11 @@ from finalized
             spine.request_tick,
             head.*
         from spine
-        inner join {{ events }} as head
+        inner join (
+            select *, null as shadowed_by from {{ events }}
+            union all by name
+            select * from {{ shadowed }}
+        ) as head
             on {% for key in keys %}spine.{{ key }} = head.{{ key }} and {% endfor -%}
             head.known_at > spine.feature_watermark
             and head.event_ts < spine.request_ts
@@ -292,6 +296,14 @@ from finalized
                 when spine.known_position is null then head.landed_at < spine.request_ts
                 else head.log_offset < spine.known_position[head.log_partition + 1]
             end
+            {# a duplicate counts only while no earlier arrival of its id is known -#}
+            and (
+                head.shadowed_by is null
+                or spine.known_position is not null
+                and not list_contains(
+                    list_transform(list_zip(head.shadowed_by, spine.known_position), lambda pair: pair[1] < pair[2]), true
+                )
+            )
     ) as head_events
     group by spine_row_id
 ),

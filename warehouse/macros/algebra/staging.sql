@@ -5,16 +5,7 @@
    expressions, optional) narrow the arrivals that are read: give H and F of room before the first row wanted. #}
 {% macro first_arrivals(events, arrived_from=none, arrived_until=none) -%}
 with arrivals as (
-    select *
-    from {{ events }}
-    where
-        event_type <> 'heartbeat'
-        {%- if arrived_from %}
-        and landed_at >= {{ arrived_from }}
-        {%- endif %}
-        {%- if arrived_until %}
-        and landed_at < {{ arrived_until }}
-        {%- endif %}
+{{ arrivals(events, arrived_from, arrived_until) }}
 ),
 
 remembered as (
@@ -26,7 +17,77 @@ remembered as (
 
 typed as (
     select
-        event_id,
+        {{ typed_columns() }}
+    from remembered
+    where
+        previous_landed_at is null
+        or landed_at > previous_landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+)
+
+select * from typed
+{%- endmacro %}
+
+{# Duplicates that a reader whose position lags in another partition still takes for the first: the rows that are first in their own
+   log partition but not in the whole log. `shadowed_by` holds, per partition, the smallest offset of an earlier arrival of the id
+   within the duplicate memory; the row counts at K exactly where none of those is below K. DuckDB; empty on a log that refuses
+   duplicates itself. #}
+{% macro shadowed_arrivals(events, arrived_from=none, arrived_until=none) -%}
+with arrivals as (
+{{ arrivals(events, arrived_from, arrived_until) }}
+),
+
+repeated as (
+    select *
+    from arrivals
+    qualify count(*) over (partition by event_id) > 1
+),
+
+shadows as (
+    select
+        later.log_partition,
+        later.log_offset,
+        [
+            {%- for partition in range(var('log_partitions')) %}
+            min(earlier.log_offset) filter (where earlier.log_partition = {{ partition }}),
+            {%- endfor %}
+        ] as shadowed_by
+    from repeated as later
+    inner join repeated as earlier
+        on
+            later.event_id = earlier.event_id
+            and (earlier.landed_at, earlier.log_partition, earlier.log_offset)
+            < (later.landed_at, later.log_partition, later.log_offset)
+            and later.landed_at <= earlier.landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+    group by later.log_partition, later.log_offset
+    having count(*) filter (where earlier.log_partition = later.log_partition) = 0
+),
+
+typed as (
+    select
+        {{ typed_columns() }},
+        shadowed_by
+    from repeated
+    inner join shadows using (log_partition, log_offset)
+)
+
+select * from typed
+{%- endmacro %}
+
+{% macro arrivals(events, arrived_from, arrived_until) %}    select *
+    from {{ events }}
+    where
+        event_type <> 'heartbeat'
+        {%- if arrived_from %}
+        and landed_at >= {{ arrived_from }}
+        {%- endif %}
+        {%- if arrived_until %}
+        and landed_at < {{ arrived_until }}
+        {%- endif %}
+{%- endmacro %}
+
+{# The staging model's columns: the log's, typed, and `known_at`. #}
+{% macro typed_columns() -%}
+event_id,
         event_type,
         user_id,
         note_id,
@@ -40,13 +101,6 @@ typed as (
         log_offset,
         {{ known_at('event_ts', 'landed_at') }} as known_at,
         {{ json_bigint('properties', 'watch_ms') }} as watch_ms
-    from remembered
-    where
-        previous_landed_at is null
-        or landed_at > previous_landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
-)
-
-select * from typed
 {%- endmacro %}
 
 {# An integer property of a JSON object held as text; null where it is missing or no integer. #}

@@ -1,0 +1,125 @@
+"""What dbt-duckdb asks of the lake: views to read it at connection time, and one atomic Iceberg commit per model.
+
+A model's rows are a function of stored events, so a build is "rows with event time in [start, end)": appended where the range is
+new, overwritten where it is repaired, replaced whole where the definition changed. How far a table is built and what definition
+built it are table properties, set in the same commit as the rows: interrupted anywhere, the table is the old or the new state.
+See docs/decisions/0003-one-commit-per-model.md.
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from dbt.adapters.duckdb.plugins import BasePlugin
+from dbt.adapters.duckdb.utils import TargetConfig
+from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
+from pyiceberg.table import Table, Transaction
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import load_groups
+from warehouse.features.render import macros_digest
+from warehouse.home import Home
+from warehouse.lake import Lake, prepare_connection
+from warehouse.landing import create_tables
+from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
+
+BUILT_UNTIL = "headrace.built_until"
+DEFINITION = "headrace.definition"
+
+
+class Plugin(BasePlugin):
+    """Registered in `profiles.yml` under the alias `lake`."""
+
+    def initialize(self, plugin_config: dict[str, Any]) -> None:
+        self.lake = Lake.open(Home.from_env())
+
+    def configure_connection(self, conn: duckdb.DuckDBPyConnection) -> None:
+        """Pins every Iceberg table to its current snapshot for this run, and publishes what the macros need to know."""
+        self.connection = conn
+        prepare_connection(conn)
+        create_tables(self.lake)
+        self.lake.create_views(conn)
+        conn.execute("create schema if not exists headrace")
+        conn.execute("create or replace table headrace.feature_groups (name varchar, meta varchar)")
+        for group in load_groups().values():
+            conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
+        conn.execute("create or replace table headrace.builds (name varchar, built_until timestamptz, definition varchar)")
+        for name in self.lake.tables():
+            self._note_build(conn, self.lake.table(name))
+        conn.execute("create or replace table headrace.run (closed_until timestamptz, macros_digest varchar)")
+        conn.execute("insert into headrace.run values (?, ?)", [_closed_until(conn), macros_digest()])
+
+    def store(self, target_config: TargetConfig) -> None:
+        """Runs the model's SQL and commits its rows. `config`: sql, event_time, start, end, partition_by, definition."""
+        config = target_config.config
+        name = f"{target_config.relation.schema}.{target_config.relation.identifier}"
+        cursor = self.connection.cursor()
+        cursor.execute("set TimeZone = 'UTC'")
+        rows = cursor.execute(config["sql"]).to_arrow_table()
+        self._commit(name, rows, config)
+        self.lake.create_view(cursor, name)
+        self._note_build(cursor, self.lake.table(name))
+
+    def _commit(self, name: str, rows: pa.Table, config: dict[str, Any]) -> None:
+        start, end = datetime.fromisoformat(config["start"]), datetime.fromisoformat(config["end"])
+        if not self.lake.exists(name):
+            self.lake.create(name, rows.schema, config["partition_by"])
+        table = self.lake.table(name)
+        built_until = _built_until(table)
+        same = table.properties.get(DEFINITION) == config["definition"]
+        if same and built_until is not None and start > built_until:
+            raise HeadraceError(f"{name} is built until {built_until}; a build from {start} would leave a gap")
+        with table.transaction() as transaction:
+            if not same:
+                _replace_all(transaction, table, rows)
+                reached = end
+            else:
+                if built_until is not None and start < built_until:
+                    transaction.overwrite(rows, overwrite_filter=_between(config["event_time"], start, end))
+                elif rows.num_rows:
+                    transaction.append(rows)
+                reached = max(end, built_until or end)
+            transaction.set_properties({BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"]})
+
+    def _note_build(self, cursor: duckdb.DuckDBPyConnection, table: Table) -> None:
+        name = ".".join(table.name())
+        cursor.execute("delete from headrace.builds where name = ?", [name])
+        cursor.execute(
+            "insert into headrace.builds values (?, ?, ?)", [name, _built_until(table), table.properties.get(DEFINITION)]
+        )
+
+
+def _built_until(table: Table) -> datetime | None:
+    text = table.properties.get(BUILT_UNTIL)
+    return datetime.fromisoformat(text) if text else None
+
+
+def _between(column: str, start: datetime, end: datetime) -> BooleanExpression:
+    return And(GreaterThanOrEqual(column, start.isoformat()), LessThan(column, end.isoformat()))
+
+
+def _replace_all(transaction: Transaction, table: Table, rows: pa.Table) -> None:
+    """The table becomes these rows and this schema, in the commit under way."""
+    gone = {field.name for field in table.schema().fields} - set(rows.column_names)
+    with transaction.update_schema(allow_incompatible_changes=True) as update:
+        update.union_by_name(rows.schema)
+        for column in sorted(gone):
+            update.delete_column(column)
+    if table.current_snapshot() is None:
+        transaction.append(rows)
+    else:
+        transaction.overwrite(rows, overwrite_filter=AlwaysTrue())
+
+
+def _closed_until(conn: duckdb.DuckDBPyConnection) -> datetime:
+    """The end (exclusive, on the grid of ticks) of what may be built: the last closed tick plus five minutes.
+
+    Every partition of the log must have spoken; until then nothing is closed.
+    """
+    read_through = conn.execute("select max(epoch_us(landed_at)) from lake.events group by log_partition").fetchall()
+    partitions = conn.execute("select max(log_partition) + 1 from lake.events").fetchall()[0][0] or 0
+    tick = closed_tick([row[0] for row in read_through]) if len(read_through) == partitions else None
+    until_us = 0 if tick is None else tick + FIVE_MINUTES_US
+    return datetime.fromtimestamp(until_us / 1_000_000, UTC)

@@ -1,0 +1,43 @@
+{# The checked declaration of a feature group, by the name of its 5-minute block model.
+
+   On DuckDB it comes from the Python side, which has refused what is wrong with file and line. Elsewhere (no connection while
+   compiling) it is the model's own `meta`, with the defaults filled in. #}
+{% macro feature_group(name) -%}
+    {%- if not execute -%}{{ return({'entity': '', 'keys': ['key'], 'measures': [], 'derived': []}) }}{%- endif -%}
+    {%- if target.type == 'duckdb' -%}
+        {%- set found = run_query("select meta from headrace.feature_groups where name = '" ~ name ~ "'") -%}
+        {%- if found.rows | length == 0 -%}
+            {{ exceptions.raise_compiler_error("feature_group: no model " ~ name ~ " declares config.meta.features") }}
+        {%- endif -%}
+        {{ return(fromjson(found.rows[0][0])) }}
+    {%- endif -%}
+    {%- for node in graph.nodes.values() -%}
+        {%- if node.name == name and node.config.meta.features -%}
+            {%- set declared = node.config.meta.features -%}
+            {%- set measures = [] -%}
+            {%- for measure in declared.measures -%}
+                {%- do measures.append(dict({'where': none, 'of': none, 'type': 'bigint', 'n': none}, **measure)) -%}
+            {%- endfor -%}
+            {{ return(dict(declared, measures=measures)) }}
+        {%- endif -%}
+    {%- endfor -%}
+    {{ exceptions.raise_compiler_error("feature_group: no enabled model " ~ name ~ " declares config.meta.features") }}
+{%- endmacro %}
+
+{# The 5-minute blocks of the current model's own declaration. #}
+{% macro feature_blocks() -%}
+    {%- set features = feature_group(model.name) -%}
+    {{ block_rows(features, ref(features['events']) if execute else ref('stg_engagements'), in_build_range('known_at')) }}
+{%- endmacro %}
+
+{# Hours (60) or days (1440) of a group, from the rows of a finer granularity. #}
+{% macro feature_roll_up(group, child, minutes) -%}
+    {{ rolled_up_rows(feature_group(group), child, minutes, in_build_range('known_at')) }}
+{%- endmacro %}
+
+{# A group's features for each row of a spine, each at its own T and K. #}
+{% macro features_at(group, spine) -%}
+    {{ point_in_time(
+        feature_group(group), spine, ref(group), ref(group ~ '_1h'), ref(group ~ '_1d'), ref('stg_engagements'), ref('stg_shadowed_arrivals')
+    ) }}
+{%- endmacro %}

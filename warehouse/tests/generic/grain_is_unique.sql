@@ -1,0 +1,9 @@
+{# Returns the keys that stand in more than one row. #}
+{% test grain_is_unique(model, columns) %}
+select
+    {{ columns | join(', ') }},
+    count(*) as num_rows
+from {{ model }}
+group by {{ columns | join(', ') }}
+having count(*) > 1
+{% endtest %}
