@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAGE = Path(__file__).with_name("ui.html")
+API_PAGE = Path(__file__).with_name("docs.html")
+"""Our own, because the framework's loads its script from elsewhere and stays blank where there is no elsewhere."""
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.Problem, "description": what}
     for status, what in {
@@ -76,6 +78,8 @@ def create_app(
         version="1",
         summary="A feed from retrieval to page, with every feature explained.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         responses=PROBLEMS,
     )
     install_error_bodies(app)
@@ -318,6 +322,10 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/ui", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(), headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def api_page() -> Response:
+        return HTMLResponse(API_PAGE.read_text(), headers={"Cache-Control": "no-cache"})
 
     @app.get("/ui/data", include_in_schema=False)
     async def page_data() -> Response:

@@ -198,7 +198,7 @@ def _compare(group: FeatureGroup, vectors: Sequence[_Vector], recomputed: pa.Tab
     exact = _exact_features(group)
     for row, vector in enumerate(vectors):
         num_equal = 0
-        logged_values = {**vector.values, **vector.sequences}
+        logged_values: dict[str, Any] = {**vector.values, **vector.sequences}
         for name, logged in logged_values.items():
             value = columns[name][row]
             if name in group.sequence_names:

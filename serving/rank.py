@@ -33,10 +33,8 @@ def score_l2(
 
 def mix(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """float64 [C]: sum over heads of weight × probability. Heads without a weight weigh nothing."""
-    return sum(
-        (weights.get(head, 0.0) * scores_C.astype(np.float64) for head, scores_C in predictions.items()),
-        start=np.float64(0.0),
-    )
+    weighted = [weights.get(head, 0.0) * scores_C.astype(np.float64) for head, scores_C in predictions.items()]
+    return np.sum(weighted, axis=0)
 
 
 def best_first(scores_C: np.ndarray, top_k: int) -> np.ndarray:

@@ -82,7 +82,10 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     if not request.history:
         return np.empty(0, dtype=np.int64)
     tower = request.models.two_tower  # type: ignore[attr-defined]
-    similarity_V = tower.note_vectors @ tower.user_vector(list(request.history))
+    user_D = tower.user_vector(list(request.history))
+    if not user_D.any():  # the model knows none of these notes: every product would be 0
+        return np.empty(0, dtype=np.int64)
+    similarity_V = tower.note_vectors @ user_D
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
     usable_V = (rows_V >= 0) & request.eligible_N[rows_V]
     best = _largest(np.where(usable_V, similarity_V, -np.inf), limit)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from serving.app import PAGE
+from serving.app import API_PAGE, PAGE
 from tests.serving.browser import CHROMIUM, browsing
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package: chromium)")
@@ -85,8 +85,20 @@ def test_the_feed_can_be_used_from_the_keyboard_alone(server, page):
     assert page.run(unlabelled) == 0
 
 
-def test_the_page_needs_nothing_from_elsewhere():
-    page = PAGE.read_text()
+@needs_chromium
+def test_a_request_can_be_sent_from_the_description_of_the_api(server, page):
+    page.go(f"{server.base_url}/docs")
+    page.until("document.querySelectorAll('details').length >= 10")
+    page.run("window.feed = [...document.querySelectorAll('details')].find((one) => one.innerText.includes('/v1/feed'))")
+    page.run("feed.open = true")
+    page.run("feed.querySelector('button').click()")
+    page.until("!feed.querySelector('pre').hidden")
+    assert page.run("feed.querySelector('pre').textContent").startswith("200 in ")
+
+
+@pytest.mark.parametrize("file", [PAGE, API_PAGE])
+def test_a_page_needs_nothing_from_elsewhere(file):
+    page = file.read_text()
     assert set(re.findall(r"https?://[^\s\"'<>]+", page)) == set()
     assert '<html lang="en">' in page
     assert "prefers-color-scheme: dark" in page
