@@ -1,7 +1,7 @@
 """What dbt would supply while a model renders, for sqlfluff's jinja templater: variables with their real values.
 
-sqlfluff puts the public names of this package into the context of every model (`library_path` in .sqlfluff). Its own stand-ins for
-`ref`, `source`, `config` and `is_incremental` do; its `var` gives text, which no macro can calculate with.
+sqlfluff puts the public names of this package into the context of every model (`library_path` in .sqlfluff). Its own
+stand-ins for `ref`, `source`, `config` and `is_incremental` do; its `var` gives text, which no macro can calculate with.
 """
 
 from pathlib import Path as _Path
