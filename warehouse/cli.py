@@ -1,0 +1,184 @@
+"""`headrace land | sql | features | export-training`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
+from warehouse.home import Home, data_root
+from warehouse.lake import Lake
+
+
+def main(words: list[str]) -> int:
+    """Runs one of this room's commands."""
+    command, *rest = words
+    return {"land": _land, "sql": _sql, "features": _features, "export-training": _export_training}[command](rest)
+
+
+def _parser(command: str, what: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"headrace {command}", description=what, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _land(words: list[str]) -> int:
+    from warehouse.datasets import kuairand, simulator
+    from warehouse.landing import Landed, land_dataset
+    from warehouse.landing_files import land_file
+
+    parser = _parser(
+        "land",
+        "Brings events into lake.events, exactly once: the same source again adds nothing.",
+        "  headrace land kuairand\n  headrace land simulator --seed 7\n  headrace land events.ndjson --landed-at received_at\n  headrace land events.parquet --delay 2",
+    )
+    parser.add_argument("source", help="kuairand, simulator, or a file ending in .parquet, .csv or .ndjson")
+    parser.add_argument("--seed", type=int, help="simulator: what to simulate")
+    parser.add_argument("--landed-at", metavar="COLUMN", help="file: the column that says when each event landed")
+    parser.add_argument("--delay", type=float, metavar="SECONDS", help="file: declare landed_at as event_ts plus this delay")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    given = parser.parse_args(words)
+    lake = Lake.open(Home.from_env())
+    path = Path(given.source)
+    if given.source not in ("kuairand", "simulator") and path.suffix not in (".parquet", ".csv", ".ndjson", ".jsonl"):
+        raise HeadraceError(f"no source {given.source!r}: give kuairand, simulator, or a file ending in .parquet, .csv or .ndjson")
+    with Progress(console=Console(stderr=True), disable=given.json) as progress:
+        task = progress.add_task(f"reading {given.source}", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, description="landing", completed=done, total=total)
+
+        landed: Landed
+        if given.source == "kuairand":
+            landed = land_dataset(lake, kuairand.load(data_root() / "kuairand"), show)
+        elif given.source == "simulator":
+            landed = land_dataset(lake, simulator.simulate(**({"seed": given.seed} if given.seed is not None else {})), show)
+        else:
+            landed = land_file(lake, path, given.landed_at, given.delay, show)
+    if given.json:
+        print(json.dumps(landed.__dict__))
+    elif landed.already:
+        print(f"{landed.source} had landed before; nothing was added")
+    else:
+        print(f"{landed.source}: {landed.num_events:,} events landed, {landed.num_dead_letters:,} dead letters")
+        if landed.num_dead_letters:
+            print("why: headrace sql \"select reason, count(*) from lake.dead_letters group by reason\"")
+    return 0
+
+
+def _sql(words: list[str]) -> int:
+    import duckdb
+
+    parser = _parser(
+        "sql",
+        "Reads the lake with DuckDB's SQL. Read-only: one select, describe, show or explain.",
+        '  headrace sql "show all tables"\n  headrace sql "select event_type, count(*) from lake.events group by all"\n  headrace sql --json "from features.note_engagement limit 3"',
+    )
+    parser.add_argument("query")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
+    given = parser.parse_args(words)
+    with Lake.open(Home.from_env()).duckdb(read_only=True) as connection:
+        try:
+            statements = connection.extract_statements(given.query)
+            allowed = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
+            if len(statements) != 1 or statements[0].type not in allowed:
+                raise HeadraceError("one read-only statement at a time: select, from, describe, show or explain")
+            answer = connection.sql(statements[0].query)
+            if answer is None:
+                return 0
+            if given.json:
+                for row in answer.to_arrow_table().to_pylist():
+                    print(json.dumps(row, default=str, ensure_ascii=False))
+            else:
+                answer.show(max_width=200)
+        except duckdb.Error as error:
+            raise HeadraceError(str(error)) from None
+    return 0
+
+
+def _features(words: list[str]) -> int:
+    parser = _parser(
+        "features",
+        "Shows and checks what is declared.",
+        "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d",
+    )
+    parser.add_argument("action", choices=("check", "list", "show"))
+    parser.add_argument("name", nargs="?", help="show: a feature")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(words)
+    groups = load_groups()
+    rows = [row for group in groups.values() for row in _feature_rows(group)]
+    if given.action == "check":
+        print(f"{len(rows)} features in {len(groups)} groups are well declared; hash {declarations_hash(groups)}")
+        return 0
+    if given.action == "show":
+        rows = [row for row in rows if row["feature"] == given.name]
+        if not rows:
+            raise HeadraceError(f"no feature {given.name!r}; see `headrace features list`")
+    if given.json or given.action == "show":
+        print(json.dumps(rows[0] if given.action == "show" else rows, indent=2))
+        return 0
+    table = Table("feature", "aggregation", "window", "freshness", "keys", box=None)
+    for row in rows:
+        table.add_row(row["feature"], row["aggregation"], row["window"] or "", row["freshness"], ", ".join(row["keys"]))
+    Console().print(table)
+    return 0
+
+
+def _feature_rows(group: FeatureGroup) -> list[dict]:
+    common = {"group": group.name, "keys": list(group.keys), "events": group.events, "declared_in": group.source}
+    rows = [
+        {
+            "feature": f"{group.entity}_{measure.name}_{window.name}",
+            "aggregation": measure.aggregation,
+            "of": measure.of,
+            "where": measure.where,
+            "window": window.name,
+            "freshness": measure.freshness,
+            "anchor": measure.anchor,
+            "empty": 0 if measure.aggregation in ("count", "sum") else ([] if measure.is_sequence else None),
+            **common,
+        }
+        for measure in group.measures
+        for window in measure.windows
+    ]
+    freshness = "event" if any(measure.freshness == "event" for measure in group.measures) else "block"
+    rows += [
+        {
+            "feature": f"{group.entity}_{derived.name}",
+            "aggregation": "derived",
+            "expression": derived.expression,
+            "window": None,
+            "freshness": freshness,
+            "empty": None,
+            **common,
+        }
+        for derived in group.derived
+    ]
+    return rows
+
+
+def _export_training(words: list[str]) -> int:
+    from warehouse.training_export import export_training
+
+    parser = _parser(
+        "export-training", "Writes training examples as Parquet under the home folder.", "  headrace export-training\n  headrace export-training --json"
+    )
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(words)
+    home = Home.from_env()
+    export = export_training(Lake.open(home), home)
+    if given.json:
+        print(json.dumps({"folder": str(export.folder), "num_rows": export.num_rows, "test_start": export.test_start}))
+    else:
+        print(f"{export.num_rows:,} examples in {export.folder}; tests from {export.test_start}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

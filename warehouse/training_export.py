@@ -1,0 +1,62 @@
+"""Writes training examples and dimensions as Parquet with a manifest, for models that know nothing of the lake."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.home import Home
+from warehouse.lake import Lake, quoted
+
+EXAMPLES = "training.training_examples"
+TEST_DAYS = 2
+
+
+@dataclass(frozen=True)
+class Export:
+    folder: Path
+    num_rows: int
+    test_start: str
+
+
+def export_training(lake: Lake, home: Home) -> Export:
+    """Replaces `<home>/exports/`: examples.parquet, notes.parquet, users.parquet, manifest.json (written last).
+
+    The test set is the last two days of impressions by request_ts, from a full hour on.
+    """
+    if not lake.exists(EXAMPLES):
+        raise HeadraceError("the lake has no training examples yet; run `dbt build` first")
+    folder = home.exports
+    manifest_path = folder / "manifest.json"
+    with lake.duckdb() as connection:
+        num_rows, test_start = connection.execute(
+            "select count(*), strftime(date_trunc('hour', max(request_ts)) + interval '1 hour', '%Y-%m-%dT%H:%M:%SZ') "
+            f"from (select request_ts - interval '{TEST_DAYS} days' as request_ts from {EXAMPLES})"
+        ).fetchall()[0]
+        if num_rows == 0:
+            raise HeadraceError("there are no training examples: no impression is old enough for its outcomes to be final")
+        manifest_path.unlink(missing_ok=True)
+        features = [name for group in load_groups().values() for name in group.feature_names]
+        doubles = ", ".join(f"cast({name} as double) as {name}" for name in [*features, "note_duration_ms", "note_age_min"])
+        queries = {
+            "examples": f"select * replace ({doubles}) from {EXAMPLES} order by request_ts, impression_id",
+            "notes": "select * from lake.notes order by note_id",
+            "users": "select * from lake.users order by user_id",
+        }
+        for name, query in queries.items():
+            unfinished = folder / f"{name}.parquet.part"
+            connection.execute(f"copy ({query}) to {quoted(str(unfinished))} (format parquet, compression zstd)")
+            os.replace(unfinished, folder / f"{name}.parquet")
+    manifest = {
+        "dataset": lake.properties("lake.events").get("headrace.source", "log"),
+        "snapshots": {name: lake.table(name).metadata.current_snapshot_id for name in (EXAMPLES, "lake.notes", "lake.users")},
+        "declarations_hash": declarations_hash(load_groups()),
+        "test_start": test_start,
+        "num_rows": num_rows,
+    }
+    unfinished = folder / "manifest.json.part"
+    unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(unfinished, manifest_path)
+    return Export(folder, num_rows, test_start)
