@@ -4,20 +4,22 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from streaming_sql.plan import GroupPlan
+from streaming_sql.plan import GroupPlan, columns_of
+from streaming_sql.records import to_us
+from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS
-from warehouse.time_algebra import closed_tick
+from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 
-BUILT_THROUGH = "headrace.built_through"
-"""Table property of `features.<group>`: every row with known_at at or before it (microseconds) is in the table."""
+BUILT_UNTIL = "headrace.built_until"
+"""Table property of `features.<group>`, ISO-8601: every row with known_at before it is in the table. Set by the dbt build."""
 
 
 def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int, dict[str, pa.Table]]:
     """The newest tick that every group's table holds in full and the log had closed, and the rows known by it that some
     window can still reach. Tick 0 and nothing where a table is missing or unbuilt: then everything is replayed."""
-    tick_us = min([*(_built_through(lake, name) for name in groups), _closed(lake)])
+    tick_us = min([*(_built_through(lake, group) for group in groups.values()), _closed(lake)])
     if tick_us <= 0:
         return 0, {}
     blocks = {}
@@ -31,9 +33,21 @@ def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int,
     return tick_us, blocks
 
 
-def _built_through(lake: Lake, group_name: str) -> int:
-    name = f"features.{group_name}"
-    return int(lake.table(name).properties.get(BUILT_THROUGH, 0)) if lake.exists(name) else 0
+def _built_through(lake: Lake, group: FeatureGroup) -> int:
+    """The newest tick whose rows are all there; 0 for none. Raises HeadraceError if another declaration built the table."""
+    name = f"features.{group.name}"
+    if not lake.exists(name) or BUILT_UNTIL not in (table := lake.table(name)).properties:
+        return 0
+    columns = {field.name for field in table.schema().fields}
+    declared = [
+        *group.keys,
+        "block_start",
+        "known_at",
+        *(column for measure in group.measures for column in columns_of(measure)),
+    ]
+    if missing := [column for column in declared if column not in columns]:
+        raise HeadraceError(f"{name} was built from another declaration and has no {', '.join(missing)}: run `dbt build` first")
+    return to_us(table.properties[BUILT_UNTIL]) - FIVE_MINUTES_US
 
 
 def _closed(lake: Lake) -> int:

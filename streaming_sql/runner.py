@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -16,6 +17,7 @@ from streaming_sql.event_log import EventLog
 from streaming_sql.feed import Feed, Taken
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.status import write_runner_status
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA
@@ -69,9 +71,11 @@ class Runner:
         groups: Mapping[str, FeatureGroup],
         clock: Clock,
         settings: RunnerSettings | None = None,
+        status_path: Path | None = None,
     ):
+        """status_path: where to leave a report for `headrace stream status` about once a second; none by default."""
         self._lake, self._log, self._clock = lake, log, clock
-        self._settings = settings or RunnerSettings()
+        self._settings, self._status_path = settings or RunnerSettings(), status_path
         self._feed = Feed(store, groups, (0,) * log.num_partitions)
         self._lander = Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
@@ -175,8 +179,15 @@ class Runner:
         for thread in self._threads:
             thread.start()
 
+    def report(self) -> None:
+        """Writes the report for `headrace stream status`."""
+        if self._status_path is not None:
+            num_behind = sum(self._log.end()) - sum(self._feed.position)
+            write_runner_status(self._status_path, self.store, self.totals, num_behind, self._clock)
+
     def _land_once(self) -> int:
         landed = self._lander.step()
+        self.report()
         if not landed:
             self._stopping.wait(1.0)
         return landed
@@ -204,6 +215,7 @@ class Runner:
             raise self.failure
         if flush:
             self.flush()
+        self.report()
 
     def wait_until(self, position: tuple[int, ...], timeout_s: float = 10.0) -> bool:
         """Waits until the store has absorbed `position`; false if it has not by then."""

@@ -9,6 +9,7 @@ from streaming_sql.event_log import EventLog
 from streaming_sql.lander import LanderSettings
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.runner import Runner, RunnerSettings
+from streaming_sql.status import iso
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, partition_of
@@ -199,7 +200,7 @@ def build_blocks(lake, through_us):
             lake.create(f"features.{name}", rows.schema)
             lake.append(f"features.{name}", rows)
             with lake.transaction(f"features.{name}") as transaction:
-                transaction.set_properties({"headrace.built_through": str(through_us)})
+                transaction.set_properties({"headrace.built_until": iso(through_us + FIVE_MINUTES_US)})
 
 
 def test_bulk_loaded_blocks_and_a_replay_of_everything_give_the_same_values(world):

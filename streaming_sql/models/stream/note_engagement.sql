@@ -1,0 +1,5 @@
+{# One row per (note_id, block_start, known_at): the 5-minute blocks of the declaration `note_engagement`, from the macro that builds them in
+   batch. Rows of ticks that are not closed yet still grow: readers ask for known_at <= closed_tick. #}
+{{ config(materialized='materialized_view', indexes=[{'columns': ['note_id']}]) }}
+
+{{ block_rows(feature_group('note_engagement'), ref('stg_engagements')) }}

@@ -1,0 +1,5 @@
+{# One row per (user_id, author_id, block_start, known_at): the 5-minute blocks of the declaration `user_author_affinity`, from the
+   macro that builds them in batch. Rows of ticks that are not closed yet still grow: readers ask for known_at <= closed_tick. #}
+{{ config(materialized='materialized_view', indexes=[{'columns': ['user_id', 'author_id']}]) }}
+
+{{ block_rows(feature_group('user_author_affinity'), ref('stg_engagements')) }}

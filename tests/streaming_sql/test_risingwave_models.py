@@ -1,0 +1,189 @@
+"""The RisingWave models without RisingWave: compiled by dbt, parsed and checked against what its documentation supports, and
+the portable part of the very same text run on a real PostgreSQL beside DuckDB."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+import sqlglot
+from sqlglot import expressions as exp
+
+from tests.streaming_sql.generated import as_table
+from tests.streaming_sql.postgres import postgres
+from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS, OPERATORS
+from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA
+from warehouse.features.declarations import load_groups
+from warehouse.features.render import block_sql, staging_sql
+from warehouse.home import REPOSITORY
+from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, SECOND_US, closed_tick
+
+GROUPS = load_groups()
+VIEWS = ["arrivals", "closed_tick", "stg_engagements", *GROUPS, "user_sequences"]
+START_US = 1_651_766_400_000_000
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Model name → compiled SQL, from `dbt compile` with no server to talk to."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {**os.environ, "HEADRACE_HOME": str(home), "DBT_PROFILES_DIR": str(REPOSITORY), "RISINGWAVE_PORT": "1"}
+    command = [str(Path(sys.executable).parent / "dbt"), "compile", "--target", "risingwave", "--no-introspect"]
+    done = subprocess.run(
+        [*command, "--no-populate-cache", "--select", "path:streaming_sql"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((home / "dbt" / "target" / "manifest.json").read_text())
+    models = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
+    assert {node["original_file_path"].split("/")[0] for node in models} == {"streaming_sql"}  # batch twins are off
+    return {node["name"]: node["compiled_code"] for node in models if node.get("compiled_code")}
+
+
+def test_every_group_of_the_batch_side_has_a_view_from_the_same_declaration(compiled):
+    assert set(compiled) == {"log_events", *VIEWS}
+    for name, group in GROUPS.items():
+        for measure in group.measures:
+            assert re.search(rf"as {measure.name}(__sum)?\b", compiled[name]), (name, measure.name)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_sql_parses_as_risingwave_and_uses_only_what_it_documents(compiled, name):
+    tree = sqlglot.parse_one(compiled[name], dialect="risingwave")
+    assert not list(tree.find_all(exp.Command, exp.Qualify))
+    without_text = re.sub(r"'[^']*'", "''", compiled[name].lower())
+    called = set(re.findall(r"([a-z_]+)\s*\(", without_text)) - KEYWORDS
+    assert called <= FUNCTIONS
+    assert set(re.findall(r"->>|->|::|~|@>|//|<@", without_text)) <= OPERATORS
+
+
+def test_the_events_table_is_append_only_over_kafka_with_the_logs_own_time_and_place(compiled):
+    text = compiled["log_events"].lower()
+    for clause in (
+        "append only",
+        "include timestamp as kafka_timestamp",
+        "include partition as kafka_partition",
+        "include offset as kafka_offset",
+        "connector = 'kafka'",
+        "format plain encode json",
+    ):
+        assert clause in text
+
+
+def a_log(seed, size=2500):
+    """Late, dead, duplicated, tied and null events and heartbeats in two partitions."""
+    rng = np.random.default_rng(seed)
+    now_us, offsets, records = START_US, [0, 0], []
+    ages = [0, 0, 1, SECOND_US, FIVE_MINUTES_US, 3 * DAY_US, DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1]
+    ages += [-SECOND_US, -FURTHEST_AHEAD_US, -FURTHEST_AHEAD_US - 1]
+    for number in range(size):
+        now_us += int(rng.choice([0, 1, 7 * SECOND_US, 90 * SECOND_US]))
+        partition = int(rng.integers(2))
+        watch = [None, 5, -3, "12", "x", True][rng.integers(6)]
+        event_ts = now_us - int(rng.choice(ages))
+        records.append(
+            {
+                "event_id": f"e{number if rng.random() < 0.8 else rng.integers(number + 1)}",
+                "event_type": str(rng.choice([*EVENT_TYPES, "heartbeat", "click"])),
+                "user_id": [None, "u1", "u2", "ü3"][rng.integers(4)],
+                "note_id": [None, "n1", "n2", "N1"][rng.integers(4)],
+                "author_id": [None, "a1", "a2"][rng.integers(3)],
+                "event_ts": event_ts if rng.random() < 0.5 else event_ts // FIVE_MINUTES_US * FIVE_MINUTES_US,
+                "landed_at": now_us,
+                "log_partition": partition,
+                "log_offset": offsets[partition],
+                "landing": "log",
+                "properties": None if watch is None and rng.random() < 0.5 else json.dumps({"watch_ms": watch}),
+            }
+        )
+        offsets[partition] += 1
+    return records
+
+
+def load_into_postgres(connection, events):
+    """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have."""
+    fields = [name for name in EVENTS_SCHEMA.names if name not in ("landed_at", "log_partition", "log_offset", "landing")]
+    types = {"event_ts": "timestamptz", "properties": "jsonb"}
+    columns = ", ".join(f"{name} {types.get(name, 'varchar')}" for name in fields)
+    connection.execute(
+        f"create table log_events ({columns}, kafka_timestamp timestamptz, kafka_partition varchar, kafka_offset varchar)"
+    )
+    copied = [*fields, "landed_at", "log_partition", "log_offset"]
+    with connection.cursor().copy("copy log_events from stdin") as copy:
+        for row in events.select(copied).to_pylist():
+            copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in copied])
+
+
+def rows_of(cursor):
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def instant_us(value):
+    return round(value.timestamp() * 1_000_000)
+
+
+def comparable(rows):
+    """Lists in one shape: PostgreSQL holds them newest first as JSON, DuckDB oldest first as structs."""
+    out = []
+    for row in rows:
+        row = dict(row)
+        for name, value in row.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                row[name] = sorted((entry["event_id"], entry["value"]) for entry in value)
+        out.append(row)
+    return sorted(out, key=lambda row: json.dumps(row, default=str, sort_keys=True))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled, seed):
+    events = as_table(a_log(seed))
+    alive = f"landed_at - event_ts between to_microseconds({-FURTHEST_AHEAD_US}) and to_microseconds({DUPLICATE_MEMORY_US})"
+    batch = duckdb.connect()
+    batch.execute("set TimeZone = 'UTC'")
+    batch.register("events", events)
+    batch.execute(f"create table landed as select * from events where {alive}")
+    batch.execute(f"create table staged as {staging_sql('landed')}")
+    with postgres("dev") as stream:
+        load_into_postgres(stream, events)
+        for name in VIEWS:
+            kind = "view" if name == "arrivals" else "materialized view"
+            stream.execute(f"create {kind} {name} as {compiled[name]}")
+
+        staged = comparable(rows_of(batch.execute("select * from staged")))
+        assert comparable(rows_of(stream.execute("select * from stg_engagements"))) == staged
+        assert len(staged) > 200
+        for name, group in GROUPS.items():
+            expected = comparable(rows_of(batch.execute(block_sql(group, "staged"))))
+            assert comparable(rows_of(stream.execute(f"select * from {name}"))) == expected, name
+            assert len(expected) > 100
+
+        [tick] = rows_of(stream.execute("select * from closed_tick"))
+        newest = [instant_us(max(r["landed_at"] for r in events.to_pylist() if r["log_partition"] == p)) for p in (0, 1)]
+        assert instant_us(tick["closed_tick"]) == closed_tick(newest)
+
+        for row in rows_of(stream.execute("select * from user_sequences")):
+            expected = batch.execute(
+                "select event_ts, event_id, note_id from staged where user_id = ? and event_type = 'click' "
+                "and note_id is not null order by event_ts, event_id",
+                [row["user_id"]],
+            ).fetchall()[-50:]
+            assert list(zip(row["event_ts"], row["event_ids"], row["items"], strict=True)) == expected
+            assert len(expected) == 50
+
+
+def test_a_silent_partition_leaves_no_tick(compiled):
+    records = [record for record in a_log(3, 50) if record["log_partition"] == 0]
+    with postgres("dev") as stream:
+        load_into_postgres(stream, as_table(records))
+        for name in ("arrivals", "closed_tick"):
+            stream.execute(f"create view {name} as {compiled[name]}")
+        assert rows_of(stream.execute("select * from closed_tick")) == []
