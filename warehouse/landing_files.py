@@ -20,8 +20,8 @@ REQUIRED = ("event_id", "event_type", "event_ts")
 READERS = {
     ".parquet": "read_parquet({path})",
     ".csv": "read_csv({path}, all_varchar = true, header = true)",
-    ".ndjson": "read_ndjson({path}, sample_size = -1)",
-    ".jsonl": "read_ndjson({path}, sample_size = -1)",
+    ".ndjson": "read_ndjson({path}, sample_size = -1, maximum_depth = 1)",
+    ".jsonl": "read_ndjson({path}, sample_size = -1, maximum_depth = 1)",
 }
 _ZONED = r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 
@@ -82,7 +82,8 @@ def _select(source: str, types: dict[str, str], landed_at: str | None, delay_sec
         elif field.name == "properties":
             items.append(f"{_properties(types, landed_at)} as properties")
         else:
-            items.append(f'"{field.name}"::varchar as "{field.name}"' if field.name in types else f'null::varchar as "{field.name}"')
+            text = _text(field.name, types[field.name]) if field.name in types else "null::varchar"
+            items.append(f'{text} as "{field.name}"')
     order = " order by landed_at" if landed_at or delay_seconds is not None else ""
     return f"select {', '.join(items)} from {source}{order}"
 
@@ -90,11 +91,19 @@ def _select(source: str, types: dict[str, str], landed_at: str | None, delay_sec
 def _time(column: str, type_name: str) -> str:
     if type_name == "TIMESTAMP WITH TIME ZONE":
         return f'"{column}"'
-    return f"""case when regexp_matches("{column}"::varchar, '{_ZONED}') then try_cast("{column}"::varchar as timestamptz) end"""
+    text = _text(column, type_name)
+    return f"case when regexp_matches({text}, '{_ZONED}') then try_cast({text} as timestamptz) end"
+
+
+def _text(column: str, type_name: str) -> str:
+    """The column as text; a JSON string loses its quotes."""
+    return f"""("{column}" ->> '$')""" if type_name == "JSON" else f'"{column}"::varchar'
 
 
 def _properties(types: dict[str, str], landed_at: str | None) -> str:
     if "properties" in types:
+        if types["properties"] == "JSON":  # an object, or an object written as a string
+            return "case json_type(properties) when 'VARCHAR' then properties ->> '$' else properties::varchar end"
         return "properties::varchar" if types["properties"] == "VARCHAR" else "to_json(properties)::varchar"
     taken = {field.name for field in DATASET_EVENTS_SCHEMA} | {landed_at}
     extra = [column for column in types if column not in taken]

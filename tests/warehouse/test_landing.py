@@ -27,7 +27,7 @@ def good(event_id, **more):
 
 
 def test_a_second_landing_of_the_same_data_set_adds_nothing(lake):
-    dataset = simulate(seed=3, num_users=30, num_notes=40, days=1)
+    dataset = simulate(seed=3, num_users=30, num_notes=60, days=1)
     first = land_dataset(lake, dataset)
     rows = lake.scan(EVENTS).num_rows
     again = land_dataset(lake, dataset)
@@ -37,7 +37,7 @@ def test_a_second_landing_of_the_same_data_set_adds_nothing(lake):
 
 
 def test_offsets_are_dense_and_landing_never_runs_backwards_in_a_partition(lake):
-    land_dataset(lake, simulate(seed=3, num_users=30, num_notes=40, days=1))
+    land_dataset(lake, simulate(seed=3, num_users=30, num_notes=60, days=1))
     rows = lake.scan(EVENTS).sort_by([("log_partition", "ascending"), ("log_offset", "ascending")]).to_pylist()
     for partition, end in enumerate(landed_position(lake)):
         mine = [row for row in rows if row["log_partition"] == partition]
@@ -47,9 +47,9 @@ def test_offsets_are_dense_and_landing_never_runs_backwards_in_a_partition(lake)
 
 
 def test_history_that_would_change_a_served_tick_lands_now(lake):
-    dataset = simulate(seed=3, num_users=10, num_notes=20, days=1)
+    dataset = simulate(seed=3, num_users=10, num_notes=50, days=1)
     land_dataset(lake, dataset)
-    late = simulate(seed=4, num_users=10, num_notes=20, days=1)
+    late = simulate(seed=4, num_users=10, num_notes=50, days=1)
     last = max(lake.scan(EVENTS)["landed_at"].to_pylist())
     now_us = int(last.timestamp() * 1e6) + DAY_US
     land_dataset(lake, late, clock=ManualClock(now_us))
