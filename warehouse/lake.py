@@ -16,7 +16,6 @@ import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
-from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.transforms import parse_transform
@@ -89,17 +88,13 @@ class Lake:
         except NoSuchTableError:
             raise HeadraceError(f"the lake has no table {name}; it has {', '.join(self.tables()) or 'none yet'}") from None
 
-    def create(
-        self, name: str, schema: pa.Schema | Schema, partition_by: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None
-    ) -> Table:
+    def create(self, name: str, schema: pa.Schema | Schema, partition_by: Mapping[str, str] | None = None) -> Table:
         """Creates the table if it is not there. `partition_by` maps a column to a transform: `{"landed_at": "hour"}`."""
         if self.exists(name):
             return self.table(name)
         namespace = name.rpartition(".")[0]
         self.catalogue.create_namespace_if_not_exists(namespace)
-        with self.catalogue.create_table_transaction(
-            name, schema=schema, partition_spec=UNPARTITIONED_PARTITION_SPEC, properties=dict(properties or {})
-        ) as transaction:
+        with self.catalogue.create_table_transaction(name, schema=schema) as transaction:
             if partition_by:
                 with transaction.update_spec() as spec:
                     for column, transform in partition_by.items():
@@ -109,6 +104,14 @@ class Lake:
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         self.table(name).append(rows, snapshot_properties=dict(properties or {}))
+
+    def replace(self, name: str, rows: pa.Table) -> None:
+        """The table becomes these rows, in one commit."""
+        table = self.table(name)
+        if table.current_snapshot() is None:
+            table.append(rows)
+        else:
+            table.overwrite(rows)
 
     @contextlib.contextmanager
     def transaction(self, name: str) -> Iterator[Transaction]:

@@ -118,7 +118,7 @@ def land_events(
             return Landed(source, 0, 0, already=True)
         now_us = (clock or Clock()).now_us()
         stamped, dead = _stamp(events, source, _last_landed(lake), landed_position(lake), now_us)
-        if dead.num_rows and f"headrace.landed.{fingerprint}" not in lake.table(DEAD_LETTERS).properties:
+        if dead.num_rows and property_name not in lake.table(DEAD_LETTERS).properties:
             with lake.transaction(DEAD_LETTERS) as transaction:
                 transaction.append(dead)
                 transaction.set_properties({property_name: str(dead.num_rows)})
@@ -312,5 +312,4 @@ def _merge_dimension(lake: Lake, name: str, rows: pa.Table, key: str) -> None:
     kept = existing.filter(pc.invert(pc.is_in(existing[key], value_set=rows[key].combine_chunks())))
     merged = pa.concat_tables([kept.cast(rows.schema), rows]).sort_by(key)
     if not existing.sort_by(key).cast(rows.schema).equals(merged):
-        with lake.transaction(name) as transaction:
-            transaction.overwrite(merged)
+        lake.replace(name, merged)

@@ -1,0 +1,68 @@
+"""Declarations: what is wrong is refused with file, line, rule and remedy; what means the same hashes the same."""
+
+import pytest
+import yaml
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.features.render import VARIABLES
+from warehouse.home import REPOSITORY
+
+STAGING = """
+  - name: stg
+    columns: [{name: event_type}, {name: user_id}, {name: note_id}, {name: watch_ms}]
+"""
+
+
+def declare(tmp_path, measures="- {name: num, aggregation: count, windows: [1h]}", keys="[note_id]", derived="[]", events="stg"):
+    folder = tmp_path / "warehouse" / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "x.yml").write_text(
+        f"version: 2\nmodels:{STAGING}  - name: group\n    config:\n      meta:\n        features:\n          entity: note\n"
+        f"          events: {events}\n          keys: {keys}\n          derived: {derived}\n          measures:\n            {measures}\n"
+    )
+    return load_groups(tmp_path)
+
+
+def test_a_feature_is_named_entity_measure_window(tmp_path):
+    groups = declare(tmp_path, "- {name: num_views, aggregation: count, windows: [1h, 30d]}", derived="[{name: half, expression: num_views_1h / 2}]")
+    assert groups["group"].feature_names == ("note_num_views_1h", "note_num_views_30d", "note_half")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": "[nope]"}, r"x.yml:\d+: key nope is no column of stg; it has event_type, note_id"),
+        ({"events": "raw"}, "reads raw, which is no model"),
+        ({"measures": "- {name: a, aggregation: median, of: watch_ms, windows: [1h]}"}, r"x.yml:\d+: measure a: aggregation must be one of count"),
+        ({"measures": "- {name: a, aggregation: sum, windows: [1h]}"}, "sum needs `of`"),
+        ({"measures": "- {name: a, aggregation: count, windows: [7m]}"}, "multiple of 5m"),
+        ({"measures": "- {name: a, aggregation: count}"}, "has no windows; write for example"),
+        ({"measures": "- {name: a, aggregation: count, windows: [1h], widow: 2}"}, "unknown settings"),
+        ({"measures": "- {name: a, aggregation: count, where: event_typ = 'x', windows: [1h]}"}, "where: no column event_typ"),
+        ({"measures": "- {name: a, aggregation: count, where: event_type = current_date, windows: [1h]}"}, "is not allowed; use"),
+        ({"measures": "- {name: a, aggregation: count, where: random() > 0.5, windows: [1h]}"}, "is not allowed; use"),
+        ({"measures": "- {name: a, aggregation: count, where: event_type =, windows: [1h]}"}, "cannot be parsed"),
+        ({"measures": "- {name: a, aggregation: last_n, of: note_id, windows: [1h]}"}, "last_n takes type varchar"),
+        ({"measures": "- {name: a, aggregation: last_n, of: note_id, type: varchar, windows: [1h]}"}, "needs a positive n"),
+        ({"measures": "- {name: a, aggregation: count, freshness: event, anchor: tick, windows: [1h]}"}, "freshness is block"),
+        ({"measures": "- {name: num, aggregation: count, windows: [1h]}\n            - {name: num, aggregation: count, windows: [1d]}"}, "num is declared twice"),
+        ({"derived": "[{name: r, expression: num_7d / 2}]"}, "derived r: no column num_7d; there are num_1h"),
+    ],
+)
+def test_a_wrong_declaration_says_where_what_and_what_would_be_right(tmp_path, changes, message):
+    with pytest.raises(HeadraceError, match=message):
+        declare(tmp_path, **changes)
+
+
+def test_prose_does_not_change_the_meaning_but_a_filter_does(tmp_path):
+    plain = declarations_hash(declare(tmp_path))
+    described = declarations_hash(declare(tmp_path, "- {name: num, aggregation: count, windows: [1h], description: words}"))
+    filtered = declarations_hash(declare(tmp_path, "- {name: num, aggregation: count, windows: [1h], where: watch_ms > 1}"))
+    assert plain == described
+    assert plain != filtered
+
+
+def test_the_variables_of_dbt_and_of_python_are_the_same():
+    declared = yaml.safe_load((REPOSITORY / "dbt_project.yml").read_text())["vars"]
+    assert {name: declared[name] for name in VARIABLES} == VARIABLES
