@@ -87,14 +87,11 @@ class Catalogue:
         return np.where(self.created_us_N == UNKNOWN_US, self.first_seen_us_N, self.created_us_N)
 
     def request_features(self, note_ids: Sequence[str], t_us: int) -> np.ndarray:
-        """float64 [C, 2] in the order of REQUEST_FEATURES; NaN where unknown, or created at t or later."""
+        """float64 [C, 2] in the order of REQUEST_FEATURES. All NaN for a note that is unknown or not created before t, as in the
+        training examples (a note without a creation time among them)."""
         values_CF = np.full((len(note_ids), len(REQUEST_FEATURES)), np.nan)
         for position, note_id in enumerate(note_ids):
             row = self.row_of.get(note_id)
-            if row is None:
-                continue
-            values_CF[position, 0] = self.duration_ms_N[row]
-            created_us = self.created_us_N[row]
-            if created_us != UNKNOWN_US and created_us < t_us:
-                values_CF[position, 1] = (t_us - created_us) / MINUTE_US
+            if row is not None and UNKNOWN_US != self.created_us_N[row] < t_us:
+                values_CF[position] = self.duration_ms_N[row], (t_us - self.created_us_N[row]) / MINUTE_US
         return values_CF

@@ -12,14 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from warehouse.features.recompute import recompute
 
 from serving.forward_log import FORWARD_LOG
+from streaming_sql.bulk_load import BUILT_UNTIL
+from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
+from warehouse.features.recompute import recompute
 from warehouse.lake import Lake
 from warehouse.landing import landed_position
+from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 
 TOLERANCE = 1e-9
 FIRST_DIFFERENCES = 10
@@ -52,7 +55,7 @@ class Difference:
 
 @dataclass
 class Parity:
-    """How many vectors and values agree, and which do not. `skipped` counts requests that cannot be compared, by reason."""
+    """How many vectors and values agree, and which do not. `skipped` counts vectors that cannot be compared, by reason."""
 
     num_requests: int = 0
     num_vectors: int = 0
@@ -78,7 +81,7 @@ class Parity:
             "vectorsOfGroup": dict(self.vectors_of_group),
             "differencesOfFeature": dict(self.differences_of_feature),
             "firstDifferences": [str(difference) for difference in self.differences],
-            "skippedRequests": dict(self.skipped),
+            "skippedVectors": dict(self.skipped),
         }
 
     def as_text(self) -> str:
@@ -87,7 +90,7 @@ class Parity:
             f"({self.num_equal_values:,} of {self.num_values:,} values, {self.num_requests:,} requests)"
         ]
         lines += [f"  {name}: {count:,} vectors" for name, count in self.vectors_of_group.items()]
-        lines += [f"  not compared: {count:,} requests, {reason}" for reason, count in self.skipped.items()]
+        lines += [f"  not compared: {count:,} vectors, {reason}" for reason, count in self.skipped.items()]
         if self.differences:
             lines.append("differences by feature:")
             lines += [f"  {name}: {count:,}" for name, count in self.differences_of_feature.most_common()]
@@ -118,28 +121,49 @@ def check_parity(lake: Lake, last: int | None = None, groups: Mapping[str, Featu
         raise HeadraceError(
             "nothing was served yet: lake.forward_log is empty; ask for a feed, or wait some seconds for the writer"
         )
-    parity = Parity()
-    requests = list(
-        _comparable(rows.to_pylist(maps_as_pydicts="strict"), declarations_hash(dict(groups)), landed_position(lake), parity)
-    )
-    parity.num_requests = len(requests)
+    parity = Parity(num_requests=rows.num_rows)
+    requests = rows.to_pylist(maps_as_pydicts="strict")
+    here = _Here(declarations_hash(dict(groups)), landed_position(lake), _built_until(lake, groups))
     for group in groups.values():
-        vectors = list(_vectors(group, requests))
-        if vectors:
-            _compare(group, vectors, recompute(lake, group, _spine(group, vectors)), parity)
+        comparable = []
+        for vector in _vectors(group, requests):
+            if reason := here.why_not(group, vector.request):
+                parity.skipped[reason] += 1
+            else:
+                comparable.append(vector)
+        if comparable:
+            _compare(group, comparable, recompute(lake, group, _spine(group, comparable)), parity)
     return parity
 
 
-def _comparable(
-    rows: Iterable[Mapping[str, Any]], declared: str, landed: Sequence[int], parity: Parity
-) -> Iterable[Mapping[str, Any]]:
-    for row in rows:
-        if row["declarations_hash"] != declared:
-            parity.skipped["the definition of features changed since they were served"] += 1
-        elif any(known > there for known, there in zip(row["known_position"], landed, strict=True)):
-            parity.skipped["events they had seen are not in the lake yet; the running server lands them within seconds"] += 1
-        else:
-            yield row
+@dataclass(frozen=True)
+class _Here:
+    """How far the lake has come: what it can be asked about. built_until_us: exclusive, by table."""
+
+    declared: str
+    landed: Sequence[int]
+    built_until_us: Mapping[str, int]
+
+    def why_not(self, group: FeatureGroup, request: Mapping[str, Any]) -> str | None:
+        """Why a request's values of this group cannot be computed again, or None if they can."""
+        if request["declarations_hash"] != self.declared:
+            return "features were defined otherwise when they were served"
+        if self.built_until_us[f"features.{group.name}"] <= to_us(request["feature_watermark"]):
+            return f"{group.name} is not built up to their watermark; run `dbt build`"
+        if all(measure.freshness == "block" for measure in group.measures):
+            return None
+        if any(known > there for known, there in zip(request["known_position"], self.landed, strict=True)):
+            return "events they had seen are not in the lake yet; a running server lands them within a minute"
+        if self.built_until_us[f"staging.{group.events}"] <= floor_5m(to_us(request["request_ts"])) + FIVE_MINUTES_US:
+            return f"{group.events} is not built past their request; run `dbt build` once the next tick is closed"
+        return None
+
+
+def _built_until(lake: Lake, groups: Mapping[str, FeatureGroup]) -> dict[str, int]:
+    """Of every table that recomputing reads: rows known before this are in it, microseconds; 0 if it is not there."""
+    names = {f"features.{group.name}" for group in groups.values()} | {f"staging.{group.events}" for group in groups.values()}
+    there = {name: lake.table(name).properties.get(BUILT_UNTIL) for name in names if lake.exists(name)}
+    return {name: to_us(text) if (text := there.get(name)) else 0 for name in names}
 
 
 def _vectors(group: FeatureGroup, requests: Iterable[Mapping[str, Any]]) -> Iterable[_Vector]:
