@@ -10,6 +10,7 @@ Knows nothing of ticks' meaning, events or the lake.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,11 +134,11 @@ class BlockLayer:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.run_offsets, self.block_start, *self.prefix.values()]
-        arrays = [self.rows, self.known_at, self.place, *self.covers.values()]
+        parts: list[Any] = [self.run_offsets, self.block_start, *self.prefix.values()]
+        parts += [self.rows, self.known_at, self.place, *self.covers.values()]
         for entries in self.entries.values():
-            arrays += [entries.row, entries.event_ts, entries.event_id, entries.value]
-        return sum(part.nbytes for part in (*tensors, *arrays))
+            parts += [entries.row, entries.event_ts, entries.event_id, entries.value]
+        return sum(part.nbytes for part in parts)
 
     @classmethod
     def build(cls, plan: GroupPlan, blocks: Blocks) -> "BlockLayer":

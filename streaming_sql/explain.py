@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from streaming_sql.block_layer import Blocks
 from streaming_sql.group_state import GroupState, Instant
 from streaming_sql.key_index import Key
+from streaming_sql.plan import GroupPlan
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
         if run < 0:
             continue
         rows = layer.blocks(plan)
-        first, end = layer.run_offsets[run].item(), layer.run_offsets[run + 1].item()
+        first, end = layer.run_offsets.numpy()[run : run + 2].tolist()
         for b in range(first, end):
             if oldest_us <= rows.block_start[b] < at.tick_us:
                 blocks.append(_block(plan, rows, b))
@@ -57,7 +59,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
             "log_offset": event.log_offset,
             **{measure.name: value for measure, value in zip(plan.fresh, event.values, strict=True) if value is not None},
         }
-        for event in state.head.visible(tuple(key), at.tick_us, at.position, at.t_us)
+        for event in state.head.visible(tuple(key), at.position, at.t_us)
     ]
     return Explanation(
         plan.group.name,
@@ -73,8 +75,8 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
     )
 
 
-def _block(plan: Any, rows: Any, b: int) -> dict[str, Any]:
-    block = {"block_start": int(rows.block_start[b]), "known_at": int(rows.known_at[b])}
+def _block(plan: GroupPlan, rows: Blocks, b: int) -> dict[str, Any]:
+    block: dict[str, Any] = {"block_start": int(rows.block_start[b]), "known_at": int(rows.known_at[b])}
     for family in plan.families:
         for place, column in enumerate(family.sum_columns):
             block[column] = int(rows.sums[family.name][b, place])

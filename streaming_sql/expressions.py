@@ -5,6 +5,7 @@ and the root of a negative one are NULL, as in every execution. Truth values are
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import sqlglot
@@ -13,8 +14,8 @@ from sqlglot import expressions as exp
 from warehouse.errors import HeadraceError
 
 Columns = Mapping[str, np.ndarray]
-Compiled = Callable[[Columns], np.ndarray]
-"""Columns of N float64 each → N float64 (or one number, where the expression is constant)."""
+Compiled = Callable[[Columns], Any]
+"""Columns of N float64 each → float64 [N], or one number where the expression is constant."""
 
 SUPPORTED = "+ - * / coalesce nullif least greatest abs sqrt ln cast case and or not = <> < <= > >= is null in between"
 
@@ -40,19 +41,19 @@ def compile_expression(text: str, columns: frozenset[str], what: str) -> Compile
     return evaluate
 
 
-def _compile(node: exp.Expression, columns: frozenset[str], what: str) -> tuple[Compiled, bool]:
+def _compile(node: exp.Expr, columns: frozenset[str], what: str) -> tuple[Compiled, bool]:
     """The compiled node, and whether it is a truth value."""
 
     def refuse(problem: str) -> HeadraceError:
         return HeadraceError(f"{what}: {problem}; supported are {SUPPORTED}")
 
-    def number(child: exp.Expression) -> Compiled:
+    def number(child: exp.Expr) -> Compiled:
         compiled, is_truth = _compile(child, columns, what)
         if is_truth:
             raise refuse(f"{child.sql('duckdb')} is a truth value where a number is needed")
         return compiled
 
-    def truth(child: exp.Expression) -> Compiled:
+    def truth(child: exp.Expr) -> Compiled:
         compiled, is_truth = _compile(child, columns, what)
         if not is_truth and not isinstance(child, exp.Null):
             raise refuse(f"{child.sql('duckdb')} is a number where a condition is needed")
@@ -87,7 +88,7 @@ def _compile(node: exp.Expression, columns: frozenset[str], what: str) -> tuple[
         parts = [number(child) for child in (node.this, *node.expressions)]
         combine = _MANY_NUMBERS[type(node)]
 
-        def reduce(values: Columns) -> np.ndarray:
+        def reduce(values: Columns) -> Any:
             result = parts[0](values)
             for part in parts[1:]:
                 result = combine(result, part(values))
@@ -119,8 +120,8 @@ def _compile(node: exp.Expression, columns: frozenset[str], what: str) -> tuple[
     if isinstance(node, exp.In) and node.expressions:
         inner, options = number(node.this), [number(option) for option in node.expressions]
 
-        def among(values: Columns) -> np.ndarray:
-            found = np.float64(0.0)
+        def among(values: Columns) -> Any:
+            found: Any = np.float64(0.0)
             for option in options:
                 found = _or(found, _compared(np.equal, inner(values), option(values)))
             return found
@@ -173,7 +174,7 @@ def _case(node: exp.Case, number: Callable, truth: Callable) -> Compiled:
     ]
     otherwise = number(node.args.get("default") or exp.Null())
 
-    def choose(values: Columns) -> np.ndarray:
+    def choose(values: Columns) -> Any:
         result = otherwise(values)
         for condition, value in reversed(branches):
             result = np.where(condition(values) == 1, value(values), result)

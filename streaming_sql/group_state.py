@@ -58,7 +58,7 @@ class GroupState:
         runs = [layer.runs_of(rows) for layer in self.layers]
         heads: list[list] = [[]] * len(keys)
         if self.plan.fresh and len(self.head):
-            heads = [self.head.visible(tuple(key), at.tick_us, at.position, at.t_us) for key in keys]
+            heads = [self.head.visible(tuple(key), at.position, at.t_us) for key in keys]
         values: dict[str, np.ndarray] = {}
         sequences: dict[str, list[list[str]]] = {}
         for family in self.plan.families:

@@ -1,7 +1,7 @@
 """The head of one feature group: every event of the log that no block of the tick holds yet, by key.
 
-Lists are append-only. What a view sees of them is decided by its tick and position alone, so views of different instants
-share one head, and a request sees exactly one K. Knows nothing of blocks.
+Lists are append-only and each tick begins a new head. What a view sees is decided by its position alone, so the views of one
+tick share a head, and a request sees exactly one K. Knows nothing of blocks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,8 +30,8 @@ class HeadEvent:
     superseded_by: Place | None = None
     """Where an earlier arrival of the same event_id was read later (a lagging partition): views that know it see it instead."""
 
-    def is_visible(self, tick_us: int, position: Sequence[int]) -> bool:
-        if self.known_at <= tick_us or self.log_offset >= position[self.log_partition]:
+    def is_visible(self, position: Sequence[int]) -> bool:
+        if self.log_offset >= position[self.log_partition]:
             return False
         return self.superseded_by is None or self.superseded_by[1] >= position[self.superseded_by[0]]
 
@@ -61,12 +61,12 @@ class Head:
         """A new head without what the blocks of `tick_us` hold; views of this one keep theirs."""
         return Head(item for item in list(self._at.values()) if item[1].known_at > tick_us)
 
-    def visible(self, key: Key, tick_us: int, position: Sequence[int], before_us: int) -> list[HeadEvent]:
-        """The key's events that a view of (tick, position) sees, with event_ts < before_us."""
+    def visible(self, key: Key, position: Sequence[int], before_us: int) -> list[HeadEvent]:
+        """The key's events below the position, with event_ts < before_us."""
         events = self._of_key.get(key)
         if not events:
             return []
-        return [event for event in list(events) if event.event_ts < before_us and event.is_visible(tick_us, position)]
+        return [event for event in list(events) if event.event_ts < before_us and event.is_visible(position)]
 
 
 def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
@@ -97,8 +97,8 @@ def head_events(group: FeatureGroup, rows: pa.Table) -> list[tuple[Key, HeadEven
     num_keys = len(group.keys)
     keys, facts, values = columns[:num_keys], columns[num_keys : num_keys + 5], columns[num_keys + 5 :]
     return [
-        (key, HeadEvent(*fact, measured))
-        for key, fact, measured in zip(
+        (key, HeadEvent(event_ts, event_id, known_at, partition, offset, measured))
+        for key, (event_ts, event_id, known_at, partition, offset), measured in zip(
             zip(*keys, strict=True), zip(*facts, strict=True), zip(*values, strict=True), strict=True
         )
     ]

@@ -5,7 +5,6 @@ A *family* is the set of measures whose windows hang from the same instant: `tic
 cannot be subtracted are *covers* (combined over the blocks of the window), and last_n measures are *sequences*.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ FAMILIES = ("tick", "request", "event")
 class Cover:
     """One column of blocks that is combined, not subtracted."""
 
-    combine: Callable
+    combine: np.ufunc
     identity: float
 
 
