@@ -1,0 +1,87 @@
+"""`headrace train …`: from the training export to published models, a report and a table."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models_ml import train
+from models_ml.evaluation import NDCG_AT, RECALL_AT
+from models_ml.examples import load
+from models_ml.registry import Registry
+from warehouse.errors import HeadraceError
+from warehouse.home import Home
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace train", description="Train, evaluate and publish the models.")
+    parser.add_argument("model", choices=("all", *train.MODELS), help="which one; `all` ends with the floor's comparison")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed on the same export gives the same weights (default 0)"
+    )
+    parser.add_argument("--epochs", type=int, help="passes over the data for the networks (default: each model's own)")
+    parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """words: `train` and its arguments. 0 when the models are published."""
+    arguments = _parser().parse_args(words[1:])
+    if arguments.epochs is not None and arguments.epochs < 1:
+        raise HeadraceError(f"--epochs must be at least 1, got {arguments.epochs}")
+    home = Home.from_env()
+    names = train.MODELS if arguments.model == "all" else (arguments.model,)
+    configs = train.Configs().with_epochs(arguments.epochs) if arguments.epochs else train.Configs()
+    console = Console(stderr=True)
+    started = time.monotonic()
+    examples = load(arguments.export or home.exports)
+    console.print(examples.protocol(), highlight=False)
+    columns = TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as bars:
+        tasks = {name: bars.add_task(name, total=None, start=False) for name in names}
+
+        def progress(name: str, done: int, total: int) -> None:
+            bars.start_task(tasks[name])
+            bars.update(tasks[name], completed=done, total=total)
+
+        report = train.train(examples, names, configs, arguments.seed, Registry(home.models), progress)
+    if arguments.json:
+        json.dump(report, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _print(Console(), report)
+    console.print(
+        f"{', '.join(names)} in {time.monotonic() - started:.0f} s; report: {home.models / train.REPORT}", soft_wrap=True
+    )
+    return 0
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    if report["ranking"]:
+        table = Table(title="Ranking on the test days")
+        for name in ("model", "head", "AUC", "95 %", "NCE", "log loss", f"nDCG@{NDCG_AT}", "ECE"):
+            table.add_column(name, justify="left" if name in ("model", "head") else "right")
+        for model in ("l2", "l1", "floor"):
+            for head, values in report["ranking"].get(model, {}).items():
+                interval = f"{values['auc_low']:.4f} to {values['auc_high']:.4f}"
+                numbers = (f"{values[name]:.4f}" for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
+                table.add_row(model, head, f"{values['auc']:.4f}", interval, *numbers)
+        console.print(table)
+    for head, values in report["l2_over_floor"].items():
+        console.print(
+            f"L2 over the floor, {head}: AUC {values['auc']:+.4f} ({values['low']:+.4f} to {values['high']:+.4f}, paired)"
+        )
+    if report["retrieval"]:
+        table = Table(title="Retrieval of the notes clicked on the test days")
+        for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
+            table.add_column(name, justify="left" if name == "generator" else "right")
+        for generator, values in report["retrieval"].items():
+            table.add_row(generator, *(f"{values[f'recall@{k}']:.4f}" for k in RECALL_AT))
+        console.print(table)

@@ -1,0 +1,140 @@
+"""What the models are worth on the test days, as plain numbers for `report.json`. R test rows, Q queries, N notes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from models_ml import metrics
+from models_ml.examples import Examples, encode
+from models_ml.item_to_item import ItemToItem
+from models_ml.two_tower import TwoTower
+
+NDCG_AT = 10
+RECALL_AT = (50, 200, 500)
+MOST_QUERIES = 3000
+POPULAR_DAYS = 2
+SEEDS = 20
+
+RANKING_RULES = (
+    "auc: ties count half; auc_low, auc_high: 2.5th and 97.5th percentile over redrawn readers; "
+    "nce: against the training rows' base rate; "
+    f"ndcg@{NDCG_AT}: per reader with a positive row, tied rows share their places' mean discount; ece: 15 bins of equal size"
+)
+RETRIEVAL_RULES = (
+    "each clicked test impression is a query from the reader's history at that request (at most 50 notes, those masked); "
+    "rank among all notes of the dimension; a tie takes the mean place of its group"
+)
+
+
+def ranking(examples: Examples, predictions: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Head -> metric -> value. predictions: head -> probabilities of the test rows, in their order."""
+    rows = examples.test_rows
+    users_R = _users(examples, rows)
+    report = {}
+    for head, probability_R in predictions.items():
+        labels_R = examples.labels[head][rows]
+        base_rate = float(examples.labels[head][examples.train_rows].mean())
+        interval = metrics.auc_interval(labels_R, probability_R, users_R)
+        report[head] = {
+            "auc": metrics.auc(labels_R, probability_R),
+            "auc_low": interval.low,
+            "auc_high": interval.high,
+            "nce": metrics.normalised_cross_entropy(labels_R, probability_R, base_rate),
+            "log_loss": metrics.log_loss(labels_R, probability_R),
+            f"ndcg@{NDCG_AT}": metrics.ndcg(labels_R, probability_R, users_R, NDCG_AT),
+            "ece": metrics.expected_calibration_error(labels_R, probability_R),
+        }
+    return report
+
+
+def gain(examples: Examples, model: Mapping[str, np.ndarray], floor: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Head -> how much higher the model's AUC is than the floor's, with its paired interval: `low` > 0 means it is higher."""
+    rows = examples.test_rows
+    users_R = _users(examples, rows)
+    report = {}
+    for head in model.keys() & floor.keys():
+        labels_R = examples.labels[head][rows]
+        interval = metrics.auc_gain_interval(labels_R, model[head], floor[head], users_R)
+        report[head] = {"auc": metrics.auc(labels_R, model[head]) - metrics.auc(labels_R, floor[head]), **asdict(interval)}
+    return dict(sorted(report.items()))
+
+
+class RetrievalQueries:
+    """The same queries for every generator: at most MOST_QUERIES clicked test impressions, drawn with a fixed seed."""
+
+    def __init__(self, examples: Examples):
+        self.note_ids: list[str] = examples.notes["note_id"].to_pylist()
+        self._place_of = {note_id: place for place, note_id in enumerate(self.note_ids)}
+        self._code_R = encode(examples.words["note_id"], self.note_ids)
+        test_rows = examples.test_rows
+        rows = test_rows[(examples.labels["click"][test_rows] == 1) & (self._code_R[test_rows] > 0)]
+        if len(rows) > MOST_QUERIES:
+            rows = np.sort(np.random.default_rng(0).choice(rows, MOST_QUERIES, replace=False))
+        self._examples = examples
+        self._history_QL = examples.histories(self.note_ids, 50)[rows]
+        self._target_Q = self._code_R[rows] - 1
+
+    def __len__(self) -> int:
+        return len(self._target_Q)
+
+    def popularity(self) -> dict[str, float]:
+        """Most clicked in the last days before `test_start`: the same for everybody."""
+        examples, rows = self._examples, self._examples.train_rows
+        recent = examples.request_us_R[rows] >= examples.test_start_us - POPULAR_DAYS * 86_400_000_000
+        rows = rows[recent & (examples.labels["click"][rows] == 1)]
+        clicks_N = np.bincount(self._code_R[rows], minlength=len(self.note_ids) + 1)[1:].astype(np.float32)
+        return self._recall(lambda histories_QL: np.tile(clicks_N, (len(histories_QL), 1)))
+
+    def item_to_item(self, model: ItemToItem) -> dict[str, float]:
+        """Asked with the last SEEDS notes of the history."""
+
+        def scores(histories_QL: np.ndarray) -> np.ndarray:
+            scores_QN = np.zeros((len(histories_QL), len(self.note_ids)), dtype=np.float32)
+            for query, history_L in enumerate(histories_QL):
+                seeds = [self.note_ids[code - 1] for code in history_L[:SEEDS][::-1] if code]
+                for note_id, score in model.neighbours(seeds, max(RECALL_AT) * 4) if seeds else ():
+                    scores_QN[query, self._place_of[note_id]] = score
+            return scores_QN
+
+        return self._recall(scores)
+
+    def two_tower(self, model: TwoTower) -> dict[str, float]:
+        """Product of the reader's vector and every note's. The model's notes are those of the same export, in the same
+        order."""
+        length = model.history_length
+
+        def scores(histories_QL: np.ndarray) -> np.ndarray:
+            return model.user_vectors(torch.from_numpy(histories_QL[:, :length])) @ model.note_vectors.T
+
+        return self._recall(scores)
+
+    def _recall(self, scores: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        places = []
+        for some in np.array_split(np.arange(len(self)), max(1, len(self) // 500)):
+            scores_QN = scores(self._history_QL[some])
+            places.append(mean_places(scores_QN, self._history_QL[some], self._target_Q[some]))
+        return recall_at(np.concatenate(places), RECALL_AT)
+
+
+def mean_places(scores_QN: np.ndarray, history_QL: np.ndarray, target_Q: np.ndarray) -> np.ndarray:
+    """float64 [Q]: 0-based place of the target among the notes not in the history (codes: 1 + place, 0 = padding).
+
+    Ties take the mean place of their group; infinity where the target itself is in the history.
+    """
+    masked_QN = np.concatenate([np.zeros((len(scores_QN), 1), scores_QN.dtype), scores_QN], axis=1)
+    np.put_along_axis(masked_QN, history_QL, -np.inf, axis=1)
+    masked_QN = masked_QN[:, 1:]
+    own_Q1 = np.take_along_axis(masked_QN, target_Q[:, None], axis=1)
+    above_Q, tied_Q = (masked_QN > own_Q1).sum(1), (masked_QN == own_Q1).sum(1)
+    return np.where(np.isneginf(own_Q1[:, 0]), np.inf, above_Q + (tied_Q - 1) / 2)
+
+
+def recall_at(places_Q: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """Share of queries whose target is among the first k: one relevant note per query."""
+    return {f"recall@{k}": float((places_Q < k).mean()) if len(places_Q) else float("nan") for k in ks}
+
+
+def _users(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    return examples.words["user_id"].take(rows).combine_chunks().dictionary_encode().indices.to_numpy()

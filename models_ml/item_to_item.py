@@ -1,0 +1,164 @@
+"""Item-to-item: notes that follow a note in people's sequences, counted in SQL. Learns nothing, and is the floor of retrieval.
+
+For each reader, the notes watched before the log began, then the notes clicked, oldest first. Whenever b comes after a within
+`window` places, the pair (a, b) gains decay ** (places between - 1): directed, so b is a neighbour of a and not the reverse.
+A pair's score is
+
+    weight(a, b) / (support(a) ** normalise_from * support(b) ** normalise_to)
+
+with support(x) = how often x occurs in the sequences. Only rows before `test_start` are read. Source of the idea: Linden,
+Smith and York, IEEE Internet Computing 2003; directed and decayed as in session-based kNN (Ludewig and Jannach, UMUAI 2018).
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models_ml.bundle import SETTINGS, read_settings
+from models_ml.examples import Examples
+
+NEIGHBOURS = "neighbours.parquet"
+
+
+@dataclass(frozen=True)
+class ItemToItemConfig:
+    """window: places; decay: per place, in (0, 1]; normalise_*: 0 none, 0.5 cosine-like, 1 full; neighbours: kept per note."""
+
+    window: int = 20
+    decay: float = 0.9
+    normalise_from: float = 0.5
+    normalise_to: float = 0.5
+    neighbours: int = 200
+    seed_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.neighbours < 1:
+            raise ValueError(f"window and neighbours must be at least 1, got {self.window} and {self.neighbours}")
+        if not 0 < self.decay <= 1 or not 0 < self.seed_decay <= 1:
+            raise ValueError(f"decay and seed_decay must be in (0, 1], got {self.decay} and {self.seed_decay}")
+
+
+_SQL = """
+with watched as (
+    select user_id, unnest(history_note_ids) as note_id, generate_subscripts(history_note_ids, 1) as place, 0 as part
+    from users
+),
+
+clicked as (
+    select user_id, note_id, row_number() over (partition by user_id order by request_us, impression_id) as place, 1 as part
+    from impressions
+    where label_click = 1
+),
+
+occurrences as (
+    select user_id, note_id, row_number() over (partition by user_id order by part, place) as place
+    from (select * from watched union all select * from clicked)
+    where note_id is not null
+),
+
+support as (
+    select note_id, count(*) as num_occurrences
+    from occurrences
+    group by note_id
+),
+
+pairs as (
+    select
+        earlier.note_id,
+        later.note_id as neighbour_id,
+        -- sums of doubles depend on their order; rounded to whole millionths they do not
+        sum(round(1e6 * pow($decay, later.place - earlier.place - 1))::bigint) / 1e6 as weight
+    from occurrences as earlier
+    inner join occurrences as later
+        on later.user_id = earlier.user_id and later.place > earlier.place and later.place <= earlier.place + $window
+    where later.note_id != earlier.note_id
+    group by earlier.note_id, later.note_id
+),
+
+scored as (
+    select
+        pairs.note_id,
+        pairs.neighbour_id,
+        pairs.weight / (
+            pow(source.num_occurrences, $normalise_from) * pow(target.num_occurrences, $normalise_to)
+        ) as score
+    from pairs
+    inner join support as source on pairs.note_id = source.note_id
+    inner join support as target on pairs.neighbour_id = target.note_id
+),
+
+ranked as (
+    select note_id, neighbour_id, score, row_number() over (partition by note_id order by score desc, neighbour_id) as place
+    from scored
+)
+
+select note_id, neighbour_id, score::float as score
+from ranked
+where place <= $neighbours
+order by note_id, place
+"""
+
+
+def train(examples: Examples, config: ItemToItemConfig) -> pa.Table:
+    """One row per (note_id, neighbour_id): `score` (float32), best first within a note; ties by neighbour_id."""
+    impressions = pa.table(
+        {
+            "impression_id": examples.words["impression_id"],
+            "user_id": examples.words["user_id"],
+            "note_id": examples.words["note_id"],
+            "request_us": examples.request_us_R,
+            "label_click": examples.labels["click"],
+        }
+    ).take(pa.array(examples.train_rows))
+    parameters = {name: value for name, value in asdict(config).items() if name != "seed_decay"}
+    with duckdb.connect() as connection:
+        connection.register("impressions", impressions)
+        connection.register("users", examples.users.select(["user_id", "history_note_ids"]))
+        return connection.execute(_SQL, parameters).to_arrow_table()
+
+
+def to_files(neighbours: pa.Table, config: ItemToItemConfig) -> dict[str, bytes]:
+    """The registry's files of this model."""
+    buffer = io.BytesIO()
+    pq.write_table(neighbours, buffer, compression="zstd")
+    return {NEIGHBOURS: buffer.getvalue(), SETTINGS: json.dumps(asdict(config), sort_keys=True).encode()}
+
+
+class ItemToItem:
+    """Neighbour lists in memory; read-only, so any number of threads may ask."""
+
+    def __init__(self, neighbours: pa.Table, seed_decay: float = ItemToItemConfig.seed_decay):
+        self._seed_decay = seed_decay
+        self._lists: dict[str, list[tuple[str, float]]] = {}
+        columns = (neighbours[name].to_pylist() for name in ("note_id", "neighbour_id", "score"))
+        for note_id, neighbour_id, score in zip(*columns, strict=True):
+            self._lists.setdefault(note_id, []).append((neighbour_id, score))
+
+    def neighbours(self, note_ids: Sequence[str], k: int) -> list[tuple[str, float]]:
+        """The k best neighbours of all `note_ids` together, best first, as (note_id, score); ties by note_id.
+
+        note_ids: oldest first; each earlier one counts `seed_decay` times the next. Notes asked with are never answered;
+        unknown ones add nothing.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        totals: dict[str, float] = {}
+        weight = 1.0
+        for note_id in reversed(note_ids):
+            for neighbour_id, score in self._lists.get(note_id, ()):
+                totals[neighbour_id] = totals.get(neighbour_id, 0.0) + weight * score
+            weight *= self._seed_decay
+        for note_id in note_ids:
+            totals.pop(note_id, None)
+        return sorted(totals.items(), key=lambda item: (-item[1], item[0]))[:k]
+
+
+def load(path: Path) -> ItemToItem:
+    """path: a version's folder, as `Registry.path` gives it."""
+    return ItemToItem(pq.read_table(Path(path) / NEIGHBOURS), read_settings(path)["seed_decay"])

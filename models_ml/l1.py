@@ -1,0 +1,146 @@
+"""L1: thousands of candidates down to hundreds, in about a millisecond.
+
+A small network over the reader's features and the candidates'. Its first layer is a sum of two halves, so the reader's half
+is computed once per request and added to every candidate; a candidate's score cannot depend on the other candidates.
+B requests, C candidates of each (1 in training), H hidden units, T heads; U and I inputs of the reader and of a candidate.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_ml import bundle
+from models_ml.examples import Examples, distinct
+from models_ml.features import FeatureInputs
+from models_ml.scoring import check_shapes, default_surface
+from models_ml.seeding import seeded
+
+NAME = "l1"
+
+
+@dataclass(frozen=True)
+class L1Config:
+    """head_weights: what a candidate's score is made of: the weighted mean of the heads' probabilities."""
+
+    head_weights: tuple[tuple[str, float], ...] = (("click", 1.0), ("long_view", 1.0))
+    hidden: int = 32
+    surface_width: int = 4
+    epochs: int = 2
+    batch_size: int = 1024
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.01
+
+
+class L1Network(nn.Module):
+    """Raw features in (NaN for NULL), logits [B, C, T] out."""
+
+    def __init__(self, config: L1Config, user_features: tuple[str, ...], note_features: tuple[str, ...], num_surfaces: int):
+        super().__init__()
+        self.user_inputs, self.note_inputs = FeatureInputs(user_features), FeatureInputs(note_features)
+        self.surface = nn.Embedding(num_surfaces + 1, config.surface_width)
+        self.first_user = nn.Linear(self.user_inputs.num_inputs + config.surface_width, config.hidden)
+        self.first_note = nn.Linear(self.note_inputs.num_inputs, config.hidden, bias=False)
+        self.second = nn.Linear(config.hidden, config.hidden)
+        self.last = nn.Linear(config.hidden, len(config.head_weights))
+
+    def forward(self, user_BU: Tensor, surface_B: Tensor, note_BCI: Tensor) -> Tensor:
+        user_half_BH = self.first_user(torch.cat([self.user_inputs(user_BU), self.surface(surface_B)], dim=1))
+        hidden_BCH = F.relu(self.first_note(self.note_inputs(note_BCI)) + user_half_BH[:, None, :])
+        return self.last(F.relu(self.second(hidden_BCH)))
+
+
+def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[int, int], None]) -> "L1":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
+    train_rows = examples.train_rows
+    surfaces = distinct(examples.words["surface"].take(train_rows))
+    user_values, note_values = examples.columns(examples.user_features), examples.columns(examples.note_features)
+    surface_codes = examples.codes("surface", surfaces)
+    user_RU, note_RI = torch.from_numpy(user_values.astype(np.float32)), torch.from_numpy(note_values.astype(np.float32))
+    surface_R = torch.from_numpy(surface_codes)
+    labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head, _ in config.head_weights]))
+    with seeded(seed) as generator:
+        network = L1Network(config, examples.user_features, examples.note_features, len(surfaces))
+        network.user_inputs.fit(user_values[train_rows])
+        network.note_inputs.fit(note_values[train_rows])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        num_steps = config.epochs * math.ceil(len(train_rows) / config.batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        step = 0
+        network.train()
+        for _ in range(config.epochs):
+            order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
+            for rows in order.split(config.batch_size):
+                logits_BT = network(user_RU[rows], surface_R[rows], note_RI[rows, None]).squeeze(1)
+                loss = F.binary_cross_entropy_with_logits(logits_BT, labels_RT[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                step += 1
+                progress(step, num_steps)
+    settings = {
+        "config": asdict(config),
+        "user_features": examples.user_features,
+        "note_features": examples.note_features,
+        "surfaces": surfaces,
+        "default_surface": default_surface(surface_codes[train_rows], surfaces),
+    }
+    return L1(network, settings)
+
+
+class L1:
+    """Serving side; read-only after construction, safe for threads.
+
+    user_features, note_features: the names, in order, of what `score` takes.
+    """
+
+    def __init__(self, network: L1Network, settings: dict):
+        self.network, self.settings = network.eval(), settings
+        self.user_features, self.note_features = tuple(settings["user_features"]), tuple(settings["note_features"])
+        self.heads = tuple(head for head, _ in settings["config"]["head_weights"])
+        self._weights_T = torch.tensor([weight for _, weight in settings["config"]["head_weights"]])
+        self._weights_T = self._weights_T / self._weights_T.sum()
+        self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
+        self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
+
+    @torch.inference_mode()
+    def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
+        """float32 [N] in [0, 1], higher is better; a row's score depends on nothing in the other rows.
+
+        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
+        surface: where the feed is shown; None or unknown takes the one seen most in training. Raises ValueError on wrong
+        shapes.
+        """
+        user_1U, note_1NI = check_shapes(NAME, user, notes, self.user_features, self.note_features)
+        place = self._surface_of.get(surface or "", self._default_surface)
+        return (torch.sigmoid(self.network(user_1U, torch.tensor([place]), note_1NI)[0]) @ self._weights_T).numpy()
+
+    @torch.inference_mode()
+    def score_rows(self, examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Head -> float32 [len(rows)] probabilities: the export's rows, each as a request with one candidate."""
+        user_BU = torch.from_numpy(examples.columns(self.user_features)[rows].astype(np.float32))
+        note_BI = torch.from_numpy(examples.columns(self.note_features)[rows].astype(np.float32))
+        surface_B = torch.from_numpy(examples.codes("surface", self.settings["surfaces"])[rows])
+        probability_BT = torch.sigmoid(self.network(user_BU, surface_B, note_BI[:, None])[:, 0])
+        return {head: probability_BT[:, column].numpy() for column, head in enumerate(self.heads)}
+
+    def to_files(self) -> dict[str, bytes]:
+        """The registry's files of this model."""
+        return bundle.to_files(self.network, self.settings)
+
+
+def load(path: Path) -> L1:
+    """path: a version's folder, as `Registry.path` gives it."""
+    settings = bundle.read_settings(path)
+    config = settings["config"]
+    weights = tuple((head, weight) for head, weight in config["head_weights"])
+    names = tuple(settings["user_features"]), tuple(settings["note_features"])
+    network = L1Network(L1Config(**{**config, "head_weights": weights}), *names, len(settings["surfaces"]))
+    bundle.read_weights(network, path)
+    return L1(network, settings)

@@ -1,0 +1,353 @@
+"""L2: the final ranker. A short transformer over the reader's history, target attention from each candidate, and an ensemble of
+small networks over everything else; one probability per head.
+
+Late fusion: what depends on the reader alone (the encoded history, the reader's half of the first layer) is computed once per
+request; each candidate then reads it by itself, so a candidate's score cannot depend on the other candidates.
+B requests, C candidates of each (1 in training), L places of a history (newest first, code 0 = padding), D width, K members,
+H hidden units, T heads (tasks), U and I inputs of the reader and of a candidate.
+Sources: SASRec (Kang and McAuley, ICDM 2018), target attention (Zhou et al., KDD 2018), candidate isolation and late fusion
+as in X's open algorithm, shared-weight ensembles (TabM, Gorishniy et al., ICLR 2025).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_ml import bundle
+from models_ml.attributes import AttributeInputs
+from models_ml.examples import Examples, distinct
+from models_ml.features import FeatureInputs
+from models_ml.notes import NoteTower, NoteWords
+from models_ml.scoring import check_shapes, default_surface
+from models_ml.seeding import seeded
+from warehouse.errors import HeadraceError
+
+NAME = "l2"
+
+
+@dataclass(frozen=True)
+class L2Config:
+    """One more head is one more label name in `heads`. layers: self-attention over the history; 0 reads the notes as they
+    are."""
+
+    heads: tuple[str, ...] = ("click", "long_view")
+    history_length: int = 30
+    width: int = 24
+    layers: int = 1
+    attention_heads: int = 2
+    hidden: int = 96
+    members: int = 4
+    bins: int = 8
+    epochs: int = 2
+    batch_size: int = 1024
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    id_weight_decay: float = 1.0
+    dropout: float = 0.1
+    id_dropout: float = 0.2
+    attribute_dropout: float = 0.1
+
+
+class Shape(NamedTuple):
+    """All that, beside the config, decides the network's tensors; saved with the model."""
+
+    words: NoteWords
+    user_features: tuple[str, ...]
+    note_features: tuple[str, ...]
+    surfaces: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+class Reader(NamedTuple):
+    """What depends on the request alone: keys and values of the history [B, L, D], which places are filled [B, L], the mean
+    of the values [B, D], and the reader's half of the first layer [K, B, H]."""
+
+    keys_BLD: Tensor
+    values_BLD: Tensor
+    is_there_BL: Tensor
+    mean_BD: Tensor
+    first_KBH: Tensor
+
+
+class MemberLinear(nn.Module):
+    """K linear layers that share one matrix and differ in what they take in, give out and add: [K or 1, ..., in] -> [K, ...,
+    out]."""
+
+    def __init__(self, members: int, size_in: int, size_out: int, signs: bool, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_in, size_out).uniform_(-1, 1) / math.sqrt(size_in))
+        start = torch.randint(0, 2, (members, 1, size_in)).float() * 2 - 1 if signs else torch.ones(members, 1, size_in)
+        self.take = nn.Parameter(start)
+        self.give = nn.Parameter(torch.ones(members, 1, size_out))
+        self.bias = nn.Parameter(torch.zeros(members, 1, size_out)) if bias else None
+
+    def forward(self, inputs_KRI: Tensor) -> Tensor:
+        outputs_KRO = (inputs_KRI * self.take) @ self.weight * self.give
+        return outputs_KRO if self.bias is None else outputs_KRO + self.bias
+
+
+class HistoryLayer(nn.Module):
+    """Pre-norm self-attention and a two-layer network over the places of a history, each with a residual."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.network_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.network = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, places_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        size_B, length, width = places_BLD.shape
+        split = self.query_key_value(self.attention_norm(places_BLD)).view(size_B, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BL[:, None, None, :])
+        places_BLD = places_BLD + self.out(read.transpose(1, 2).reshape(size_B, length, width))
+        return places_BLD + self.network(self.network_norm(places_BLD))
+
+
+class L2Network(nn.Module):
+    """`read` a request once, then `logits` of its candidates."""
+
+    def __init__(self, config: L2Config, shape: Shape):
+        super().__init__()
+        self.config = config
+        width, members, hidden = config.width, config.members, config.hidden
+        self.user_inputs = FeatureInputs(shape.user_features, config.bins)
+        self.note_inputs = FeatureInputs(shape.note_features, config.bins)
+        self.notes = NoteTower(shape.words, width, config.id_dropout)
+        self.surface = nn.Embedding(len(shape.surfaces) + 1, 8)
+        self.attributes = nn.Linear(len(shape.attributes), 16)
+        self.place = nn.Parameter(torch.randn(config.history_length, width) * 0.02)
+        self.history_layers = nn.ModuleList(HistoryLayer(width, config.attention_heads) for _ in range(config.layers))
+        self.history_norm = nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        user_size = self.user_inputs.num_inputs + 8 + 16 + width + 1
+        note_size = self.note_inputs.num_inputs + 3 * width + 1
+        self.first_user = MemberLinear(members, user_size, hidden, signs=True)
+        self.first_note = MemberLinear(members, note_size, hidden, signs=True, bias=False)
+        self.second = MemberLinear(members, hidden, hidden, signs=False)
+        self.last_KHT = nn.Parameter(torch.randn(members, hidden, len(config.heads)) / math.sqrt(hidden))
+        self.last_bias_KT = nn.Parameter(torch.zeros(members, 1, len(config.heads)))
+
+    def read(self, user_BU: Tensor, surface_B: Tensor, attributes_BA: Tensor, history_BL: Tensor, table_ND: Tensor) -> Reader:
+        """user_BU: raw features. table_ND: `notes.table()`."""
+        is_there_BL = history_BL > 0
+        bias_BL = torch.zeros_like(history_BL, dtype=torch.float32).masked_fill(~is_there_BL, -1e9)
+        places_BLD = F.embedding(history_BL, table_ND) + self.place
+        for layer in self.history_layers:
+            places_BLD = layer(places_BLD, bias_BL)
+        places_BLD = self.history_norm(places_BLD)
+        values_BLD = self.value(places_BLD)
+        filled_BL1 = is_there_BL.unsqueeze(-1)
+        num_there_B1 = is_there_BL.sum(1, keepdim=True)
+        mean_BD = (values_BLD * filled_BL1).sum(1) / (num_there_B1 + 1)
+        attributes_BA = F.dropout(attributes_BA, self.config.attribute_dropout, self.training)
+        inputs_BU = torch.cat(
+            [
+                self.user_inputs(user_BU),
+                self.surface(surface_B),
+                self.attributes(attributes_BA),
+                mean_BD,
+                torch.log1p(num_there_B1.float()),
+            ],
+            dim=1,
+        )
+        return Reader(self.key(places_BLD), values_BLD, is_there_BL, mean_BD, self.first_user(inputs_BU.unsqueeze(0)))
+
+    def logits(self, reader: Reader, note_BC: Tensor, note_BCI: Tensor, table_ND: Tensor) -> Tensor:
+        """float32 [K, B, C, T]. note_BC: codes; note_BCI: raw features."""
+        size_B, size_C = note_BC.shape
+        note_BCD = F.embedding(note_BC, table_ND)
+        match_BCL = self.query(note_BCD) @ reader.keys_BLD.transpose(1, 2) / math.sqrt(self.config.width)
+        match_BCL = match_BCL.masked_fill(~reader.is_there_BL[:, None, :], -1e9)
+        attention_BCL = torch.softmax(match_BCL, dim=-1) * reader.is_there_BL[:, None, :]
+        read_BCD = attention_BCL @ reader.values_BLD
+        alike_BC1 = (note_BCD * reader.mean_BD[:, None, :]).sum(-1, keepdim=True)
+        note_part = F.dropout(note_BCD, self.config.id_dropout, self.training)
+        inputs_BCI = torch.cat([self.note_inputs(note_BCI), note_part, read_BCD, read_BCD * note_BCD, alike_BC1], dim=-1)
+        note_half = self.first_note(inputs_BCI.reshape(1, size_B * size_C, -1)).view(-1, size_B, size_C, self.config.hidden)
+        hidden = F.relu(note_half + reader.first_KBH.unsqueeze(2)).flatten(1, 2)
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        hidden = F.dropout(F.relu(self.second(hidden)), self.config.dropout, self.training)
+        logits = torch.bmm(hidden, self.last_KHT) + self.last_bias_KT
+        return logits.view(-1, size_B, size_C, len(self.config.heads))
+
+
+class Inputs(NamedTuple):
+    """Training or evaluation rows as tensors, in the order of `L2Network.read` and `.logits`."""
+
+    user_RU: Tensor
+    surface_R: Tensor
+    attributes_SA: Tensor
+    attributes_of_R: Tensor
+    history_RL: Tensor
+    note_R: Tensor
+    note_RI: Tensor
+
+
+def inputs_of(examples: Examples, shape: Shape, history_length: int) -> Inputs:
+    """All rows of the export, as this model reads them. Readers share attributes: S distinct texts, a place among them per
+    row."""
+    texts, text_of_R = np.unique([text or "" for text in examples.user_attributes()], return_inverse=True)
+    return Inputs(
+        torch.from_numpy(examples.columns(shape.user_features).astype(np.float32)),
+        torch.from_numpy(examples.codes("surface", shape.surfaces)),
+        torch.from_numpy(AttributeInputs(shape.attributes).encode([str(text) for text in texts])),
+        torch.from_numpy(text_of_R),
+        torch.from_numpy(examples.histories(shape.words.note_ids, history_length)),
+        torch.from_numpy(examples.codes("note_id", shape.words.note_ids)),
+        torch.from_numpy(examples.columns(shape.note_features).astype(np.float32)),
+    )
+
+
+def _logits_of_rows(network: L2Network, inputs: Inputs, rows: Tensor, table_ND: Tensor) -> Tensor:
+    """float32 [K, B, T]: each row is a request with one candidate."""
+    attributes_BA = inputs.attributes_SA[inputs.attributes_of_R[rows]]
+    reader = network.read(inputs.user_RU[rows], inputs.surface_R[rows], attributes_BA, inputs.history_RL[rows], table_ND)
+    return network.logits(reader, inputs.note_R[rows, None], inputs.note_RI[rows, None], table_ND).squeeze(2)
+
+
+def train(examples: Examples, config: L2Config, seed: int, progress: Callable[[int, int], None]) -> "L2":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
+    missing = [head for head in config.heads if head not in examples.labels]
+    if missing:
+        raise HeadraceError(
+            f"l2: the export has no label for the head(s) {', '.join(missing)}; it has {', '.join(examples.labels)}"
+        )
+    train_rows = examples.train_rows
+    surfaces = distinct(examples.words["surface"].take(train_rows))
+    attributes = AttributeInputs.of(examples.users["attributes"].to_pylist()).words
+    shape = Shape(NoteWords.of(examples), examples.user_features, examples.note_features, tuple(surfaces), tuple(attributes))
+    with seeded(seed) as generator:
+        network = L2Network(config, shape)
+        network.notes.describe(examples.notes, shape.words)
+        network.user_inputs.fit(examples.columns(shape.user_features)[train_rows])
+        network.note_inputs.fit(examples.columns(shape.note_features)[train_rows])
+        inputs = inputs_of(examples, shape, config.history_length)
+        labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head in config.heads]))
+        with torch.no_grad():
+            base_rate_T = labels_RT[train_rows].mean(0).clamp(1e-4, 1 - 1e-4)
+            network.last_bias_KT.copy_(torch.logit(base_rate_T).expand_as(network.last_bias_KT))
+        optimizer = _optimizer(network, config)
+        num_steps = config.epochs * math.ceil(len(train_rows) / config.batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
+        )
+        step = 0
+        network.train()
+        for _ in range(config.epochs):
+            order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
+            for rows in order.split(config.batch_size):
+                logits_KBT = _logits_of_rows(network, inputs, rows, network.notes.table())
+                loss = F.binary_cross_entropy_with_logits(logits_KBT, labels_RT[rows].expand_as(logits_KBT))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                step += 1
+                progress(step, num_steps)
+    settings = {
+        "config": asdict(config),
+        "shape": {**shape._asdict(), "words": asdict(shape.words)},
+        "default_surface": default_surface(inputs.surface_R.numpy()[train_rows], shape.surfaces),
+    }
+    return L2(network, settings)
+
+
+def _optimizer(network: L2Network, config: L2Config) -> torch.optim.Optimizer:
+    """Ids are many and seen seldom: they decay far faster than the rest, so that one seen a few times stays near its author."""
+    ids = list(network.notes.parameters())
+    rest = [parameter for name, parameter in network.named_parameters() if not name.startswith("notes.")]
+    groups = [{"params": ids, "weight_decay": config.id_weight_decay}, {"params": rest, "weight_decay": config.weight_decay}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+class L2:
+    """Serving side; read-only after construction, safe for threads.
+
+    user_features, note_features: the names, in order, of what `score` takes. heads: what it answers.
+    """
+
+    def __init__(self, network: L2Network, settings: dict):
+        self.network, self.settings = network.eval(), settings
+        shape = _shape_of(settings)
+        self.user_features, self.note_features = shape.user_features, shape.note_features
+        self.heads: tuple[str, ...] = tuple(settings["config"]["heads"])
+        self.history_length: int = settings["config"]["history_length"]
+        self.shape = shape
+        self._code_of = {note_id: row + 1 for row, note_id in enumerate(shape.words.note_ids)}
+        self._surface_of = {surface: row + 1 for row, surface in enumerate(shape.surfaces)}
+        self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
+        self._attributes = AttributeInputs(shape.attributes)
+        with torch.inference_mode():
+            self._table_ND = network.notes.table()
+
+    @torch.inference_mode()
+    def score(
+        self,
+        user: np.ndarray,
+        history_note_ids: Sequence[str],
+        note_ids: Sequence[str],
+        notes: np.ndarray,
+        *,
+        surface: str | None = None,
+        user_attributes: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Head -> float32 [N] probabilities; a row's depends on nothing in the other rows.
+
+        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
+        history_note_ids: oldest first (what was watched before the log, then the clicks); the last `history_length` count.
+        surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
+        `lake.users.attributes`, or None. Raises ValueError on wrong shapes.
+        """
+        user_1U, note_1NI = check_shapes(NAME, user, notes, self.user_features, self.note_features)
+        if len(note_ids) != note_1NI.shape[1]:
+            raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {note_1NI.shape[1]}")
+        codes = [self._code_of.get(note_id, 0) for note_id in history_note_ids[-self.history_length :]][::-1]
+        history_1L = torch.tensor([codes + [0] * (self.history_length - len(codes))], dtype=torch.int64)
+        place = self._surface_of.get(surface or "", self._default_surface)
+        attributes_1A = torch.from_numpy(self._attributes.encode([user_attributes]))
+        reader = self.network.read(user_1U, torch.tensor([place]), attributes_1A, history_1L, self._table_ND)
+        note_1N = torch.tensor([[self._code_of.get(note_id, 0) for note_id in note_ids]], dtype=torch.int64)
+        logits_KNT = self.network.logits(reader, note_1N, note_1NI, self._table_ND)[:, 0]
+        return self._by_head(logits_KNT)
+
+    @torch.inference_mode()
+    def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:
+        """Head -> float32 [len(rows)]: the export's rows, each as a request with one candidate."""
+        inputs = inputs_of(examples, self.shape, self.history_length)
+        parts = [
+            _logits_of_rows(self.network, inputs, some, self._table_ND) for some in torch.from_numpy(rows).split(batch_size)
+        ]
+        return self._by_head(torch.cat(parts, dim=1))
+
+    def to_files(self) -> dict[str, bytes]:
+        """The registry's files of this model."""
+        return bundle.to_files(self.network, self.settings)
+
+    def _by_head(self, logits_KNT: Tensor) -> dict[str, np.ndarray]:
+        probability_NT = torch.sigmoid(logits_KNT).mean(0)
+        return {head: probability_NT[:, column].numpy() for column, head in enumerate(self.heads)}
+
+
+def load(path: Path) -> L2:
+    """path: a version's folder, as `Registry.path` gives it."""
+    settings = bundle.read_settings(path)
+    config = settings["config"]
+    network = L2Network(L2Config(**{**config, "heads": tuple(config["heads"])}), _shape_of(settings))
+    bundle.read_weights(network, path)
+    return L2(network, settings)
+
+
+def _shape_of(settings: dict) -> Shape:
+    shape = settings["shape"]
+    lists = {name: tuple(shape[name]) for name in ("user_features", "note_features", "surfaces", "attributes")}
+    return Shape(words=NoteWords(**shape["words"]), **lists)

@@ -1,0 +1,149 @@
+"""Ranking and probability metrics on plain arrays, with user-resampled confidence intervals.
+
+Ties, by rule: AUC counts a tied positive-negative pair as half; nDCG gives every row of a tied group the mean discount of the
+places the group takes (the expectation over random orders), so no metric depends on the order of the rows.
+R rows; labels are 0 or 1. Sources: Fawcett 2006 (AUC); He et al., ADKDD 2014 (NCE); McSherry & Najork, ECIR 2008 (tied nDCG);
+Field & Welsh 2007 (cluster bootstrap).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+_SMALLEST_PROBABILITY = 1e-7
+
+
+def auc(labels_R: np.ndarray, scores_R: np.ndarray, weights_R: np.ndarray | None = None) -> float:
+    """Chance that a positive row scores above a negative one, ties counting half; NaN unless both classes have weight.
+
+    weights_R: how often each row counts (>= 0); None counts each once.
+    """
+    _check_same_length(labels_R, scores_R)
+    weights_R = np.ones(len(labels_R)) if weights_R is None else np.asarray(weights_R, dtype=np.float64)
+    distinct, group_R = np.unique(scores_R, return_inverse=True)
+    positives_G = np.bincount(group_R, weights_R * labels_R, minlength=len(distinct))
+    negatives_G = np.bincount(group_R, weights_R * (1 - np.asarray(labels_R)), minlength=len(distinct))
+    return _auc_of_groups(positives_G, negatives_G)
+
+
+def _auc_of_groups(positives_G: np.ndarray, negatives_G: np.ndarray) -> float:
+    pairs = positives_G.sum() * negatives_G.sum()
+    if pairs == 0:
+        return float("nan")
+    negatives_below_G = np.cumsum(negatives_G) - negatives_G
+    return float((positives_G * (negatives_below_G + negatives_G / 2)).sum() / pairs)
+
+
+def log_loss(labels_R: np.ndarray, probabilities_R: np.ndarray) -> float:
+    """Mean cross entropy in nats. Probabilities are clipped to [1e-7, 1 - 1e-7]: one sure mistake costs 16.1, not infinity."""
+    _check_same_length(labels_R, probabilities_R)
+    clipped_R = np.clip(np.asarray(probabilities_R, dtype=np.float64), _SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
+    return float(-np.mean(np.where(np.asarray(labels_R) == 1, np.log(clipped_R), np.log1p(-clipped_R))))
+
+
+def normalised_cross_entropy(labels_R: np.ndarray, probabilities_R: np.ndarray, base_rate: float) -> float:
+    """1 - CE(model) / CE(always answering base_rate): 1 is perfect, 0 is no better, below 0 is worse.
+
+    base_rate: the positive share of the *training* rows, which is what a model without features would answer.
+    """
+    baseline = log_loss(labels_R, np.full(len(labels_R), base_rate))
+    return 1.0 - log_loss(labels_R, probabilities_R) / baseline
+
+
+def expected_calibration_error(labels_R: np.ndarray, probabilities_R: np.ndarray, num_bins: int = 15) -> float:
+    """Mean gap between predicted and observed rate over `num_bins` bins of equal row count, weighted by rows."""
+    _check_same_length(labels_R, probabilities_R)
+    order = np.argsort(probabilities_R, kind="stable")
+    gaps = [
+        abs(probabilities_R[rows].mean() - np.asarray(labels_R)[rows].mean()) * len(rows)
+        for rows in np.array_split(order, num_bins)
+        if len(rows)
+    ]
+    return float(sum(gaps) / len(order))
+
+
+def ndcg(labels_R: np.ndarray, scores_R: np.ndarray, groups_R: np.ndarray, k: int) -> float:
+    """Mean over groups of DCG@k / ideal DCG@k with gain 1 per positive row and discount 1 / log2(1 + place).
+
+    groups_R: any hashable-by-numpy key (user or request). Groups with no positive row have no ideal and are left out; NaN if
+    none is left.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    _check_same_length(labels_R, scores_R)
+    _check_same_length(labels_R, groups_R)
+    labels_R = np.asarray(labels_R, dtype=np.float64)
+    _, group_R = np.unique(groups_R, return_inverse=True)
+    order_R = np.lexsort((-np.asarray(scores_R), group_R))
+    group_R, labels_R, scores_R = group_R[order_R], labels_R[order_R], np.asarray(scores_R)[order_R]
+    starts_G = np.flatnonzero(np.r_[True, group_R[1:] != group_R[:-1]]) if len(group_R) else np.zeros(0, dtype=int)
+    if len(starts_G) == 0:
+        return float("nan")
+    size_G = np.diff(np.r_[starts_G, len(group_R)])
+    place_R = np.arange(len(group_R)) - np.repeat(starts_G, size_G) + 1
+    discount_R = np.where(place_R <= k, 1 / np.log2(1 + place_R), 0.0)
+    opens_tie_R = np.r_[True, (group_R[1:] != group_R[:-1]) | (scores_R[1:] != scores_R[:-1])]
+    tie_R = np.cumsum(opens_tie_R) - 1
+    mean_discount_R = (np.bincount(tie_R, discount_R) / np.bincount(tie_R))[tie_R]
+    dcg_G = np.add.reduceat(labels_R * mean_discount_R, starts_G)
+    positives_G = np.add.reduceat(labels_R, starts_G).astype(int)
+    ideal_by_count = np.r_[0.0, np.cumsum(1 / np.log2(1 + np.arange(1, k + 1)))]
+    ideal_G = ideal_by_count[np.minimum(positives_G, k)]
+    return float((dcg_G[ideal_G > 0] / ideal_G[ideal_G > 0]).mean()) if (ideal_G > 0).any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile bootstrap interval: the 2.5th and the 97.5th."""
+
+    low: float
+    high: float
+
+
+def auc_interval(
+    labels_R: np.ndarray, scores_R: np.ndarray, users_R: np.ndarray, num_samples: int = 400, seed: int = 0
+) -> Interval:
+    """95% interval of `auc` when users (with all their rows) are drawn again with replacement."""
+    auc_of = _resampled_auc(labels_R, scores_R)
+    return _interval([auc_of(weights_R) for weights_R in _user_weights(users_R, num_samples, seed)])
+
+
+def auc_gain_interval(
+    labels_R: np.ndarray, scores_R: np.ndarray, floor_R: np.ndarray, users_R: np.ndarray, num_samples: int = 400, seed: int = 0
+) -> Interval:
+    """95% interval of auc(scores) - auc(floor), paired: both are computed on the same redrawn users. Low > 0: it is better."""
+    auc_of, floor_of = _resampled_auc(labels_R, scores_R), _resampled_auc(labels_R, floor_R)
+    return _interval([auc_of(weights_R) - floor_of(weights_R) for weights_R in _user_weights(users_R, num_samples, seed)])
+
+
+def _resampled_auc(labels_R: np.ndarray, scores_R: np.ndarray) -> Callable[[np.ndarray], float]:
+    """`auc` as a function of the weights alone: the sorting is done once."""
+    distinct, group_R = np.unique(scores_R, return_inverse=True)
+    labels_R = np.asarray(labels_R, dtype=np.float64)
+
+    def auc_of(weights_R: np.ndarray) -> float:
+        positives_G = np.bincount(group_R, weights_R * labels_R, minlength=len(distinct))
+        return _auc_of_groups(positives_G, np.bincount(group_R, weights_R, minlength=len(distinct)) - positives_G)
+
+    return auc_of
+
+
+def _user_weights(users_R: np.ndarray, num_samples: int, seed: int):
+    distinct, user_R = np.unique(users_R, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    for _ in range(num_samples):
+        drawn_U = np.bincount(rng.integers(0, len(distinct), len(distinct)), minlength=len(distinct))
+        yield drawn_U[user_R].astype(np.float64)
+
+
+def _interval(values: list[float]) -> Interval:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def _check_same_length(labels_R: np.ndarray, other_R: np.ndarray) -> None:
+    if len(labels_R) != len(other_R):
+        raise ValueError(
+            f"labels and scores or groups must have the same number of rows, got {len(labels_R)} and {len(other_R)}"
+        )

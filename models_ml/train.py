@@ -1,0 +1,182 @@
+"""Export in, published models and one report out: the order of the stages is the order of `MODELS`.
+
+The floor (LightGBM, which holds no Python lock while it works) trains beside the networks on the other core.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models_ml import evaluation, floor, item_to_item, l1, l2, two_tower
+from models_ml.examples import Examples
+from models_ml.floor import FloorConfig
+from models_ml.item_to_item import ItemToItemConfig
+from models_ml.l1 import L1Config
+from models_ml.l2 import L2Config
+from models_ml.registry import Registry
+from models_ml.two_tower import TwoTowerConfig
+
+MODELS = ("item_to_item", "two_tower", "l1", "l2", "floor")
+REPORT = "report.json"
+
+Progress = Callable[[str, int, int], None]
+"""(model, steps done, steps in all)"""
+
+
+@dataclass(frozen=True)
+class Configs:
+    """One frozen setting per model."""
+
+    item_to_item: ItemToItemConfig = field(default_factory=ItemToItemConfig)
+    two_tower: TwoTowerConfig = field(default_factory=TwoTowerConfig)
+    l1: L1Config = field(default_factory=L1Config)
+    l2: L2Config = field(default_factory=L2Config)
+    floor: FloorConfig = field(default_factory=FloorConfig)
+
+    def with_epochs(self, epochs: int) -> "Configs":
+        """The same with another number of passes over the data for the networks."""
+        changed = {name: replace(getattr(self, name), epochs=epochs) for name in ("two_tower", "l1", "l2")}
+        return replace(self, **changed)
+
+
+class _Run:
+    """What one `train` call has so far: predictions and metrics per model, seconds, versions."""
+
+    def __init__(self, examples: Examples, configs: Configs, seed: int, registry: Registry, progress: Progress):
+        self.examples, self.configs, self.seed, self.registry, self.progress = examples, configs, seed, registry, progress
+        self.predictions: dict[str, dict[str, np.ndarray]] = {}
+        self.ranking: dict[str, Any] = {}
+        self.retrieval: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.versions: dict[str, str] = {}
+        self._queries: evaluation.RetrievalQueries | None = None
+
+    @property
+    def queries(self) -> evaluation.RetrievalQueries:
+        self._queries = self._queries or evaluation.RetrievalQueries(self.examples)
+        return self._queries
+
+    def item_to_item(self) -> None:
+        self.progress("item_to_item", 0, 1)
+        neighbours = item_to_item.train(self.examples, self.configs.item_to_item)
+        self.progress("item_to_item", 1, 1)
+        recall = self.queries.item_to_item(item_to_item.ItemToItem(neighbours, self.configs.item_to_item.seed_decay))
+        self.retrieval |= {"popularity": self.queries.popularity(), "item_to_item": recall}
+        self._publish("item_to_item", item_to_item.to_files(neighbours, self.configs.item_to_item), recall)
+
+    def two_tower(self) -> None:
+        model = two_tower.train(self.examples, self.configs.two_tower, self.seed, self._progress_of("two_tower"))
+        recall = self.queries.two_tower(model)
+        self.retrieval |= {"popularity": self.queries.popularity(), "two_tower": recall}
+        self._publish("two_tower", model.to_files(), recall)
+
+    def l1(self) -> None:
+        model = l1.train(self.examples, self.configs.l1, self.seed, self._progress_of("l1"))
+        self._rank("l1", model.score_rows(self.examples, self.examples.test_rows))
+        self._publish("l1", model.to_files(), self.ranking["l1"], model)
+
+    def l2(self) -> None:
+        model = l2.train(self.examples, self.configs.l2, self.seed, self._progress_of("l2"))
+        self._rank("l2", model.score_rows(self.examples, self.examples.test_rows))
+        self._publish("l2", model.to_files(), self.ranking["l2"], model)
+
+    def floor(self, threads: int) -> None:
+        progress = self._progress_of("floor")
+        predictions = floor.predict_test(self.examples, self.configs.floor, self.seed, progress, threads)
+        self._rank("floor", predictions)
+
+    def _progress_of(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(name, done, total)
+
+    def _rank(self, name: str, predictions: dict[str, np.ndarray]) -> None:
+        self.predictions[name] = predictions
+        self.ranking[name] = evaluation.ranking(self.examples, predictions)
+
+    def _publish(self, name: str, files: Mapping[str, bytes], metrics: Mapping[str, Any], model: Any = None) -> None:
+        features = {"user_features": model.user_features, "note_features": model.note_features} if model else {}
+        manifest = {
+            "config": asdict(getattr(self.configs, name)),
+            "seed": self.seed,
+            "metrics": metrics,
+            "protocol": self.examples.protocol(),
+            "training": self.examples.manifest,
+            "training_sha256": self.examples.fingerprint(),
+            **features,
+        }
+        version = self.registry.publish(name, files, manifest)
+        self.registry.set_alias(name, "production", version)
+        self.versions[name] = version
+
+
+def train(
+    examples: Examples, names: Sequence[str], configs: Configs, seed: int, registry: Registry, progress: Progress
+) -> dict[str, Any]:
+    """Trains, evaluates and publishes the named models (of MODELS), moves their `production` alias, and returns the report.
+
+    The report is also written to `<registry>/report.json`; models of the last run on the same export that are not named keep
+    their part.
+    """
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise ValueError(f"models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    run = _Run(examples, configs, seed, registry, progress)
+    with ThreadPoolExecutor(max_workers=1) as other_core:
+        beside: Future | None = None
+        if "floor" in names:
+            beside = other_core.submit(_timed, run, "floor", lambda: run.floor(threads=1 if len(names) > 1 else 2))
+        for name in MODELS[:-1]:
+            if name in names:
+                _timed(run, name, getattr(run, name))
+        if beside is not None:
+            beside.result()
+    report = _report(run)
+    _write_report(registry.root / REPORT, report)
+    return report
+
+
+def _timed(run: _Run, name: str, stage: Callable[[], None]) -> None:
+    started = time.monotonic()
+    stage()
+    run.seconds[name] = round(time.monotonic() - started, 1)
+
+
+def _report(run: _Run) -> dict[str, Any]:
+    examples = run.examples
+    before = _read_report(run.registry.root / REPORT)
+    if before.get("training_sha256") != examples.fingerprint():
+        before = {}
+    report = {
+        "protocol": examples.protocol(),
+        "training_sha256": examples.fingerprint(),
+        "rules": {"ranking": evaluation.RANKING_RULES, "retrieval": evaluation.RETRIEVAL_RULES},
+        "rows": {"train": len(examples.train_rows), "test": len(examples.test_rows)},
+        "seed": run.seed,
+    }
+    for part in ("ranking", "retrieval", "seconds", "versions"):
+        report[part] = before.get(part, {}) | getattr(run, part)
+    report["l2_over_floor"] = before.get("l2_over_floor", {})
+    if run.predictions.keys() >= {"l2", "floor"}:
+        report["l2_over_floor"] = evaluation.gain(examples, run.predictions["l2"], run.predictions["floor"])
+    elif run.predictions.keys() & {"l2", "floor"}:
+        report["l2_over_floor"] = {}  # one of the two has changed: the old comparison is no longer true
+    return report
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    draft = path.with_suffix(f".draft-{os.getpid()}")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(draft, path)

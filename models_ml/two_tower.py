@@ -1,0 +1,192 @@
+"""Two towers for retrieval: a reader's vector from their history, a note's vector from its id, author and topic.
+
+Both are unit vectors; their product ranks notes. A note tower over author and topic too means that a new note has a vector
+before its first view; in training the id is dropped at times so that the rest learns to stand alone. Loss: softmax over the
+notes of the batch with logQ correction (Yi et al., RecSys 2019).
+B pairs in a batch, L places of a history (newest first, code 0 = padding), D width, N notes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_ml import bundle
+from models_ml.examples import Examples, encode
+from models_ml.notes import NoteTower, NoteWords
+from models_ml.seeding import seeded
+from warehouse.errors import HeadraceError
+
+
+@dataclass(frozen=True)
+class TwoTowerConfig:
+    """epochs count passes over the pairs; pairs_per_reader limits those made from what was watched before the log."""
+
+    width: int = 48
+    history_length: int = 30
+    epochs: int = 3
+    batch_size: int = 1024
+    learning_rate: float = 3e-3
+    temperature: float = 0.07
+    id_dropout: float = 0.1
+    pairs_per_reader: int = 8
+    weight_decay: float = 1e-3
+
+
+def in_batch_softmax_loss(user_BD: Tensor, item_BD: Tensor, item_B: Tensor, log_q_B: Tensor, temperature: float) -> Tensor:
+    """Cross entropy, in nats, of each reader's own note against the other notes of the batch; mean over B.
+
+    user_BD, item_BD: unit rows. item_B: the notes' codes; another row with the same note is not a negative. log_q_B: natural
+    log of the chance that a note is drawn as a row's positive, <= 0. Raises ValueError on unequal sizes or a temperature <= 0.
+    """
+    sizes = len(user_BD), len(item_BD), len(item_B), len(log_q_B)
+    if len(set(sizes)) != 1:
+        raise ValueError(f"user_BD, item_BD, item_B and log_q_B must share one batch size, got {sizes}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    logits_BB = user_BD @ item_BD.T / temperature - log_q_B
+    same_BB = item_B[:, None] == item_B[None, :]
+    same_BB.fill_diagonal_(False)
+    return F.cross_entropy(logits_BB.masked_fill(same_BB, -torch.inf), torch.arange(len(user_BD)))
+
+
+class TwoTowerNetwork(nn.Module):
+    """The note table [N + 1, D] from nothing, readers' vectors [B, D] from histories [B, L] of codes and that table."""
+
+    def __init__(self, config: TwoTowerConfig, words: NoteWords):
+        super().__init__()
+        self.notes = NoteTower(words, config.width, config.id_dropout)
+        self.recency_L = nn.Parameter(-0.05 * torch.arange(config.history_length, dtype=torch.float32))
+        self.attend = nn.Linear(config.width, 1, bias=False)
+        self.mix = nn.Linear(config.width, config.width)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def note_table(self) -> Tensor:
+        """float32 [N + 1, D], unit rows; row 0 is zeros."""
+        return F.normalize(self.notes.table(), dim=-1, eps=1e-6)
+
+    def user_vectors(self, history_BL: Tensor, table_ND: Tensor) -> Tensor:
+        """float32 [B, D], unit rows; zeros for an empty history."""
+        note_BLD = F.embedding(history_BL, table_ND)
+        is_there_BL = history_BL > 0
+        weight_BL = (self.attend(note_BLD).squeeze(-1) + self.recency_L).masked_fill(~is_there_BL, -1e9)
+        pooled_BD = torch.bmm((torch.softmax(weight_BL, dim=-1) * is_there_BL).unsqueeze(1), note_BLD).squeeze(1)
+        mixed_BD = F.normalize(pooled_BD + self.mix(pooled_BD), dim=-1, eps=1e-6)
+        return mixed_BD * is_there_BL.any(dim=1, keepdim=True)
+
+
+def training_pairs(examples: Examples, note_ids: Sequence[str], config: TwoTowerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(history codes [B, L], code of the note that came next [B]): each click before `test_start`, and each reader's newest
+    `pairs_per_reader` steps through what they had watched before the log began."""
+    length = config.history_length
+    clicked = examples.train_rows[examples.labels["click"][examples.train_rows] == 1]
+    click_targets = encode(examples.words["note_id"], note_ids)[clicked]
+
+    before = examples.users["history_note_ids"].combine_chunks()
+    codes = np.append(encode(before.values, note_ids), 0)
+    ends_U, size_U = before.offsets.to_numpy()[1:], np.diff(before.offsets.to_numpy())
+    steps_U = np.clip(size_U - 1, 0, config.pairs_per_reader)
+    reader_S = np.repeat(np.arange(len(size_U)), steps_U)
+    back_S = np.arange(len(reader_S)) - np.repeat(np.cumsum(steps_U) - steps_U, steps_U)
+    at_S = ends_U[reader_S] - 1 - back_S
+    source_SL = at_S[:, None] - 1 - np.arange(length)
+    is_inside_SL = source_SL >= (ends_U - size_U)[reader_S][:, None]
+    watched_SL = np.where(is_inside_SL, codes[source_SL], 0)
+
+    histories = np.concatenate([examples.histories(note_ids, length)[clicked], watched_SL])
+    targets = np.concatenate([click_targets, codes[at_S]])
+    usable = (targets > 0) & (histories > 0).any(axis=1)
+    return histories[usable], targets[usable]
+
+
+def train(examples: Examples, config: TwoTowerConfig, seed: int, progress: Callable[[int, int], None]) -> "TwoTower":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
+    words = NoteWords.of(examples)
+    settings = {"config": asdict(config), "words": asdict(words)}
+    histories, targets = training_pairs(examples, words.note_ids, config)
+    if len(targets) < 2:
+        raise HeadraceError(f"two_tower needs at least 2 clicks with a history before them, the export has {len(targets)}")
+    with seeded(seed) as generator:
+        network = TwoTowerNetwork(config, words)
+        network.notes.describe(examples.notes, words)
+        history_PL, target_P = torch.from_numpy(histories), torch.from_numpy(targets)
+        counts_N = torch.bincount(target_P, minlength=len(words.note_ids) + 1)
+        log_q_N = (counts_N.clamp(min=1) / len(target_P)).log()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        num_steps = config.epochs * math.ceil(len(target_P) / config.batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        step = 0
+        network.train()
+        for _ in range(config.epochs):
+            for rows in torch.randperm(len(target_P), generator=generator).split(config.batch_size):
+                table_ND, item_B = network.note_table(), target_P[rows]
+                user_BD = network.user_vectors(history_PL[rows], table_ND)
+                loss = in_batch_softmax_loss(
+                    user_BD, F.embedding(item_B, table_ND), item_B, log_q_N[item_B], config.temperature
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                step += 1
+                progress(step, num_steps)
+    return TwoTower(network, settings)
+
+
+class TwoTower:
+    """Serving side; read-only after construction, safe for threads.
+
+    note_ids: N ids; note_vectors: float32 [N, D], unit rows in the same order.
+    """
+
+    def __init__(self, network: TwoTowerNetwork, settings: dict):
+        self.network, self.settings = network.eval(), settings
+        self.history_length: int = settings["config"]["history_length"]
+        words = NoteWords(**settings["words"])
+        self.note_ids: list[str] = words.note_ids
+        self._code_of = {note_id: row + 1 for row, note_id in enumerate(words.note_ids)}
+        self._author_of = {author_id: row + 1 for row, author_id in enumerate(words.authors)}
+        self._topic_of = {topic: row + 1 for row, topic in enumerate(words.topics)}
+        with torch.inference_mode():
+            self._table_ND = network.note_table()
+        self.note_vectors: np.ndarray = self._table_ND[1:].numpy()
+
+    def user_vector(self, history_note_ids: Sequence[str]) -> np.ndarray:
+        """float32 [D], unit length, zeros if no note of the history is known. Oldest first; the last `history_length` known
+        ones count."""
+        codes = [self._code_of[note_id] for note_id in reversed(history_note_ids) if note_id in self._code_of]
+        history_1L = torch.zeros(1, self.history_length, dtype=torch.int64)
+        kept = torch.tensor(codes[: self.history_length], dtype=torch.int64)
+        history_1L[0, : len(kept)] = kept
+        return self.user_vectors(history_1L)[0]
+
+    @torch.inference_mode()
+    def user_vectors(self, history_BL: Tensor) -> np.ndarray:
+        """float32 [B, D] of histories as codes (1 + place in note_ids, 0 = padding), newest first, L = history_length."""
+        return self.network.user_vectors(history_BL, self._table_ND).numpy()
+
+    @torch.inference_mode()
+    def note_vector(self, author_id: str | None, topic: str | None) -> np.ndarray:
+        """float32 [D]: the vector of a note that training did not know, from its author and first topic; zeros if both are
+        new."""
+        author_1 = torch.tensor([self._author_of.get(author_id or "", 0)])
+        topic_1 = torch.tensor([self._topic_of.get(topic or "", 0)])
+        return F.normalize(self.network.notes(torch.zeros_like(topic_1), author_1, topic_1), dim=-1, eps=1e-6)[0].numpy()
+
+    def to_files(self) -> dict[str, bytes]:
+        """The registry's files of this model."""
+        return bundle.to_files(self.network, self.settings)
+
+
+def load(path: Path) -> TwoTower:
+    """path: a version's folder, as `Registry.path` gives it."""
+    settings = bundle.read_settings(path)
+    network = TwoTowerNetwork(TwoTowerConfig(**settings["config"]), NoteWords(**settings["words"]))
+    bundle.read_weights(network, path)
+    return TwoTower(network, settings)
