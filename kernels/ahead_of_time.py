@@ -19,7 +19,7 @@ from typing import Any
 
 from kernels.backend import Kernel
 
-OPERATIONS = ("window_assembly", "l1_score")
+OPERATIONS = ("window_assembly", "l1_score", "sequence_block")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of one block, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 
@@ -102,16 +102,16 @@ def main(arguments: list[str] | None = None) -> int:
         compile_case(operation, case, capability)
         for operation in OPERATIONS
         if options.only in (None, operation)
-        for case in importlib.import_module(f"kernels.{operation}").shipped()
         for capability in SHARED_MEMORY_BYTES
+        for case in importlib.import_module(f"kernels.{operation}").shipped(capability)
     ]
     if options.json:
         json.dump([asdict(result) for result in results], sys.stdout)
         return 0
-    print(f"{'operation':<18} {'case':<34} {'sm':>3} {'registers':>9} {'stack B':>8} {'shared B':>9} {'tensor core':>11}")
+    print(f"{'operation':<18} {'case':<46} {'sm':>3} {'registers':>9} {'stack B':>8} {'shared B':>9} {'tensor core':>11}")
     for r in results:
         print(
-            f"{r.operation:<18} {r.label:<34} {r.capability:>3} {r.registers:>9} {r.stack_bytes:>8} {r.shared_bytes:>9} "
+            f"{r.operation:<18} {r.label:<46} {r.capability:>3} {r.registers:>9} {r.stack_bytes:>8} {r.shared_bytes:>9} "
             f"{r.tensor_core_instructions:>11}"
         )
     return 0

@@ -65,6 +65,11 @@ class Kernel:
             )
         return kinds
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        raise TypeError(
+            f"{self.__name__} is a kernel: launch it with {self.__name__}[grid](...), or call it from another kernel"
+        )
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.jit[grid]
 
@@ -126,6 +131,12 @@ def eager(*arguments: Any) -> bool:
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Launch on the tensor's own GPU, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def capability_of(tensor: Tensor) -> int:
+    """80 for an A100, 90 for an H100 or H200, and so on; 80 for a tensor on the CPU, whose kernels are interpreted."""
+    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
+    return 10 * major + minor
 
 
 def next_power_of_2(n: int) -> int:

@@ -110,7 +110,7 @@ def kernel_fits(dtype: torch.dtype, G: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and G <= WIDEST_FP32_SECOND_LAYER)
 
 
-def shipped() -> list[Case]:
+def shipped(capability: int) -> list[Case]:
     """Configurations to compile ahead of time: the demo's width, larger ones, the widest."""
     cases = []
     for F, H, G, T in ((48, 64, 32, 1), (64, 128, 64, 4), (256, 256, 128, 8), (256, 512, 256, 16)):

@@ -128,7 +128,7 @@ def configuration(M: int, W: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_M": block_m, "num_warps": 4, "num_stages": 1}
 
 
-def shipped() -> list[Case]:
+def shipped(capability: int) -> list[Case]:
     """Configurations to compile ahead of time."""
     types = {name: "*i64" for name, kind in _window_assembly_kernel.parameters.items() if kind == "pointer"}
     return [Case(f"M{M} W{W}", _window_assembly_kernel, types, configuration(M, W)) for M, W in ((1, 1), (8, 6), (16, 12))]

@@ -1,0 +1,425 @@
+"""One transformer layer over users' sequences, in one launch: projections, attention, output, norms and feed-forward.
+
+    attended = softmax(q @ k.T / sqrt(D / heads) + mask) @ v             (or, "silu": silu(q @ k.T / sqrt(...)) / length @ v)
+    y        = norm1(x + attended @ out_weight.T + out_bias)
+    out      = norm2(y + relu(y @ ff1_weight.T + ff1_bias) @ ff2_weight.T + ff2_bias)
+
+which is nn.TransformerEncoderLayer (post-norm, relu, no dropout). Masks are computed from lengths, never read. Three forms:
+
+    fusion none    tokens attend to the tokens of their own sequence                      -> [U, S, D]
+    fusion early   each candidate gets its user's sequence, every token extended by it    -> [B, S, D], D = E + C
+    fusion late    each candidate is one query over its user's sequence                   -> [B, D]
+
+Neither the extended nor the broadcast sequences ever exist in memory: a candidate names its user by row.
+
+Shape letters: U users, S positions, E token width, B candidates, C candidate width, D layer width, F feed-forward width.
+FLOP: per query 4*D*D + 4*length*D + 4*D*F; per key 4*D*D for each tile of queries, which projects keys and values again.
+Bytes: tokens once per tile (from L2 after the first), weights 4*D*D + 2*D*F values from L2, the output once.
+Sources: TransAct V2 (the fused layer, weights kept on chip); HSTU (pointwise attention, here divided by the sequence's own
+length, so that padding changes nothing); In-Kernel Broadcast Optimization (candidates name their user inside the kernel).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
+
+from kernels.ahead_of_time import Case
+from kernels.autograd import recompute_backward
+from kernels.backend import Kernel, capability_of, ceil_div, debug, device_of, eager, next_power_of_2, use_triton
+from kernels.checks import check_indices, check_same_device, check_tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+FUSIONS, ATTENTIONS = ("none", "early", "late"), ("softmax", "silu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORM_EPSILON = 1e-5
+WIDEST_LAYER, WIDEST_HEAD = 128, 64
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one layer as nn.TransformerEncoderLayer keeps them: [out, in], query, key and value stacked."""
+
+    in_weight: Tensor  # [3D, D]
+    in_bias: Tensor  # [3D]
+    out_weight: Tensor  # [D, D]
+    out_bias: Tensor  # [D]
+    norm1_weight: Tensor  # [D]
+    norm1_bias: Tensor  # [D]
+    ff1_weight: Tensor  # [F, D]
+    ff1_bias: Tensor  # [F]
+    ff2_weight: Tensor  # [D, F]
+    ff2_bias: Tensor  # [D]
+    norm2_weight: Tensor  # [D]
+    norm2_bias: Tensor  # [D]
+
+    @classmethod
+    def of(cls, layer: nn.TransformerEncoderLayer) -> BlockWeights:
+        """The weights of a PyTorch layer, shared with it. Raises ValueError unless it is post-norm with relu and biases."""
+        activation = getattr(layer.activation, "__name__", type(layer.activation).__name__).lower()
+        if layer.norm_first or activation != "relu" or layer.linear1.bias is None:
+            raise ValueError(f"layer must be post-norm with relu and biases, got norm_first={layer.norm_first}, {activation}")
+        attention = layer.self_attn
+        return cls(
+            attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias,
+            layer.norm1.weight, layer.norm1.bias, layer.linear1.weight, layer.linear1.bias,
+            layer.linear2.weight, layer.linear2.bias, layer.norm2.weight, layer.norm2.bias,
+        )  # fmt: skip
+
+
+def sequence_block_reference(
+    tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
+    in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
+    ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
+    num_heads: int, fusion: str, causal: bool, attention: str,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch, any device and floating type."""
+    D = in_weight.shape[1]
+    one_user = tokens.shape[0] == 1
+    if fusion == "early":
+        assert candidates is not None
+        assert user_of_candidate is not None
+        spread = candidates[:, None, :].expand(-1, tokens.shape[1], -1)
+        tokens, lengths = torch.cat([tokens[user_of_candidate], spread], dim=2), lengths[user_of_candidate]
+    S = tokens.shape[1]
+
+    def heads(x: Tensor) -> Tensor:  # [rows, positions, D] -> [rows, heads, positions, D / heads]
+        return x.unflatten(2, (num_heads, D // num_heads)).transpose(1, 2)
+
+    if fusion == "late":
+        assert candidates is not None
+        assert user_of_candidate is not None
+        x = candidates[None] if one_user else candidates[:, None]
+        query = linear(x, in_weight[:D], in_bias[:D])
+        key, value = linear(tokens, in_weight[D:], in_bias[D:]).chunk(2, dim=2)
+        if not one_user:
+            key, value, lengths = key[user_of_candidate], value[user_of_candidate], lengths[user_of_candidate]
+    else:
+        x = tokens
+        query, key, value = linear(x, in_weight, in_bias).chunk(3, dim=2)
+    query, key, value = heads(query), heads(key), heads(value)
+
+    position = torch.arange(S, device=tokens.device)
+    inside = (position < lengths[:, None])[:, None, None, :]  # [rows, 1, 1, S]
+    allowed = inside & (position <= position[:, None]) if causal else inside
+    if attention == "silu":
+        scores = silu(query @ key.transpose(2, 3) * (D // num_heads) ** -0.5) / lengths.clamp(min=1)[:, None, None, None].to(
+            x.dtype
+        )
+        attended = scores.masked_fill(~allowed, 0) @ value
+    else:
+        # An empty sequence attends to nothing and gets zero; letting it see its padding first keeps the softmax finite.
+        empty = (lengths <= 0)[:, None, None, None]
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=allowed | empty).masked_fill(empty, 0)
+    attended = attended.transpose(1, 2).flatten(2)
+    y = layer_norm(x + linear(attended, out_weight, out_bias), (D,), norm1_weight, norm1_bias, NORM_EPSILON)
+    hidden = linear(y, ff1_weight, ff1_bias).relu_()
+    out = layer_norm(y + linear(hidden, ff2_weight, ff2_bias), (D,), norm2_weight, norm2_bias, NORM_EPSILON)
+    if fusion == "late":
+        return out.reshape(-1, D)
+    return out.masked_fill(~inside[:, 0, 0, :, None], 0)
+
+
+@Kernel
+def _tokens(
+    tokens_ptr, candidates_ptr, user, b, n, S, E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr
+):
+    """Rows `n` of a user's sequence, [rows, BLOCK_D], extended by candidate b in early fusion; zeros outside."""
+    d = tl.arange(0, BLOCK_D)
+    in_row = (n < S)[:, None]
+    sequence_ptr = tokens_ptr + user * S * E  # int64 here, so that the many offsets within a sequence may be int32
+    x = tl.load(sequence_ptr + n[:, None] * E + d[None, :], mask=in_row & (d < E)[None, :], other=0.0)
+    if EARLY:
+        c = tl.load(candidates_ptr + b * (D - E) + (d - E), mask=(d >= E) & (d < D), other=0.0)
+        x = tl.where((d < E)[None, :], x, tl.where(in_row, c[None, :], 0.0).to(x.dtype))
+    return x
+
+
+@Kernel
+def _layer_norm(x, weight_ptr, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, EPSILON: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(in_d[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / D
+    weight = tl.load(weight_ptr + d, mask=in_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)
+    return centred * tl.rsqrt(variance + EPSILON)[:, None] * weight[None, :] + bias[None, :]
+
+
+@Kernel
+def _sequence_block_kernel(
+    tokens_ptr, lengths_ptr, candidates_ptr, user_of_candidate_ptr,
+    in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, norm1_weight_ptr, norm1_bias_ptr,
+    ff1_weight_ptr, ff1_bias_ptr, ff2_weight_ptr, ff2_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, out_ptr,
+    U, S, B, scale,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    dtype = tokens_ptr.dtype.element_ty
+    b = tl.program_id(0).to(tl.int64)
+    first_m = tl.program_id(1) * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)
+
+    # Which users' keys these queries need: rows of one sequence need one, a tile of candidates those of its own.
+    if LATE:
+        left = (B - b * BLOCK_M).to(tl.int32)  # candidates from this tile on
+        user_of_m = tl.load(user_of_candidate_ptr + b * BLOCK_M + m, mask=m < left, other=-1)
+        known = (user_of_m >= 0) & (user_of_m < U)
+        first_user = tl.min(tl.where(known, user_of_m, U), 0)
+        past_user = tl.max(tl.where(known, user_of_m + 1, 0), 0)
+        tile_ptr = candidates_ptr + b * BLOCK_M * D
+        x = tl.load(tile_ptr + m[:, None] * D + d[None, :], mask=(m < left)[:, None] & in_d[None, :], other=0.0)
+    else:
+        user = b
+        if EARLY:
+            user = tl.load(user_of_candidate_ptr + b)
+        first_user = tl.maximum(user, 0)
+        past_user = tl.minimum(user + 1, U)
+        x = _tokens(tokens_ptr, candidates_ptr, user, b, tl.where(first_user < past_user, m, S), S, E, D, BLOCK_D, EARLY)
+
+    y = x.to(tl.float32) + tl.load(out_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    for head in range(HEADS):
+        h = tl.arange(0, BLOCK_H)
+        in_h = h < HEAD
+        column = head * HEAD + h
+        in_hd = in_h[None, :] & in_d[:, None]
+        weight = tl.load(in_weight_ptr + column[None, :] * D + d[:, None], mask=in_hd, other=0.0)
+        q = tl.dot(x, weight, input_precision=PRECISION)
+        q += tl.load(in_bias_ptr + column, mask=in_h, other=0.0).to(tl.float32)[None, :]
+        q = (q * scale).to(dtype)
+        key_weight = tl.load(in_weight_ptr + (D + column)[None, :] * D + d[:, None], mask=in_hd, other=0.0)
+        key_bias = tl.load(in_bias_ptr + D + column, mask=in_h, other=0.0).to(tl.float32)
+        value_weight = tl.load(in_weight_ptr + (2 * D + column)[None, :] * D + d[:, None], mask=in_hd, other=0.0)
+        value_bias = tl.load(in_bias_ptr + 2 * D + column, mask=in_h, other=0.0).to(tl.float32)
+
+        largest = tl.full((BLOCK_M,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        attended = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for u in range(first_user, past_user):
+            length = tl.minimum(tl.load(lengths_ptr + u), S).to(tl.int32)
+            past_n = length
+            if CAUSAL:
+                past_n = tl.minimum(length, first_m + BLOCK_M)
+            for first_n in range(0, past_n, BLOCK_N):
+                n = first_n + tl.arange(0, BLOCK_N)
+                xn = _tokens(tokens_ptr, candidates_ptr, u, b, n, S, E, D, BLOCK_D, EARLY)
+                k = (tl.dot(xn, key_weight, input_precision=PRECISION) + key_bias[None, :]).to(dtype)
+                v = (tl.dot(xn, value_weight, input_precision=PRECISION) + value_bias[None, :]).to(dtype)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                allowed = (n < length)[None, :]
+                if CAUSAL:
+                    allowed = allowed & (n[None, :] <= m[:, None])
+                if LATE:
+                    allowed = allowed & (user_of_m == u)[:, None]
+                if SOFTMAX:
+                    s = tl.where(allowed, s, -1e30)  # finite: a row with no key yet must not become NaN
+                    larger = tl.maximum(largest, tl.max(s, 1))
+                    p = tl.where(allowed, tl.exp(s - larger[:, None]), 0.0)
+                    shrink = tl.exp(largest - larger)
+                    total = total * shrink + tl.sum(p, 1)
+                    attended = tl.dot(p.to(dtype), v, attended * shrink[:, None], input_precision=PRECISION)
+                    largest = larger
+                else:
+                    p = tl.where(allowed, s / (1.0 + tl.exp(-s)), 0.0) / length.to(tl.float32)
+                    attended = tl.dot(p.to(dtype), v, attended, input_precision=PRECISION)
+        if SOFTMAX:
+            attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
+        weight = tl.load(out_weight_ptr + d[None, :] * D + column[:, None], mask=in_d[None, :] & in_h[:, None], other=0.0)
+        y = tl.dot(attended.to(dtype), weight, y, input_precision=PRECISION)
+
+    y = _layer_norm(y, norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON)
+    narrow = y.to(dtype)
+    y += tl.load(ff2_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    for first_f in range(0, F, BLOCK_F):
+        f = first_f + tl.arange(0, BLOCK_F)
+        in_f = f < F
+        weight = tl.load(ff1_weight_ptr + f[None, :] * D + d[:, None], mask=in_f[None, :] & in_d[:, None], other=0.0)
+        hidden = tl.dot(narrow, weight, input_precision=PRECISION)
+        hidden += tl.load(ff1_bias_ptr + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
+        hidden = tl.maximum(hidden, 0.0).to(dtype)
+        weight = tl.load(ff2_weight_ptr + d[None, :] * F + f[:, None], mask=in_d[None, :] & in_f[:, None], other=0.0)
+        y = tl.dot(hidden, weight, y, input_precision=PRECISION)
+    y = _layer_norm(y, norm2_weight_ptr, norm2_bias_ptr, D, BLOCK_D, EPSILON)
+
+    if LATE:
+        tile_ptr = out_ptr + b * BLOCK_M * D
+        tl.store(tile_ptr + m[:, None] * D + d[None, :], y, mask=(m < left)[:, None] & in_d[None, :])
+    else:
+        length = tl.load(lengths_ptr + user, mask=first_user < past_user, other=0)
+        y = tl.where((m < length)[:, None], y, 0.0)
+        tile_ptr = out_ptr + b * S * D
+        tl.store(tile_ptr + m[:, None] * D + d[None, :], y, mask=(m < S)[:, None] & in_d[None, :])
+
+
+def configuration(
+    E: int, D: int, F: int, num_heads: int, fusion: str, causal: bool, attention: str, capability: int
+) -> dict[str, object]:
+    """Tiles for one layer. Hopper's tensor cores want 64 rows; before it weights sit in registers, which leaves room for 32."""
+    block_m, widest_f = (64, 64) if capability >= 90 else (32, 16)
+    return {
+        "E": E, "D": D, "F": F, "HEADS": num_heads, "HEAD": D // num_heads, "EPSILON": NORM_EPSILON,
+        "EARLY": fusion == "early", "LATE": fusion == "late", "CAUSAL": causal, "SOFTMAX": attention == "softmax",
+        "BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_D": max(16, next_power_of_2(D)),
+        "BLOCK_H": max(16, next_power_of_2(D // num_heads)), "BLOCK_F": max(16, min(widest_f, next_power_of_2(F))),
+        "PRECISION": "ieee", "num_warps": 8, "num_stages": 1,
+    }  # fmt: skip
+
+
+def kernel_fits(dtype: torch.dtype, D: int, num_heads: int) -> bool:
+    """Whether there is a configuration that spills nothing."""
+    return dtype in (torch.bfloat16, torch.float16) and D <= WIDEST_LAYER and D // num_heads <= WIDEST_HEAD
+
+
+def shipped(capability: int) -> list[Case]:
+    """Configurations to compile ahead of time: small layers, and the widest of each fusion and attention."""
+    types = {name: "*bf16" for name, kind in _sequence_block_kernel.parameters.items() if kind == "pointer"}
+    types |= {"lengths_ptr": "*i64", "user_of_candidate_ptr": "*i64", "scale": "fp32"}
+    return [
+        Case(
+            f"{fusion} E{E} D{D} F{F} heads {heads} {attention}{' causal' if causal else ''}", _sequence_block_kernel, types,
+            configuration(E, D, F, heads, fusion, causal, attention, capability), uses_tensor_cores=True,
+        )
+        for E, D, F, heads, fusion, causal, attention in (
+            (64, 64, 128, 2, "none", True, "softmax"),
+            (64, 64, 128, 2, "late", False, "softmax"),
+            (32, 64, 32, 1, "early", False, "softmax"),
+            (128, 128, 512, 2, "none", False, "softmax"),
+            (128, 128, 512, 4, "none", True, "silu"),
+            (64, 128, 512, 2, "early", True, "softmax"),
+            (128, 128, 512, 2, "late", False, "silu"),
+        )
+    ]  # fmt: skip
+
+
+def launch(
+    tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None, weights: BlockWeights,
+    num_heads: int, fusion: str, causal: bool, attention: str, out: Tensor, capability: int,
+) -> None:  # fmt: skip
+    """The Triton kernel into `out`. Contiguous tensors; nothing is checked here."""
+    U, S, E = tokens.shape
+    D, F = weights.out_bias.shape[0], weights.ff1_bias.shape[0]
+    B = 0 if candidates is None else candidates.shape[0]
+    if out.numel() == 0:
+        return
+    config = configuration(E, D, F, num_heads, fusion, causal, attention, capability)
+    tile = config["BLOCK_M"]
+    assert isinstance(tile, int)
+    grid = (ceil_div(B, tile), 1) if fusion == "late" else (out.shape[0], ceil_div(S, tile))
+    nothing = tokens  # a pointer that is never read
+    with device_of(tokens):
+        _sequence_block_kernel[grid](
+            tokens, lengths, nothing if candidates is None else candidates,
+            lengths if user_of_candidate is None else user_of_candidate, *weights, out,
+            U, S, B, (D // num_heads) ** -0.5, **config,
+        )  # fmt: skip
+
+
+def _run(
+    tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
+    in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
+    ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
+    num_heads: int, fusion: str, causal: bool, attention: str,
+) -> Tensor:  # fmt: skip
+    if debug() or not tokens.is_cuda:
+        check_indices("lengths", lengths, 0, tokens.shape[1] + 1)
+        if user_of_candidate is not None:
+            check_indices("user_of_candidate", user_of_candidate, 0, tokens.shape[0])
+    weights = BlockWeights(
+        in_weight, in_bias, out_weight, out_bias, norm1_weight, norm1_bias,
+        ff1_weight, ff1_bias, ff2_weight, ff2_bias, norm2_weight, norm2_bias,
+    )  # fmt: skip
+    if not kernel_fits(tokens.dtype, out_bias.shape[0], num_heads) or not use_triton(tokens):
+        return sequence_block_reference(
+            tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention
+        )
+    out = tokens.new_empty(_out_shape(tokens, candidates, in_weight, fusion))
+    launch(
+        tokens.contiguous(), lengths.contiguous(), None if candidates is None else candidates.contiguous(),
+        None if user_of_candidate is None else user_of_candidate.contiguous(), BlockWeights(*(w.contiguous() for w in weights)),
+        num_heads, fusion, causal, attention, out, capability_of(tokens),
+    )  # fmt: skip
+    return out
+
+
+def _out_shape(tokens: Tensor, candidates: Tensor | None, in_weight: Tensor, fusion: str) -> tuple[int, ...]:
+    D = in_weight.shape[1]
+    if candidates is None:
+        return (tokens.shape[0], tokens.shape[1], D)
+    return (candidates.shape[0], D) if fusion == "late" else (candidates.shape[0], tokens.shape[1], D)
+
+
+_operator = torch.library.custom_op("headrace::sequence_block", _run, mutates_args=(), device_types=("cpu", "cuda"))
+recompute_backward(_operator, sequence_block_reference)
+
+
+@_operator.register_fake
+def _(
+    tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
+    in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
+    ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
+    num_heads: int, fusion: str, causal: bool, attention: str,
+) -> Tensor:  # fmt: skip
+    return tokens.new_empty(_out_shape(tokens, candidates, in_weight, fusion))
+
+
+def sequence_block(
+    tokens: Tensor, lengths: Tensor, weights: BlockWeights, num_heads: int, *, candidates: Tensor | None = None,
+    user_of_candidate: Tensor | None = None, fusion: str = "none", causal: bool = False, attention: str = "softmax",
+) -> Tensor:  # fmt: skip
+    """One layer over U sequences, or over the sequences of B candidates' users; the module's text has the three shapes.
+
+    tokens [U, S, E], lengths i64 [U] in 0 .. S: positions from a sequence's length on are never attended to, and zero in the
+    result. candidates [B, C] with user_of_candidate i64 [B], rows of `tokens`, for early (E + C = D) and late (E = C = D)
+    fusion; on a GPU late fusion is fast when candidates of one user stand together. `causal`: a position attends to itself and
+    to those before it; not with late fusion. attention "softmax" or "silu". An empty sequence contributes nothing.
+
+    All floating tensors share one type: fp32, bf16, fp16 or fp64. The kernel takes bf16 and fp16 up to D = 128 with heads of at
+    most 64; all else takes the reference. Differentiable; a gradient through the kernel computes the reference again.
+
+    Raises TypeError, ValueError or IndexError, naming the argument. On a GPU the insides of lengths and user_of_candidate are
+    checked in debug mode only; otherwise a bad one reads nothing outside the inputs.
+    """
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if causal and fusion == "late":
+        raise ValueError("causal has no meaning with late fusion: a candidate has no position")
+    check_tensor("tokens", tokens, FLOATS, ("U", "S", "E"))
+    check_tensor("lengths", lengths, torch.int64, (tokens.shape[0],))
+    check_tensor("out_bias", weights.out_bias, tokens.dtype, ("D",))
+    check_tensor("ff1_bias", weights.ff1_bias, tokens.dtype, ("F",))
+    E, D, F = tokens.shape[2], weights.out_bias.shape[0], weights.ff1_bias.shape[0]
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads must divide the layer's width {D}, got {num_heads}")
+    shapes = {
+        "in_weight": (3 * D, D), "in_bias": (3 * D,), "out_weight": (D, D), "ff1_weight": (F, D), "ff2_weight": (D, F),
+    }  # fmt: skip
+    for name, weight in weights._asdict().items():
+        check_tensor(name, weight, tokens.dtype, shapes.get(name, (F,) if name == "ff1_bias" else (D,)))
+    if fusion == "none":
+        if candidates is not None or user_of_candidate is not None:
+            raise ValueError("candidates and user_of_candidate must be None without fusion")
+        if E != D:
+            raise ValueError(f"tokens must be as wide as the layer, {D}, got {E}")
+    else:
+        if candidates is None or user_of_candidate is None:
+            raise ValueError(f"candidates and user_of_candidate are needed for {fusion} fusion")
+        check_tensor("candidates", candidates, tokens.dtype, ("B", D if fusion == "late" else D - E))
+        check_tensor("user_of_candidate", user_of_candidate, torch.int64, (candidates.shape[0],))
+        if fusion == "late" and E != D:
+            raise ValueError(f"tokens must be as wide as the layer, {D}, got {E}")
+    check_same_device(
+        tokens=tokens, lengths=lengths, candidates=candidates, user_of_candidate=user_of_candidate, **weights._asdict()
+    )
+    arguments = (tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention)
+    return (_run if eager(*arguments) else _operator)(*arguments)
