@@ -23,7 +23,10 @@ def main(words: list[str]) -> int:
 
 def _parser(command: str, what: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"headrace {command}", description=what, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"headrace {command}",
+        description=what,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -35,7 +38,8 @@ def _land(words: list[str]) -> int:
     parser = _parser(
         "land",
         "Brings events into lake.events, exactly once: the same source again adds nothing.",
-        "  headrace land kuairand\n  headrace land simulator --seed 7\n  headrace land events.ndjson --landed-at received_at\n  headrace land events.parquet --delay 2",
+        "  headrace land kuairand\n  headrace land simulator --seed 7\n"
+        "  headrace land events.ndjson --landed-at received_at\n  headrace land events.parquet --delay 2",
     )
     parser.add_argument("source", help="kuairand, simulator, or a file ending in .parquet, .csv or .ndjson")
     parser.add_argument("--seed", type=int, help="simulator: what to simulate")
@@ -46,7 +50,9 @@ def _land(words: list[str]) -> int:
     lake = Lake.open(Home.from_env())
     path = Path(given.source)
     if given.source not in ("kuairand", "simulator") and path.suffix not in (".parquet", ".csv", ".ndjson", ".jsonl"):
-        raise HeadraceError(f"no source {given.source!r}: give kuairand, simulator, or a file ending in .parquet, .csv or .ndjson")
+        raise HeadraceError(
+            f"no source {given.source!r}: give kuairand, simulator, or a file ending in .parquet, .csv or .ndjson"
+        )
     with Progress(console=Console(stderr=True), disable=given.json) as progress:
         task = progress.add_task(f"reading {given.source}", total=None)
 
@@ -67,7 +73,7 @@ def _land(words: list[str]) -> int:
     else:
         print(f"{landed.source}: {landed.num_events:,} events landed, {landed.num_dead_letters:,} dead letters")
         if landed.num_dead_letters:
-            print("why: headrace sql \"select reason, count(*) from lake.dead_letters group by reason\"")
+            print('why: headrace sql "select reason, count(*) from lake.dead_letters group by reason"')
     return 0
 
 
@@ -77,7 +83,9 @@ def _sql(words: list[str]) -> int:
     parser = _parser(
         "sql",
         "Reads the lake with DuckDB's SQL. Read-only: one select, describe, show or explain.",
-        '  headrace sql "show all tables"\n  headrace sql "select event_type, count(*) from lake.events group by all"\n  headrace sql --json "from features.note_engagement limit 3"',
+        '  headrace sql "show all tables"\n'
+        '  headrace sql "select event_type, count(*) from lake.events group by all"\n'
+        '  headrace sql --json "from features.note_engagement limit 3"',
     )
     parser.add_argument("query")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
@@ -167,7 +175,9 @@ def _export_training(words: list[str]) -> int:
     from warehouse.training_export import export_training
 
     parser = _parser(
-        "export-training", "Writes training examples as Parquet under the home folder.", "  headrace export-training\n  headrace export-training --json"
+        "export-training",
+        "Writes training examples as Parquet under the home folder.",
+        "  headrace export-training\n  headrace export-training --json",
     )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)

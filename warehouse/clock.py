@@ -35,7 +35,9 @@ class ReplayClock(Clock):
             start = datetime.fromisoformat(instant.replace("Z", "+00:00"))
             rate = float(speed) if speed else 1.0
         except ValueError:
-            raise HeadraceError(f"HEADRACE_CLOCK must look like 2022-05-05T16:10:00Z or 2022-05-05T16:10:00Z@60, got {text!r}") from None
+            raise HeadraceError(
+                f"HEADRACE_CLOCK must look like 2022-05-05T16:10:00Z or 2022-05-05T16:10:00Z@60, got {text!r}"
+            ) from None
         if start.tzinfo is None:
             raise HeadraceError(f"HEADRACE_CLOCK needs a zone, got {text!r}; write {instant}Z for UTC")
         return cls(round(start.timestamp() * 1_000_000), rate)

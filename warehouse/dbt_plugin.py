@@ -1,9 +1,9 @@
 """What dbt-duckdb asks of the lake: views to read it at connection time, and one atomic Iceberg commit per model.
 
-A model's rows are a function of stored events, so a build is "rows with event time in [start, end)": appended where the range is
-new, overwritten where it is repaired, replaced whole where the definition changed. How far a table is built and what definition
-built it are table properties, set in the same commit as the rows: interrupted anywhere, the table is the old or the new state.
-See docs/decisions/0003-one-commit-per-model.md.
+A model's rows are a function of stored events, so a build is "rows with event time in [start, end)": appended where the range
+is new, overwritten where it is repaired, replaced whole where the definition changed. How far a table is built and what
+definition built it are table properties, set in the same commit as the rows: interrupted anywhere, the table is the old or the
+new state. See docs/decisions/0003-one-commit-per-model.md.
 """
 
 import json

@@ -19,6 +19,7 @@ from pyiceberg.expressions import AlwaysTrue, BooleanExpression
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.transforms import parse_transform
+from sqlalchemy.exc import IntegrityError
 
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
@@ -92,13 +93,15 @@ class Lake:
         """Creates the table if it is not there. `partition_by` maps a column to a transform: `{"landed_at": "hour"}`."""
         if self.exists(name):
             return self.table(name)
-        namespace = name.rpartition(".")[0]
-        self.catalogue.create_namespace_if_not_exists(namespace)
+        with contextlib.suppress(IntegrityError):  # another thread or process made the namespace at the same moment
+            self.catalogue.create_namespace_if_not_exists(name.rpartition(".")[0])
         with self.catalogue.create_table_transaction(name, schema=schema) as transaction:
             if partition_by:
                 with transaction.update_spec() as spec:
                     for column, transform in partition_by.items():
-                        spec.add_field(column, parse_transform(transform), f"{column}_{transform.replace('[', '_').rstrip(']')}")
+                        spec.add_field(
+                            column, parse_transform(transform), f"{column}_{transform.replace('[', '_').rstrip(']')}"
+                        )
         return self.table(name)
 
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
@@ -121,7 +124,11 @@ class Lake:
 
     def scan(self, name: str, row_filter: str | BooleanExpression | None = None, columns: tuple[str, ...] = ("*",)) -> pa.Table:
         """The rows as Arrow, by pyiceberg (prunes files by partition and statistics)."""
-        return self.table(name).scan(row_filter=AlwaysTrue() if row_filter is None else row_filter, selected_fields=columns).to_arrow()
+        return (
+            self.table(name)
+            .scan(row_filter=AlwaysTrue() if row_filter is None else row_filter, selected_fields=columns)
+            .to_arrow()
+        )
 
     def properties(self, name: str) -> dict[str, str]:
         """The summary of the current snapshot (what a commit wrote beside its rows); empty if there is none."""

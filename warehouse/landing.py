@@ -82,7 +82,9 @@ def land_records(lake: Lake, records: pa.Table, position: tuple[int, ...]) -> in
         create_tables(lake)
         landed = landed_position(lake)
         if len(landed) != len(position):
-            raise HeadraceError(f"the lake holds {len(landed)} log partitions, the log has {len(position)}; they must be the same")
+            raise HeadraceError(
+                f"the lake holds {len(landed)} log partitions, the log has {len(position)}; they must be the same"
+            )
         known = pa.array(landed, pa.int64()).take(records["log_partition"])
         fresh = records.filter(pc.greater_equal(records["log_offset"], known))
         reached = tuple(max(a, b) for a, b in zip(landed, position, strict=True))
@@ -241,7 +243,9 @@ def _placed_in_log(judged: pa.Table, position: tuple[int, ...], landing: str) ->
     connection = duckdb.connect()
     connection.execute("set TimeZone = 'UTC'")
     rows = judged.drop(["landed_at"]).append_column("log_partition", partitions_of_users.take(users.indices))
-    starts = pa.table({"log_partition": pa.array(range(len(position)), pa.int32()), "first_offset": pa.array(position, pa.int64())})
+    starts = pa.table(
+        {"log_partition": pa.array(range(len(position)), pa.int32()), "first_offset": pa.array(position, pa.int64())}
+    )
     connection.register("rows", rows)
     connection.register("starts", starts)
     placed = connection.execute(
@@ -249,8 +253,8 @@ def _placed_in_log(judged: pa.Table, position: tuple[int, ...], landing: str) ->
         select
             rows.*,
             rows.stamped_at as landed_at,
-            starts.first_offset
-                + row_number() over (partition by rows.log_partition order by rows.stamped_at, rows.row_in_source) - 1 as log_offset,
+            starts.first_offset - 1
+                + row_number() over (partition by rows.log_partition order by rows.stamped_at, rows.row_in_source) as log_offset,
             $landing as landing
         from rows
         inner join starts on rows.log_partition = starts.log_partition

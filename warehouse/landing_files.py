@@ -1,7 +1,7 @@
 """Files of events, in whatever shape a team has them, as rows that `land_events` can judge.
 
-The columns of `lake.events` are taken by name; every other column goes into `properties`. Text that is no time, or a time without
-a zone, becomes NULL here and a dead letter there.
+The columns of `lake.events` are taken by name; every other column goes into `properties`. Text that is no time, or a time
+without a zone, becomes NULL here and a dead letter there.
 """
 
 import hashlib
@@ -27,7 +27,12 @@ _ZONED = r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 
 
 def land_file(
-    lake: Lake, path: Path, landed_at: str | None = None, delay_seconds: float | None = None, progress: Progress | None = None, clock: Clock | None = None
+    lake: Lake,
+    path: Path,
+    landed_at: str | None = None,
+    delay_seconds: float | None = None,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> Landed:
     """Lands a Parquet, CSV or NDJSON file, exactly once per content.
 
@@ -59,7 +64,9 @@ def _read(path: Path, landed_at: str | None, delay_seconds: float | None) -> pa.
         raise HeadraceError(f"{path} has no column {', '.join(missing)}; it has {', '.join(types)}")
     for column in ("event_ts", landed_at):
         if column and types[column].startswith("TIMESTAMP") and types[column] != "TIMESTAMP WITH TIME ZONE":
-            raise HeadraceError(f"{path}: column {column} is {types[column]}, a time without a zone; write it as UTC with a zone")
+            raise HeadraceError(
+                f"{path}: column {column} is {types[column]}, a time without a zone; write it as UTC with a zone"
+            )
     try:
         return connection.execute(_select(source, types, landed_at, delay_seconds)).to_arrow_table().cast(_loose_schema())
     except duckdb.Error as error:

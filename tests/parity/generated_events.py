@@ -1,7 +1,7 @@
-"""Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null, out of
-order, on a boundary, and two log partitions, one of which lags.
+"""Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null,
+out of order, on a boundary, and two log partitions, one of which lags.
 
-Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges instead of missing them.
+Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges and do not miss them.
 Hypothesis draws the seed; `random.Random` draws the rows.
 """
 
@@ -29,7 +29,20 @@ from warehouse.time_algebra import (
 START_US = 1_767_225_600_000_000  # 2026-01-01 00:00 UTC
 BASES_US = (0, HOUR_US, DAY_US)
 EDGES_US = (0, -1, 1, SECOND_US, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
-DELAYS_US = (0, 1, SECOND_US, GRACE_US - 1, GRACE_US, GRACE_US + 1, 4 * MINUTE_US, 7 * MINUTE_US, 70 * MINUTE_US, 26 * HOUR_US, -MINUTE_US, -8 * MINUTE_US)
+DELAYS_US = (
+    0,
+    1,
+    SECOND_US,
+    GRACE_US - 1,
+    GRACE_US,
+    GRACE_US + 1,
+    4 * MINUTE_US,
+    7 * MINUTE_US,
+    70 * MINUTE_US,
+    26 * HOUR_US,
+    -MINUTE_US,
+    -8 * MINUTE_US,
+)
 EVENT_TYPES = ("view", "click", "like", "watch")
 IDS = ("1", "12", "é")
 """Ids that collide when composite keys are concatenated, and one that is not ASCII."""
@@ -44,16 +57,17 @@ def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
         event_ts = START_US + random.choice(BASES_US) + random.randrange(4) * FIVE_MINUTES_US + random.choice(EDGES_US)
         partition = random.randrange(2)
         watch_ms = random.choice((None, -3, 0, 1, 2, 5, 2**52))
+        event_type = random.choice(EVENT_TYPES)
         rows.append(
             {
                 "event_id": f"e{number if random.random() < 0.7 else random.randrange(num_events)}",
-                "event_type": random.choice(EVENT_TYPES),
+                "event_type": event_type,
                 "user_id": random.choice(IDS),
                 "note_id": random.choice((*IDS, None)),
                 "author_id": random.choice((*IDS, None)),
                 "surface": None,
                 "request_id": None,
-                "impression_id": None,
+                "impression_id": f"i{number if event_type == 'view' else random.randrange(num_events)}",
                 "event_ts": event_ts,
                 "landed_at": event_ts + random.choice(DELAYS_US) + (lag_us if partition == 1 else 0),
                 "log_partition": partition,
@@ -65,7 +79,8 @@ def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
         )
     for row in random.sample(rows, num_events // 10):  # again after the duplicate memory, and just within it
         ago = random.choice((DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
-        rows.append({**row, "landed_at": row["landed_at"] + ago, "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US})
+        again = {"impression_id": f"again-{row['impression_id']}", "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US}
+        rows.append({**row, **again, "landed_at": row["landed_at"] + ago})
     rows.sort(key=lambda row: row["landed_at"])
     next_offset = [0, 0]
     for row in rows:
@@ -99,6 +114,23 @@ def _position(random: Random, rows: list[dict[str, Any]], tick_us: int, request_
         must = sum(landed < tick_us + GRACE_US for landed in landings)
         position.append(random.randint(must, max(must, sum(landed < request_us + HOUR_US for landed in landings))))
     return tuple(position)
+
+
+def heartbeats(rows: list[dict[str, Any]], landed_at: int) -> list[dict[str, Any]]:
+    """One row per partition that says: everything up to `landed_at` has been read."""
+    return [
+        {
+            **dict.fromkeys(rows[0]),
+            "event_id": f"heartbeat:{partition}:{landed_at}",
+            "event_type": "heartbeat",
+            "event_ts": landed_at,
+            "landed_at": landed_at,
+            "log_partition": partition,
+            "log_offset": sum(row["log_partition"] == partition for row in rows),
+            "landing": "log",
+        }
+        for partition in (0, 1)
+    ]
 
 
 def as_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -14,18 +14,25 @@ STAGING = """
 """
 
 
-def declare(tmp_path, measures="- {name: num, aggregation: count, windows: [1h]}", keys="[note_id]", derived="[]", events="stg"):
+def declare(
+    tmp_path, measures="- {name: num, aggregation: count, windows: [1h]}", keys="[note_id]", derived="[]", events="stg"
+):
     folder = tmp_path / "warehouse" / "models"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "x.yml").write_text(
         f"version: 2\nmodels:{STAGING}  - name: group\n    config:\n      meta:\n        features:\n          entity: note\n"
-        f"          events: {events}\n          keys: {keys}\n          derived: {derived}\n          measures:\n            {measures}\n"
+        f"          events: {events}\n          keys: {keys}\n          derived: {derived}\n"
+        f"          measures:\n            {measures}\n"
     )
     return load_groups(tmp_path)
 
 
 def test_a_feature_is_named_entity_measure_window(tmp_path):
-    groups = declare(tmp_path, "- {name: num_views, aggregation: count, windows: [1h, 30d]}", derived="[{name: half, expression: num_views_1h / 2}]")
+    groups = declare(
+        tmp_path,
+        "- {name: num_views, aggregation: count, windows: [1h, 30d]}",
+        derived="[{name: half, expression: num_views_1h / 2}]",
+    )
     assert groups["group"].feature_names == ("note_num_views_1h", "note_num_views_30d", "note_half")
 
 
@@ -34,19 +41,28 @@ def test_a_feature_is_named_entity_measure_window(tmp_path):
     [
         ({"keys": "[nope]"}, r"x.yml:\d+: key nope is no column of stg; it has event_type, note_id"),
         ({"events": "raw"}, "reads raw, which is no model"),
-        ({"measures": "- {name: a, aggregation: median, of: watch_ms, windows: [1h]}"}, r"x.yml:\d+: measure a: aggregation must be one of count"),
+        (
+            {"measures": "- {name: a, aggregation: median, of: watch_ms, windows: [1h]}"},
+            r"x.yml:\d+: measure a: aggregation must be one of count",
+        ),
         ({"measures": "- {name: a, aggregation: sum, windows: [1h]}"}, "sum needs `of`"),
         ({"measures": "- {name: a, aggregation: count, windows: [7m]}"}, "multiple of 5m"),
         ({"measures": "- {name: a, aggregation: count}"}, "has no windows; write for example"),
         ({"measures": "- {name: a, aggregation: count, windows: [1h], widow: 2}"}, "unknown settings"),
         ({"measures": "- {name: a, aggregation: count, where: event_typ = 'x', windows: [1h]}"}, "where: no column event_typ"),
-        ({"measures": "- {name: a, aggregation: count, where: event_type = current_date, windows: [1h]}"}, "is not allowed; use"),
+        (
+            {"measures": "- {name: a, aggregation: count, where: event_type = current_date, windows: [1h]}"},
+            "is not allowed; use",
+        ),
         ({"measures": "- {name: a, aggregation: count, where: random() > 0.5, windows: [1h]}"}, "is not allowed; use"),
         ({"measures": "- {name: a, aggregation: count, where: event_type =, windows: [1h]}"}, "cannot be parsed"),
         ({"measures": "- {name: a, aggregation: last_n, of: note_id, windows: [1h]}"}, "last_n takes type varchar"),
         ({"measures": "- {name: a, aggregation: last_n, of: note_id, type: varchar, windows: [1h]}"}, "needs a positive n"),
         ({"measures": "- {name: a, aggregation: count, freshness: event, anchor: tick, windows: [1h]}"}, "freshness is block"),
-        ({"measures": "- {name: num, aggregation: count, windows: [1h]}\n            - {name: num, aggregation: count, windows: [1d]}"}, "num is declared twice"),
+        (
+            {"measures": "\n            ".join(["- {name: num, aggregation: count, windows: [1h]}"] * 2)},
+            "num is declared twice",
+        ),
         ({"derived": "[{name: r, expression: num_7d / 2}]"}, "derived r: no column num_7d; there are num_1h"),
     ],
 )

@@ -47,9 +47,9 @@ def test_offsets_are_dense_and_landing_never_runs_backwards_in_a_partition(lake)
 
 
 def test_history_that_would_change_a_served_tick_lands_now(lake):
-    dataset = simulate(seed=3, num_users=10, num_notes=50, days=1)
+    dataset = simulate(seed=3, num_users=40, num_notes=60, days=1)
     land_dataset(lake, dataset)
-    late = simulate(seed=4, num_users=10, num_notes=50, days=1)
+    late = simulate(seed=4, num_users=40, num_notes=60, days=1)
     last = max(lake.scan(EVENTS)["landed_at"].to_pylist())
     now_us = int(last.timestamp() * 1e6) + DAY_US
     land_dataset(lake, late, clock=ManualClock(now_us))
@@ -64,7 +64,9 @@ def test_records_of_the_log_land_once_whatever_is_repeated(lake):
     rows = event_log(Random(5))
     table = as_table(rows)
     position = tuple(sum(row["log_partition"] == partition for row in rows) for partition in (0, 1))
-    assert land_records(lake, table.slice(0, 30), tuple(sum(row["log_partition"] == p for row in rows[:30]) for p in (0, 1))) == 30
+    assert (
+        land_records(lake, table.slice(0, 30), tuple(sum(row["log_partition"] == p for row in rows[:30]) for p in (0, 1))) == 30
+    )
     assert land_records(lake, table, position) == len(rows) - 30
     assert land_records(lake, table, position) == 0
     assert landed_position(lake) == position
@@ -102,7 +104,15 @@ def test_a_bad_row_is_set_aside_with_the_reason_and_the_rest_land(lake, tmp_path
 def test_csv_parquet_and_ndjson_land_alike(lake, tmp_path):
     (tmp_path / "a.csv").write_text("event_id,event_type,event_ts,user_id,watch_ms\nc,watch,2026-01-01T00:00:00Z,u1,7\n")
     write_ndjson(tmp_path / "b.ndjson", [good("n", event_type="watch", watch_ms=7)])
-    table = pa.table({"event_id": ["p"], "event_type": ["watch"], "user_id": ["u1"], "watch_ms": [7], "event_ts": pa.array([NOW_US], pa.timestamp("us", "UTC"))})
+    table = pa.table(
+        {
+            "event_id": ["p"],
+            "event_type": ["watch"],
+            "user_id": ["u1"],
+            "watch_ms": [7],
+            "event_ts": pa.array([NOW_US], pa.timestamp("us", "UTC")),
+        }
+    )
     pq.write_table(table, tmp_path / "c.parquet")
     for name in ("a.csv", "b.ndjson", "c.parquet"):
         assert land_file(lake, tmp_path / name, delay_seconds=2).num_events == 1
@@ -127,6 +137,9 @@ def test_a_file_that_cannot_be_read_lands_nothing(lake, tmp_path, name, content,
 
 
 def test_a_time_without_a_zone_is_refused_before_anything_lands(lake, tmp_path):
-    pq.write_table(pa.table({"event_id": ["a"], "event_type": ["view"], "event_ts": pa.array([NOW_US], pa.timestamp("us"))}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"event_id": ["a"], "event_type": ["view"], "event_ts": pa.array([NOW_US], pa.timestamp("us"))}),
+        tmp_path / "x.parquet",
+    )
     with pytest.raises(HeadraceError, match="without a zone"):
         land_file(lake, tmp_path / "x.parquet")

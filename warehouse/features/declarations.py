@@ -26,7 +26,7 @@ TYPES = ("bigint", "double", "varchar")
 FRESHNESS = ("block", "event")
 ANCHORS = ("tick", "request")
 
-_ALLOWED: tuple[type[exp.Expression], ...] = (
+_ALLOWED: tuple[type[exp.Expr], ...] = (
     exp.Column, exp.Identifier, exp.Literal, exp.Boolean, exp.Null, exp.Paren, exp.And, exp.Or, exp.Not,
     exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.Is, exp.In, exp.Between, exp.Tuple,
     exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Neg, exp.Case, exp.If, exp.Coalesce, exp.Nullif, exp.Least, exp.Greatest,
@@ -72,7 +72,7 @@ class Derived:
         return _null_safe(sqlglot.parse_one(self.expression, dialect="duckdb")).sql(dialect="duckdb")
 
 
-def _null_safe(node: exp.Expression) -> exp.Expression:
+def _null_safe(node: exp.Expr) -> exp.Expr:
     for child in list(node.iter_expressions()):
         child.replace(_null_safe(child))
     if isinstance(node, exp.Div):
@@ -151,7 +151,8 @@ def load_groups(project_dir: Path | None = None) -> dict[str, FeatureGroup]:
 def declarations_hash(groups: dict[str, FeatureGroup]) -> str:
     """A short hash of what the features mean; prose and places do not count."""
     meaning = [
-        {"name": group.name, **{key: value for key, value in _without_prose(group.as_meta()).items()}} for group in groups.values()
+        {"name": group.name, **{key: value for key, value in _without_prose(group.as_meta()).items()}}
+        for group in groups.values()
     ]
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -226,7 +227,9 @@ def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str
     if value_type not in TYPES:
         raise fail(f"measure {name}: type must be one of {', '.join(TYPES)}, got {value_type!r}", entry)
     if (value_type == "varchar") != (aggregation == "last_n"):
-        raise fail(f"measure {name}: last_n takes type varchar, the others bigint or double; got {aggregation} of {value_type}", entry)
+        raise fail(
+            f"measure {name}: last_n takes type varchar, the others bigint or double; got {aggregation} of {value_type}", entry
+        )
     n = entry.get("n")
     if (aggregation == "last_n") != (isinstance(n, int) and n > 0):
         raise fail(f"measure {name}: last_n, and only last_n, needs a positive n; got {n!r}", entry)
@@ -240,14 +243,27 @@ def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str
     anchor = entry.get("anchor") or ("request" if freshness == "event" else "tick")
     if freshness not in FRESHNESS or anchor not in ANCHORS or (freshness == "event" and anchor != "request"):
         raise fail(
-            f"measure {name}: freshness is block (anchor tick or request) or event (anchor request), got {freshness} and {anchor}",
+            f"measure {name}: freshness is block (anchor tick or request) or event (anchor request), got {freshness}, {anchor}",
             entry,
         )
     for setting in ("where", "of"):
         if entry.get(setting):
-            check_expression(str(entry[setting]), columns, lambda problem, setting=setting: fail(f"measure {name}: {setting}: {problem}", entry))
+            check_expression(
+                str(entry[setting]),
+                columns,
+                lambda problem, setting=setting: fail(f"measure {name}: {setting}: {problem}", entry),
+            )
     return Measure(
-        name, aggregation, entry.get("where"), entry.get("of"), value_type, n, windows, freshness, anchor, entry.get("description") or ""
+        name,
+        aggregation,
+        entry.get("where"),
+        entry.get("of"),
+        value_type,
+        n,
+        windows,
+        freshness,
+        anchor,
+        entry.get("description") or "",
     )
 
 
@@ -258,7 +274,7 @@ def _derived(entry: dict[str, Any], columns: frozenset[str], fail: Any) -> Deriv
     return Derived(entry["name"], entry["expression"])
 
 
-def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expression:
+def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expr:
     """Parses an expression in DuckDB's dialect and refuses what some execution could not evaluate alike."""
     try:
         tree = sqlglot.parse_one(text, dialect="duckdb")

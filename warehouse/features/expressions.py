@@ -13,7 +13,7 @@ from sqlglot import expressions as exp
 
 
 @cache
-def _parsed(text: str) -> exp.Expression:
+def _parsed(text: str) -> exp.Expr:
     return sqlglot.parse_one(text, dialect="duckdb")
 
 
@@ -22,7 +22,7 @@ def evaluate(text: str, row: Mapping[str, Any]) -> Any:
     return _value(_parsed(text), row)
 
 
-_COMPARE: dict[type[exp.Expression], Callable[[Any, Any], bool]] = {
+_COMPARE: dict[type[exp.Expr], Callable[[Any, Any], bool]] = {
     exp.EQ: lambda a, b: a == b,
     exp.NEQ: lambda a, b: a != b,
     exp.LT: lambda a, b: a < b,
@@ -30,7 +30,7 @@ _COMPARE: dict[type[exp.Expression], Callable[[Any, Any], bool]] = {
     exp.GT: lambda a, b: a > b,
     exp.GTE: lambda a, b: a >= b,
 }
-_ARITHMETIC: dict[type[exp.Expression], Callable[[Any, Any], Any]] = {
+_ARITHMETIC: dict[type[exp.Expr], Callable[[Any, Any], Any]] = {
     exp.Add: lambda a, b: a + b,
     exp.Sub: lambda a, b: a - b,
     exp.Mul: lambda a, b: a * b,
@@ -38,7 +38,7 @@ _ARITHMETIC: dict[type[exp.Expression], Callable[[Any, Any], Any]] = {
 }
 
 
-def _value(node: exp.Expression, row: Mapping[str, Any]) -> Any:
+def _value(node: exp.Expr, row: Mapping[str, Any]) -> Any:
     kind = type(node)
     if kind is exp.Column:
         return row[node.name]
@@ -51,13 +51,13 @@ def _value(node: exp.Expression, row: Mapping[str, Any]) -> Any:
     if kind is exp.Paren:
         return _value(node.this, row)
     if kind in _COMPARE or kind in _ARITHMETIC:
-        left, right = _value(node.left, row), _value(node.right, row)
+        left, right = _value(node.this, row), _value(node.expression, row)
         if left is None or right is None:
             return None
         return (_COMPARE.get(kind) or _ARITHMETIC[kind])(left, right)
     if kind in (exp.And, exp.Or):
         decisive = kind is exp.Or
-        sides = [_value(node.left, row), _value(node.right, row)]
+        sides = [_value(node.this, row), _value(node.expression, row)]
         return decisive if decisive in sides else (None if None in sides else not decisive)
     if kind is exp.Not:
         inner = _value(node.this, row)
@@ -66,7 +66,11 @@ def _value(node: exp.Expression, row: Mapping[str, Any]) -> Any:
         inner = _value(node.this, row)
         return None if inner is None else -inner
     if kind is exp.Is:
-        return _value(node.this, row) is None if isinstance(node.expression, exp.Null) else _value(node.this, row) is _value(node.expression, row)
+        return (
+            _value(node.this, row) is None
+            if isinstance(node.expression, exp.Null)
+            else _value(node.this, row) is _value(node.expression, row)
+        )
     if kind is exp.In:
         return _any_equal(_value(node.this, row), [_value(item, row) for item in node.expressions])
     if kind is exp.Between:
@@ -89,7 +93,7 @@ def _value(node: exp.Expression, row: Mapping[str, Any]) -> Any:
         default = node.args.get("default")
         return None if default is None else _value(default, row)
     if kind is exp.Cast:
-        return _cast(_value(node.this, row), node.to.this.name)
+        return _cast(_value(node.this, row), node.args["to"].this.name)
     raise ValueError(f"{node.sql(dialect='duckdb')} is not in the closed list of expressions")
 
 
@@ -101,7 +105,7 @@ def _any_equal(value: Any, items: list[Any]) -> bool | None:
     return None if None in items else False
 
 
-def _function(kind: type[exp.Expression], value: Any) -> Any:
+def _function(kind: type[exp.Expr], value: Any) -> Any:
     if value is None:
         return None
     if kind is exp.Abs:

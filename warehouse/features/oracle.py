@@ -112,5 +112,6 @@ def _aggregate(measure: Measure, events: list[Event]) -> Any:
         return min(found, default=None)
     if measure.aggregation == "max":
         return max(found, default=None)
-    assert measure.aggregation == "last_n" and measure.n is not None
+    assert measure.aggregation == "last_n"
+    assert measure.n is not None
     return [str(value) for _, _, value in sorted(pairs)[-measure.n :]]

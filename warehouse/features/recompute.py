@@ -19,7 +19,9 @@ def recompute(lake: Lake, group: FeatureGroup, spine: pa.Table) -> pa.Table:
     """
     missing = {"row_id", *group.keys, "request_ts", "feature_watermark", "known_position"} - set(spine.column_names)
     if missing:
-        raise HeadraceError(f"the spine for {group.name} lacks {', '.join(sorted(missing))}; it has {', '.join(spine.column_names)}")
+        raise HeadraceError(
+            f"the spine for {group.name} lacks {', '.join(sorted(missing))}; it has {', '.join(spine.column_names)}"
+        )
     tables = {
         "blocks": f"features.{group.name}",
         "hours": f"features.{group.name}_1h",

@@ -1,5 +1,6 @@
 {# One row per impression whose outcomes are final: the spine of training. T is the newest tick at the request, K = T.
-   An outcome counts if it lands within the attribution window A of the impression; it is final a tick after that. #}
+   An outcome counts if it lands within the attribution window A of the impression. All of those are known a tick after t + A + F: an
+   outcome stamped ahead of the clock (by F at most) is known only when its own block has ended. The impression itself may be late. #}
 with views as (
     select
         impression_id,
@@ -9,7 +10,9 @@ with views as (
         surface,
         event_ts as request_ts,
         {{ newest_tick('event_ts') }} as feature_watermark,
-        {{ arrival_tick('(event_ts + ' ~ seconds(var('attribution_seconds')) ~ ')') }} as labels_known_at
+        greatest(
+            known_at, {{ arrival_tick('(event_ts + ' ~ seconds(var('attribution_seconds') + var('furthest_ahead_seconds')) ~ ')') }}
+        ) as labels_known_at
     from {{ ref('stg_engagements') }}
     where
         event_type = 'view'

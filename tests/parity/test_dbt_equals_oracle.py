@@ -1,0 +1,96 @@
+"""The training set that dbt builds, in steps and in one go, against the oracle, on a log with every mess."""
+
+from datetime import datetime
+from random import Random
+
+import pytest
+
+from tests.parity.generated_events import as_table, event_log, heartbeats
+from tests.parity.test_batch_equals_oracle import assert_equal
+from tests.warehouse.dbt_command import dbt
+from warehouse.features.declarations import load_groups
+from warehouse.features.oracle import Read, first_arrivals, values
+from warehouse.home import Home
+from warehouse.lake import Lake
+from warehouse.landing import land_records
+from warehouse.time_algebra import DAY_US, HOUR_US, newest_tick
+
+OUTCOMES = ("click", "long_view", "like", "comment", "share", "follow", "hide")
+
+
+def in_us(instant: datetime) -> int:
+    return round(instant.timestamp() * 1_000_000)
+
+
+def land(lake: Lake, rows: list[dict]) -> None:
+    ends = tuple(1 + max((row["log_offset"] for row in rows if row["log_partition"] == p), default=-1) for p in (0, 1))
+    land_records(lake, as_table(rows), ends)
+
+
+def content(lake: Lake) -> dict[str, list]:
+    """Every table that dbt built, as sorted rows of text."""
+    with lake.duckdb() as connection:
+        return {
+            name: sorted(map(str, connection.execute(f"select * from {name}").fetchall()))
+            for name in lake.tables()
+            if not name.startswith("lake.")
+        }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A messy log, landed and built in three steps; the lake and the log's rows."""
+    home = Home(tmp_path_factory.mktemp("steps"))
+    lake = Lake.open(home)
+    rows = event_log(Random(20260101), num_events=250)
+    rows += heartbeats(rows, max(row["landed_at"] for row in rows) + 2 * DAY_US)
+    for start, end in ((0, 90), (90, 200), (200, len(rows))):
+        land(lake, rows[start:end])
+        dbt(home, "run", "--quiet")
+    return lake, rows
+
+
+def test_every_training_example_equals_the_equation(built):
+    lake, rows = built
+    with lake.duckdb() as connection:
+        examples = connection.execute("select * from training.training_examples").to_arrow_table().to_pylist()
+    expected = {row["impression_id"]: row for row in first_arrivals(rows) if row["event_type"] == "view"}
+    assert {example["impression_id"] for example in examples} == set(expected)
+    for example in examples:
+        view = expected[example["impression_id"]]
+        request_us = in_us(example["request_ts"])
+        tick_us = newest_tick(request_us)
+        assert request_us == view["event_ts"]
+        assert in_us(example["feature_watermark"]) == tick_us
+        for group in load_groups().values():
+            read = Read(tuple(view[key] for key in group.keys), request_us, tick_us, tick_us)
+            for feature, value in values(group, rows, read).items():
+                assert_equal(example[feature], value, (feature, read))
+
+
+def test_every_label_is_an_outcome_that_landed_in_time(built):
+    lake, rows = built
+    with lake.duckdb() as connection:
+        examples = connection.execute("select * from training.training_examples").to_arrow_table().to_pylist()
+    first = first_arrivals(rows)
+    assert sum(example["label_click"] for example in examples) > 0
+    for example in examples:
+        until_us = in_us(example["request_ts"]) + HOUR_US
+        came = {
+            row["event_type"]
+            for row in first
+            if row["impression_id"] == example["impression_id"] and row["landed_at"] < until_us
+        }
+        assert {name for name in OUTCOMES if example[f"label_{name}"]} == came & set(OUTCOMES)
+
+
+def test_building_in_steps_repairing_and_building_at_once_give_the_same_tables(built, tmp_path):
+    lake, rows = built
+    in_steps = content(lake)
+    home = Home(tmp_path)
+    at_once = Lake.open(home)
+    land(at_once, rows)
+    dbt(home, "run", "--quiet")
+    assert content(at_once) == in_steps
+    dbt(home, "run", "--quiet", "--event-time-start", "2026-01-01", "--event-time-end", "2026-01-03")
+    assert content(at_once) == in_steps
