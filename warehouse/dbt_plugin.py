@@ -8,12 +8,18 @@ new state. See docs/decisions/0003-one-commit-per-model.md.
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 from dbt.adapters.duckdb.plugins import BasePlugin
 from dbt.adapters.duckdb.utils import TargetConfig
+from dbt_common.events.base_types import EventLevel
+from dbt_common.events.event_manager_client import add_logger_to_manager
+from dbt_common.events.functions import env_scrubber
+from dbt_common.events.logger import LineFormat, LoggerConfig
+from dbt_common.invocation import get_invocation_id
 from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
 from pyiceberg.table import Table, Transaction
 
@@ -33,7 +39,9 @@ class Plugin(BasePlugin):
     """Registered in `profiles.yml` under the alias `lake`."""
 
     def initialize(self, plugin_config: dict[str, Any]) -> None:
-        self.lake = Lake.open(Home.from_env())
+        home = Home.from_env()
+        _log_to(home.dbt / "logs" / "dbt.log")
+        self.lake = Lake.open(home)
 
     def configure_connection(self, conn: duckdb.DuckDBPyConnection) -> None:
         """Pins every Iceberg table to its current snapshot for this run, and publishes what the macros need to know."""
@@ -89,6 +97,21 @@ class Plugin(BasePlugin):
         cursor.execute(
             "insert into headrace.builds values (?, ?, ?)", [name, _built_until(table), table.properties.get(DEFINITION)]
         )
+
+
+def _log_to(path: Path) -> None:
+    """dbt's debug log, rotated by dbt: `log-path` of dbt_project.yml cannot depend on the environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    add_logger_to_manager(
+        LoggerConfig(
+            name="headrace_file_log",
+            level=EventLevel.DEBUG,
+            line_format=LineFormat.DebugText,
+            scrubber=env_scrubber,
+            invocation_id=get_invocation_id(),
+            output_file_name=str(path),
+        )
+    )
 
 
 def _built_until(table: Table) -> datetime | None:
