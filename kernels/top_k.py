@@ -1,0 +1,263 @@
+"""Exact top-k by inner product over all items, without ever holding all scores.
+
+    score[b, n] = (queries[b] . items[n]) * scale[n], -inf where bit n of excluded[b] is set; the k best, ties by lower row
+
+Two passes. One: scores in tiles, only the maximum of each bucket of 32 items is kept. The k buckets best by (maximum, lower
+bucket) hold the k best items: an item outside them has k buckets before it, each with an item of a better or equal score, and
+where equal, of a lower row. Two: those k * 32 items are scored again and selected by one 64-bit key of (score, row), so the
+order is total and nothing depends on chance or on the launch.
+
+Scores are sums of products in fp32 (int8: exact integers, then fp32). The passes add floating products in different orders:
+among scores that differ by less than such a sum's rounding, either may be taken for the k-th.
+
+Shape letters: B queries, N items, D width. Bytes: N*D*size once for up to 64 queries, B*N/32*4 of maxima, B*k*32*D*size again.
+FLOP: 2*B*N*D. At N = 10M, D = 128, B = 64, bf16: 2.56 GB and 164 GFLOP, so memory bound.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.ahead_of_time import Case
+from kernels.backend import Kernel, ceil_div, choice, device_of, eager, next_power_of_2, use_triton
+from kernels.checks import check_same_device, check_tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+BUCKET = 32
+WIDEST = 256
+SMALLEST_PROBLEM = 1 << 22
+"""Fewest scores for which two passes are worth their launches; below, one matrix product and one selection are."""
+ITEM_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_ROWS = (1 << 32) - 1
+
+
+def pack_excluded(excluded: Tensor) -> Tensor:
+    """bool [B, N] -> i32 [B, ceil(N / 32)], bit n % 32 of word n // 32 for item n."""
+    check_tensor("excluded", excluded, torch.bool, ("B", "N"))
+    B, N = excluded.shape
+    bits = pad(excluded, (0, -N % 32)).view(B, ceil_div(N, 32), 32).to(torch.int64)
+    words = (bits << torch.arange(32, device=excluded.device)).sum(2)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
+
+
+def _unpack(words: Tensor, N: int) -> Tensor:
+    return ((words[:, :, None] >> torch.arange(32, device=words.device)) & 1).flatten(1)[:, :N].bool()
+
+
+def _keys(scores: Tensor, row: Tensor) -> Tensor:
+    """fp32 scores and rows -> int64 that sort like (score, then lower row). No NaN; -0 counts as 0."""
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | (_ROWS - row)
+
+
+def _best(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest keys [B, n] as scores fp32 and rows i64 [B, k]; -inf and -1 where there are fewer."""
+    best = keys.topk(min(k, keys.shape[1]), dim=1).values
+    ordered = (best >> 32).to(torch.int32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    rows = torch.where(scores == -torch.inf, -1, _ROWS - (best & _ROWS))
+    missing = k - best.shape[1]
+    return pad(scores, (0, missing), value=-torch.inf), pad(rows, (0, missing), value=-1)
+
+
+def top_k_reference(
+    queries: Tensor, items: Tensor, k: int, scale: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, any device: all scores at once."""
+    scores = queries.float() @ items.float().T
+    if scale is not None:
+        scores = scores * scale
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    if excluded is not None:
+        scores = scores.masked_fill(_unpack(excluded, items.shape[0]), -torch.inf)
+    N = items.shape[0]
+    if 0 < k < N and not scores.is_cuda:
+        # Selecting among floats is quicker than among keys, and right unless equal scores lie on both sides of the cut.
+        values, rows = scores.topk(k, dim=1)
+        last = values[:, -1:]
+        if bool(((scores == last).sum(1) == (values == last).sum(1)).all()):
+            return _best(_keys(values, rows), k)
+    return _best(_keys(scores, torch.arange(N, device=scores.device)), k)
+
+
+@Kernel
+def _bucket_maxima_kernel(
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, D, NUM_BUCKETS, EXCLUDED_STRIDE,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    in_d, in_q = d < D, query < B
+    buckets: tl.constexpr = BLOCK_N // 32
+    q = tl.load(queries_ptr + query[None, :].to(tl.int64) * D + d[:, None], mask=in_d[:, None] & in_q[None, :], other=0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = n < N
+        item = tl.load(items_ptr + n[:, None].to(tl.int64) * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
+        score = tl.dot(item, q).to(tl.float32)
+        if SCALED:
+            score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)[:, None]
+        score = tl.where(in_n[:, None] & (score == score), score, float("-inf"))
+        score = tl.reshape(score, (buckets, 32, BLOCK_Q))
+        bucket = tile * buckets + tl.arange(0, buckets)
+        in_b = (bucket < NUM_BUCKETS)[:, None] & in_q[None, :]
+        if EXCLUDING:
+            word = tl.load(
+                excluded_ptr + query[None, :].to(tl.int64) * EXCLUDED_STRIDE + bucket[:, None], mask=in_b, other=0
+            )  # fmt: skip
+            bit = (word[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+            score = tl.where(bit != 0, float("-inf"), score)
+        maxima = tl.max(score, 1)
+        tl.store(maxima_ptr + query[None, :].to(tl.int64) * NUM_BUCKETS + bucket[:, None], maxima, mask=in_b)
+
+
+@Kernel
+def _score_buckets_kernel(
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, bucket_ptr, keys_ptr, N, D, CHOSEN, EXCLUDED_STRIDE,
+    BLOCK_D: tl.constexpr, INTEGER: tl.constexpr, SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)  # query b's chosen bucket
+    b = place // CHOSEN
+    bucket = tl.load(bucket_ptr + place)
+    i = tl.arange(0, 32)
+    n = bucket * 32 + i
+    d = tl.arange(0, BLOCK_D)
+    in_n, in_d = n < N, d < D
+    q = tl.load(queries_ptr + b * D + d, mask=in_d, other=0)
+    item = tl.load(items_ptr + n[:, None] * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
+    if INTEGER:
+        score = tl.sum(item.to(tl.int32) * q.to(tl.int32)[None, :], 1).to(tl.float32)
+    else:
+        score = tl.sum(item.to(tl.float32) * q.to(tl.float32)[None, :], 1)
+    if SCALED:
+        score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)
+    usable = in_n & (score == score)
+    if EXCLUDING:
+        word = tl.load(excluded_ptr + b * EXCLUDED_STRIDE + bucket)
+        usable = usable & (((word >> i) & 1) == 0)
+    score = tl.where(usable, score + 0.0, float("-inf"))
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - n)
+    tl.store(keys_ptr + place * 32 + i, key)
+
+
+def configuration(B: int, D: int) -> dict[str, int]:
+    """Tiles of pass one: 128 items against up to 64 queries."""
+    return {
+        "BLOCK_Q": min(64, max(16, next_power_of_2(B))), "BLOCK_N": 128, "BLOCK_D": max(32, next_power_of_2(D)),
+        "STAGES": 3, "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def kernel_fits(items: Tensor) -> bool:
+    return items.dtype in (torch.bfloat16, torch.float16, torch.int8) and items.shape[1] <= WIDEST
+
+
+def shipped(capability: int) -> list[Case]:
+    """Configurations to compile ahead of time: both passes, one query and many, plain and with everything on."""
+    cases = []
+    for name, number in (("bf16", "*bf16"), ("int8", "*i8")):
+        types = {
+            "queries_ptr": number,
+            "items_ptr": number,
+            "scale_ptr": "*fp32",
+            "excluded_ptr": "*i32",
+            "maxima_ptr": "*fp32",
+        }
+        types |= {"bucket_ptr": "*i64", "keys_ptr": "*i64"}
+        for B, D, on in ((1, 64, False), (64, 128, False), (64, 128, True), (64, 256, True)):
+            switches = {"SCALED": on, "EXCLUDING": on}
+            label = f"{name} B{B} D{D}{' scaled, excluding' if on else ''}"
+            one = configuration(B, D)
+            cases.append(Case(f"maxima {label}", _bucket_maxima_kernel, types, {**one, **switches}, uses_tensor_cores=True))
+            two = {"BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": 4, **switches}
+            cases.append(Case(f"buckets {label}", _score_buckets_kernel, types, two))
+    return cases
+
+
+def launch(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both passes and both selections. Contiguous tensors, N > 0 and k > 0; nothing is checked here."""
+    B, (N, D) = queries.shape[0], items.shape
+    num_buckets = ceil_div(N, BUCKET)
+    config = configuration(B, D)
+    switches = {"SCALED": scale is not None, "EXCLUDING": excluded is not None}
+    scale_or_nothing = items if scale is None else scale
+    words = items if excluded is None else excluded
+    stride = 0 if excluded is None or excluded.shape[0] == 1 else excluded.shape[1]
+    tiles = ceil_div(N, config["BLOCK_N"])
+    if items.is_cuda:
+        tiles = min(tiles, 4 * torch.cuda.get_device_properties(items.device).multi_processor_count)
+    maxima = torch.empty(B, num_buckets, dtype=torch.float32, device=items.device)
+    with device_of(items):
+        _bucket_maxima_kernel[(tiles, ceil_div(B, config["BLOCK_Q"]))](
+            queries, items, scale_or_nothing, words, maxima, B, N, D, num_buckets, stride, **config, **switches
+        )
+        bucket = _best_buckets(maxima, min(k, num_buckets))
+        chosen = bucket.shape[1]
+        keys = torch.empty(B, chosen * BUCKET, dtype=torch.int64, device=items.device)
+        _score_buckets_kernel[(B * chosen,)](
+            queries, items, scale_or_nothing, words, bucket, keys, N, D, chosen, stride,
+            BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=4, **switches,
+        )  # fmt: skip
+    return _best(keys, k)
+
+
+def _best_buckets(maxima: Tensor, count: int) -> Tensor:
+    keys = _keys(maxima, torch.arange(maxima.shape[1], device=maxima.device))
+    return _ROWS - (keys.topk(count, dim=1).values & _ROWS)
+
+
+def _run(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, N = queries.shape[0], items.shape[0]
+    large = B * N >= SMALLEST_PROBLEM or choice() == "triton"
+    if not (kernel_fits(items) and large and min(B, N, k) > 0 and use_triton(items)):
+        return top_k_reference(queries, items, k, scale, excluded)
+    return launch(
+        queries.contiguous(), items.contiguous(), k, None if scale is None else scale.contiguous(),
+        None if excluded is None else excluded.contiguous(),
+    )  # fmt: skip
+
+
+_operator = torch.library.custom_op("headrace::top_k", _run, mutates_args=(), device_types=("cpu", "cuda"))
+
+
+@_operator.register_fake
+def _(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    B = queries.shape[0]
+    return queries.new_empty(B, k, dtype=torch.float32), queries.new_empty(B, k, dtype=torch.int64)
+
+
+def top_k(
+    queries: Tensor, items: Tensor, k: int, *, scale: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores fp32 [B, k], best first, and rows of `items` i64 [B, k]; -inf and -1 where fewer than k items are left.
+
+    queries [B, D], items [N, D]: both fp32, bf16, fp16, or int8. scale fp32 [N]: multiplies item n's scores (the step of an
+    int8 row). excluded i32 [B or 1, ceil(N / 32)]: see `pack_excluded`. Equal scores come by lower row; NaN counts as -inf.
+    The kernel takes bf16, fp16 and int8 up to D = 256 from four million scores on; all else takes the reference. Not
+    differentiable. Raises TypeError or ValueError, naming the argument.
+    """
+    check_tensor("items", items, ITEM_TYPES, ("N", "D"))
+    N, D = items.shape
+    check_tensor("queries", queries, items.dtype, ("B", D))
+    if k < 0:
+        raise ValueError(f"k must not be negative, got {k}")
+    if N >= 1 << 31:
+        raise ValueError(f"items must have fewer than 2**31 rows, got {N}")
+    if scale is not None:
+        check_tensor("scale", scale, torch.float32, (N,))
+    if excluded is not None:
+        rows = 1 if excluded.ndim == 2 and excluded.shape[0] == 1 else queries.shape[0]
+        check_tensor("excluded", excluded, torch.int32, (rows, ceil_div(N, 32)))
+    check_same_device(queries=queries, items=items, scale=scale, excluded=excluded)
+    arguments = (queries.detach(), items.detach(), k, scale, excluded)
+    return (_run if eager(*arguments) else _operator)(*arguments)
