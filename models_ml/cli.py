@@ -50,6 +50,8 @@ def main(words: list[str]) -> int:
         def progress(name: str, done: int, total: int) -> None:
             bars.start_task(tasks[name])
             bars.update(tasks[name], completed=done, total=total)
+            if done == total and not console.is_terminal:  # a log file shows no bars until the end
+                console.print(f"{name}: trained after {time.monotonic() - started:.0f} s", highlight=False)
 
         report = train.train(examples, names, configs, arguments.seed, Registry(home.models), progress)
     if arguments.json:

@@ -127,7 +127,7 @@ class Examples:
 def encode(words: pa.Array | pa.ChunkedArray, vocabulary: Sequence[str]) -> np.ndarray:
     """int64: 1 + place in the vocabulary; 0 for NULL and for words that are not in it."""
     places = pc.index_in(words, pa.array(vocabulary, pa.string()))
-    return np.array(pc.fill_null(pc.add(pc.cast(places, pa.int64()), 1), 0))
+    return np.array(pc.fill_null(pc.add(pc.cast(places, pa.int64()), 1), 0).to_numpy())
 
 
 def distinct(words: pa.Array | pa.ChunkedArray) -> list[str]:

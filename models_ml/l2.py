@@ -38,7 +38,7 @@ class L2Config:
     are."""
 
     heads: tuple[str, ...] = ("click", "long_view")
-    history_length: int = 30
+    history_length: int = 50
     width: int = 24
     layers: int = 1
     attention_heads: int = 2
@@ -47,7 +47,7 @@ class L2Config:
     bins: int = 8
     epochs: int = 2
     batch_size: int = 1024
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     id_weight_decay: float = 1.0
     dropout: float = 0.1
@@ -173,12 +173,12 @@ class L2Network(nn.Module):
         alike_BC1 = (note_BCD * reader.mean_BD[:, None, :]).sum(-1, keepdim=True)
         note_part = F.dropout(note_BCD, self.config.id_dropout, self.training)
         inputs_BCI = torch.cat([self.note_inputs(note_BCI), note_part, read_BCD, read_BCD * note_BCD, alike_BC1], dim=-1)
-        note_half = self.first_note(inputs_BCI.reshape(1, size_B * size_C, -1)).view(-1, size_B, size_C, self.config.hidden)
+        note_half = self.first_note(inputs_BCI.flatten(0, 1).unsqueeze(0)).unflatten(1, (size_B, size_C))
         hidden = F.relu(note_half + reader.first_KBH.unsqueeze(2)).flatten(1, 2)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         hidden = F.dropout(F.relu(self.second(hidden)), self.config.dropout, self.training)
         logits = torch.bmm(hidden, self.last_KHT) + self.last_bias_KT
-        return logits.view(-1, size_B, size_C, len(self.config.heads))
+        return logits.unflatten(1, (size_B, size_C))
 
 
 class Inputs(NamedTuple):

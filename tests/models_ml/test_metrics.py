@@ -1,0 +1,91 @@
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from models_ml import metrics
+
+
+def test_auc_counts_a_tied_pair_as_half():
+    # positives 0.9 and 0.5, negatives 0.5 and 0.1: pairs won 1, 1, half, 1 of 4
+    assert metrics.auc(np.array([1, 1, 0, 0]), np.array([0.9, 0.5, 0.5, 0.1])) == pytest.approx(3.5 / 4)
+
+
+def test_auc_with_weights_equals_auc_of_repeated_rows():
+    labels, scores, weights = np.array([1, 0, 1, 0]), np.array([0.8, 0.7, 0.7, 0.2]), np.array([2, 1, 0, 3])
+    repeated = metrics.auc(np.repeat(labels, weights), np.repeat(scores, weights))
+    assert metrics.auc(labels, scores, weights) == pytest.approx(repeated)
+
+
+def test_auc_without_both_classes_is_not_a_number():
+    assert math.isnan(metrics.auc(np.ones(3), np.arange(3.0)))
+
+
+def test_auc_and_log_loss_agree_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, 500), np.round(rng.random(500), 2)
+    assert metrics.auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
+    assert metrics.log_loss(labels, scores.clip(0.01, 0.99)) == pytest.approx(log_loss(labels, scores.clip(0.01, 0.99)))
+
+
+def test_nce_is_one_minus_the_ratio_of_cross_entropies():
+    # model: -ln(0.8) on both rows; baseline 0.5: ln(2)
+    labels, probabilities = np.array([1, 0]), np.array([0.8, 0.2])
+    assert metrics.normalised_cross_entropy(labels, probabilities, 0.5) == pytest.approx(1 - math.log(1 / 0.8) / math.log(2))
+    assert metrics.normalised_cross_entropy(labels, np.array([0.5, 0.5]), 0.5) == 0.0
+
+
+def test_one_sure_mistake_costs_a_finite_log_loss():
+    assert metrics.log_loss(np.array([1]), np.array([0.0])) == pytest.approx(-math.log(1e-7))
+
+
+def test_ndcg_of_two_readers_by_hand():
+    # reader a: the positive row is second: 1/log2(3); reader b: both positives first: 1; reader c has no positive: left out
+    labels = np.array([0, 1, 1, 1, 0, 0])
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.1, 0.5])
+    readers = np.array(["a", "a", "b", "b", "b", "c"])
+    assert metrics.ndcg(labels, scores, readers, k=10) == pytest.approx((1 / math.log2(3) + 1) / 2)
+
+
+def test_ndcg_at_k_forgets_what_is_below_k():
+    labels, scores, readers = np.array([0, 1]), np.array([0.9, 0.1]), np.array([1, 1])
+    assert metrics.ndcg(labels, scores, readers, k=1) == 0.0
+
+
+def test_tied_rows_share_the_mean_discount_of_their_places():
+    labels, readers = np.array([1, 0]), np.array([1, 1])
+    expected = (1 + 1 / math.log2(3)) / 2
+    assert metrics.ndcg(labels, np.array([0.5, 0.5]), readers, k=2) == pytest.approx(expected)
+    assert metrics.ndcg(labels[::-1], np.array([0.5, 0.5]), readers, k=2) == pytest.approx(expected)
+
+
+def test_calibration_error_of_a_constant_answer():
+    labels = np.array([1, 0, 1, 0] * 10)
+    assert metrics.expected_calibration_error(labels, np.full(40, 0.7), num_bins=1) == pytest.approx(0.2)
+
+
+def test_the_interval_is_wider_when_rows_of_a_reader_move_together():
+    rng = np.random.default_rng(2)
+    labels = np.repeat(rng.integers(0, 2, 60), 20)
+    scores = labels * 0.5 + np.repeat(rng.random(60), 20)
+    together = metrics.auc_interval(labels, scores, np.repeat(np.arange(60), 20))
+    apart = metrics.auc_interval(labels, scores, np.arange(1200))
+    assert together.high - together.low > 2 * (apart.high - apart.low)
+    assert apart.low < metrics.auc(labels, scores) < apart.high
+
+
+def test_the_paired_interval_sees_a_small_but_steady_gain():
+    rng = np.random.default_rng(3)
+    labels, noise = rng.integers(0, 2, 4000), rng.normal(size=4000)
+    floor, better = labels + 2 * noise, labels * 1.05 + 2 * noise
+    gain = metrics.auc_gain_interval(labels, better, floor, np.arange(4000))
+    assert gain.low > 0
+    assert metrics.auc_gain_interval(labels, floor, floor, np.arange(4000)) == metrics.Interval(0.0, 0.0)
+
+
+def test_metrics_refuse_rows_that_do_not_match():
+    with pytest.raises(ValueError, match="same number of rows, got 2 and 3"):
+        metrics.auc(np.array([0, 1]), np.array([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        metrics.ndcg(np.array([1]), np.array([0.1]), np.array([1]), k=0)

@@ -1,0 +1,109 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models_ml import two_tower
+from models_ml.evaluation import RetrievalQueries, mean_places, recall_at
+from models_ml.two_tower import TwoTowerConfig, in_batch_softmax_loss
+
+SMALL = TwoTowerConfig(width=16, history_length=10, epochs=4, batch_size=128)
+
+
+def _train(examples, seed=0):
+    return two_tower.train(examples, SMALL, seed, lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    return _train(loaded)
+
+
+def test_the_loss_of_two_pairs_by_hand():
+    # logits: 1 / 0.5 = 2 on the diagonal, 0 beside it; q = 1/2 for both shifts all alike
+    eye, log_q = torch.eye(2), torch.full((2,), math.log(0.5))
+    expected = math.log(1 + math.exp(-2))
+    assert in_batch_softmax_loss(eye, eye, torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
+
+
+def test_a_popular_note_is_a_lighter_negative():
+    # the second note has q = 0.8: its logit as a negative is 0 - ln 0.8
+    log_q = torch.tensor([0.2, 0.8]).log()
+    expected = (math.log(1 + math.exp(-2) * 0.2 / 0.8) + math.log(1 + math.exp(-2) * 0.8 / 0.2)) / 2
+    assert in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
+
+
+def test_the_same_note_twice_is_not_its_own_negative():
+    same = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert in_batch_softmax_loss(same, same, torch.tensor([3, 3]), torch.zeros(2), 1.0).item() == 0.0
+
+
+def test_the_loss_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="share one batch size"):
+        in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1]), torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), torch.zeros(2), 0.0)
+
+
+def test_the_same_seed_gives_the_same_weights(loaded, model):
+    again, other = _train(loaded), _train(loaded, seed=1)
+    assert again.to_files() == model.to_files()
+    assert not np.array_equal(other.note_vectors, model.note_vectors)
+
+
+def test_training_reads_nothing_of_the_test_days(other_future, model):
+    assert _train(other_future).to_files() == model.to_files()
+
+
+def test_vectors_are_unit_rows_in_the_order_of_the_ids(loaded, model):
+    assert model.note_ids == loaded.notes["note_id"].to_pylist()
+    assert model.note_vectors.shape == (120, 16)
+    assert model.note_vectors.dtype == np.float32
+    assert np.linalg.norm(model.note_vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert np.linalg.norm(model.user_vector(["n1", "n2"])) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_empty_or_unknown_history_is_a_zero_vector(model):
+    assert model.user_vector([]).tolist() == [0.0] * 16
+    assert model.user_vector(["never seen"]).tolist() == [0.0] * 16
+
+
+def test_unknown_notes_of_a_history_are_skipped(model):
+    assert np.array_equal(model.user_vector(["x", "n3", "y", "n4", "z"]), model.user_vector(["n3", "n4"]))
+
+
+def test_only_the_end_of_a_long_history_counts(model):
+    history = [f"n{place}" for place in range(40)]
+    assert np.array_equal(model.user_vector(history), model.user_vector(history[-10:]))
+
+
+def test_a_note_the_model_never_saw_has_a_vector_near_its_authors_notes(loaded, model):
+    author, topic = loaded.notes["author_id"][5].as_py(), loaded.notes["topics"][5].as_py()[0]
+    vector = model.note_vector(author, topic)
+    assert vector @ model.note_vectors[5] > np.median(model.note_vectors @ vector)
+    assert model.note_vector(None, None).tolist() == [0.0] * 16
+    assert model.note_vector("new author", topic).any()
+
+
+def test_a_saved_model_gives_the_same_vectors(model, tmp_path):
+    for name, content in model.to_files().items():
+        (tmp_path / name).write_bytes(content)
+    again = two_tower.load(tmp_path)
+    assert again.note_ids == model.note_ids
+    assert np.array_equal(again.note_vectors, model.note_vectors)
+    assert np.array_equal(again.user_vector(["n7", "n9"]), model.user_vector(["n7", "n9"]))
+
+
+def test_it_finds_more_of_the_next_clicks_than_chance(loaded, model):
+    queries = RetrievalQueries(loaded)
+    # chance is 50 of at most 120 notes, a little more as the history is masked
+    assert queries.two_tower(model)["recall@50"] > 50 / 105
+
+
+def test_places_by_hand():
+    scores = np.array([[5.0, 4.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 0.0, 0.0]])
+    history = np.array([[1, 0], [0, 0], [2, 0]])  # codes: the first query has seen note 0, the third its own target
+    places = mean_places(scores, history, np.array([2, 3, 1]))
+    assert places.tolist() == [0.5, 1.5, np.inf]
+    assert recall_at(places, (1, 2)) == {"recall@1": pytest.approx(1 / 3), "recall@2": pytest.approx(2 / 3)}
