@@ -56,21 +56,21 @@ def test_all_scores_equal_gives_the_lowest_rows(triton_backend):
     assert top_k_reference(queries, items, 70)[1].tolist() == [list(range(70))] * 2
 
 
+@pytest.mark.parametrize(("N", "k", "share"), [(200, 60, 0.8), (640, 3, 0.97)], ids=["runs out", "buckets are chosen"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_excluded_and_scaled_items(rows, dtype, triton_backend, guard):
-    queries, items = small_integers(3, 200, 8, dtype)
+def test_excluded_and_scaled_items(N, k, share, rows, dtype, triton_backend, guard):
+    queries, items = small_integers(3, N, 8, dtype)
     rng = torch.Generator().manual_seed(1)
-    excluded = torch.rand(rows, 200, generator=rng) < 0.8
-    scale = torch.randint(1, 4, (200,), generator=rng).float() / 4
-    expected = plainly(queries, items, 60, scale, excluded)
-    assert (expected[1] == -1).any(), "the case must run out of items"
+    excluded = torch.rand(rows, N, generator=rng) < share
+    scale = torch.randint(1, 9, (N,), generator=rng).float() / 8
+    expected = plainly(queries, items, k, scale, excluded)
     words = pack_excluded(excluded)
     poison = 100 if dtype == torch.int8 else float("nan")
     given = [guard(t.to(triton_backend), p) for t, p in ((queries, poison), (items, poison), (scale, 1e9), (words, 0))]
     for scores, found in (
-        top_k(given[0], given[1], 60, scale=given[2], excluded=given[3]),
-        top_k_reference(queries, items, 60, scale, words),
+        top_k(given[0], given[1], k, scale=given[2], excluded=given[3]),
+        top_k_reference(queries, items, k, scale, words),
     ):
         assert torch.equal(found.cpu(), expected[1])
         assert torch.equal(scores.cpu(), expected[0])
