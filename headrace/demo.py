@@ -36,7 +36,7 @@ SPEED = 60
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="headrace demo",
-        description="Lands events, builds features, trains models, serves feeds, and checks every served value against the lake.",
+        description="Lands events, builds features, trains models, serves feeds, checks every served value against the lake.",
         epilog="examples:\n  headrace demo\n  headrace demo --once\n  headrace demo --source simulator --port 8080",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

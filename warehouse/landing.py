@@ -254,7 +254,7 @@ def _placed_in_log(judged: pa.Table, position: tuple[int, ...], landing: str) ->
             rows.*,
             rows.stamped_at as landed_at,
             starts.first_offset - 1
-                + row_number() over (partition by rows.log_partition order by rows.stamped_at, rows.row_in_source) as log_offset,
+                + row_number() over (partition by rows.log_partition order by stamped_at, row_in_source) as log_offset,
             $landing as landing
         from rows
         inner join starts on rows.log_partition = starts.log_partition
