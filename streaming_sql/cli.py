@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from streaming_sql.event_log import EventLog
+from streaming_sql.lander import newest_landed_us
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.runner import Progress, Runner
 from streaming_sql.status import RUNNER_FILE, iso, stream_status
@@ -17,7 +18,7 @@ from warehouse.errors import HeadraceError
 from warehouse.features.declarations import load_groups
 from warehouse.home import Home
 from warehouse.lake import Lake
-from warehouse.landing import EVENTS, create_tables, landed_position
+from warehouse.landing import create_tables, landed_position
 
 _EXAMPLES = """examples:
   headrace stream run              # until Ctrl-C: log -> store, log -> lake
@@ -53,14 +54,6 @@ def open_log(home: Home, lake: Lake, clock: Clock) -> EventLog:
     create_tables(lake)
     start = landed_position(lake)
     return EventLog.open(home.log, len(start), clock, start, newest_landed_us(lake))
-
-
-def newest_landed_us(lake: Lake) -> int:
-    """The largest landed_at in the lake, microseconds; 0 while it is empty."""
-    if lake.table(EVENTS).current_snapshot() is None:
-        return 0
-    with lake.duckdb() as connection:
-        return connection.execute("select coalesce(max(epoch_us(landed_at)), 0) from lake.events").fetchall()[0][0]
 
 
 def _run(home: Home, clock: Clock, once: bool) -> int:

@@ -82,7 +82,7 @@ class EventLog:
 
         start: the first offsets of a log that is made now (`landed_position(lake)`), zeros by default; a log that exists
         keeps its own. not_before_us: landed_at of a new log starts at or after it (the newest landed_at in the lake).
-        Raises HeadraceError if the file is not a log, has other partitions, or is behind `start`.
+        Raises HeadraceError if the file is not a log or has other partitions.
         """
         file = path if path.suffix == ".db" else path / "events.db"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -129,30 +129,54 @@ class EventLog:
             raise
         if made and made != self.num_partitions:
             raise HeadraceError(f"event log {self.path} has {made} partitions, asked for {self.num_partitions}")
-        self._follow(start, not_before_us)
 
-    def _follow(self, start: Position, not_before_us: int) -> None:
-        """Where an import took the log's next offsets, the log continues after it, unless records would be lost."""
-        end = self.end()
-        if all(own >= landed for own, landed in zip(end, start, strict=True)):
-            return
+    def renumber(self, landed: Position, not_before_us: int) -> None:
+        """Moves the records that have not landed to offsets from `landed` on, after an import took theirs in the lake.
+
+        They land at or after not_before_us (the newest landed_at in the lake) and keep their order; what has landed is dropped.
+        Not for a log that others are reading.
+        """
         with self._writer_lock:
-            marked = self._column(self._writer, "landed_offset")
-            if marked != end:
-                raise HeadraceError(
-                    f"event log {self.path} ends at {list(end)} and its records from {list(marked)} on have not landed, but "
-                    f"the lake is at {list(start)}: an import took their offsets, or log and lake belong to different homes"
-                )
             self._writer.execute("begin immediate")
-            for partition, offset in enumerate(start):
-                self._writer.execute(
-                    "update partitions set first_offset = max(first_offset, ?1), next_offset = max(next_offset, ?1), "
-                    "landed_offset = max(landed_offset, ?1), landed_at = max(landed_at, ?2) where log_partition = ?3",
-                    (offset, not_before_us, partition),
-                )
-            self._writer.execute("delete from records")
-            self._writer.execute("update partitions set first_offset = next_offset")
-            self._writer.execute("commit")
+            try:
+                for partition, (to_offset, mark) in enumerate(
+                    zip(landed, self._column(self._writer, "landed_offset"), strict=True)
+                ):
+                    self._writer.execute("delete from records where log_partition = ? and log_offset < ?", (partition, mark))
+                    shift = (to_offset - mark, not_before_us, partition)
+                    # by way of negative offsets, which collide with nothing
+                    self._writer.execute(
+                        "update records set log_offset = -1 - (log_offset + ?1), landed_at = max(landed_at, ?2) "
+                        "where log_partition = ?3",
+                        shift,
+                    )
+                    self._writer.execute(
+                        "update records set log_offset = -1 - log_offset where log_partition = ?", (partition,)
+                    )
+                    self._writer.execute(
+                        "update ids set log_offset = log_offset + ?1 where log_partition = ?3 and log_offset >= ?4",
+                        (*shift, mark),
+                    )
+                    self._writer.execute(
+                        "update partitions set next_offset = next_offset + ?1, first_offset = ?4, landed_offset = ?4, "
+                        "landed_at = max(landed_at, ?2) where log_partition = ?3",
+                        (*shift, to_offset),
+                    )
+                self._writer.execute("commit")
+            except BaseException:
+                self._writer.execute("rollback")
+                raise
+
+    def landed(self) -> Position:
+        """What `mark_landed` was last told."""
+        with self._reader_lock:
+            return self._column(self._reader, "landed_offset")
+
+    def ids(self, partition: int, start: int, end: int) -> dict[int, str]:
+        """offset → event_id of the records of one partition with start <= offset < end that the log still holds."""
+        query = "select log_offset, event_id from records where log_partition = ? and log_offset >= ? and log_offset < ?"
+        with self._reader_lock:
+            return dict(self._reader.execute(query, (partition, start, end)))
 
     def mark_landed(self, landed: Position) -> None:
         """Remembers that records below `landed` are in the lake; `trim` may drop them."""

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyiceberg.expressions import And, EqualTo, In
+from pyiceberg.expressions import And, EqualTo, GreaterThanOrEqual, In, LessThan
 
 from streaming_sql.arrivals import reasons
 from streaming_sql.event_log import EventLog, Position
 from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
 from warehouse.events import HEARTBEAT
 from warehouse.lake import Lake
-from warehouse.landing import DEAD_LETTERS, DEAD_LETTERS_SCHEMA, create_tables, land_records, landed_position
+from warehouse.landing import DEAD_LETTERS, DEAD_LETTERS_SCHEMA, EVENTS, create_tables, land_records, landed_position
 from warehouse.time_algebra import DAY_US, MINUTE_US
 
 SOURCE = "log"
@@ -42,8 +43,11 @@ class Lander:
         self._lake, self._log, self._clock = lake, log, clock
         self._settings = settings or LanderSettings()
         create_tables(lake)
-        self.position: Position = landed_position(lake)
-        log.mark_landed(self.position)
+        self.position: Position = log.landed()
+        if self._conflict(landed_position(lake)):
+            log.renumber(landed_position(lake), newest_landed_us(lake))
+            self.position = log.landed()
+        self._follow_lake()
 
     def step(self, flush: bool = False) -> int:
         """Lands one batch if it is due (or `flush`); returns the number of records taken from the log, 0 if none was due."""
@@ -51,6 +55,7 @@ class Lander:
             oldest = self._log.read(self.position, 1_000)
             if not self._is_due(oldest):
                 return 0
+        self._follow_lake()
         records = self._log.read(self.position, self._settings.rows)
         if records.num_rows == 0:
             return 0
@@ -58,11 +63,46 @@ class Lander:
         for partition, offset in zip(records["log_partition"].to_pylist(), records["log_offset"].to_pylist(), strict=True):
             position[partition] = offset + 1
         self._bury(records)
-        land_records(self._lake, _worth_landing(records), tuple(position))
-        self.position = landed_position(self._lake)
-        self._log.mark_landed(self.position)
+        worth = _worth_landing(records)
+        if land_records(self._lake, worth, tuple(position)) == worth.num_rows:
+            self.position = tuple(position)
+            self._log.mark_landed(self.position)
+        self._follow_lake()
         self._log.trim(self.position, self._settings.keep_us, self._settings.keep_bytes)
         return records.num_rows
+
+    def _follow_lake(self) -> None:
+        """Moves to the lake's position, which another lander may have moved, or a crash left ahead of what the log was told.
+
+        Raises HeadraceError if an import moved it: nothing is marked or trimmed then, so the log still holds its records, and
+        the next start gives them new offsets.
+        """
+        landed = landed_position(self._lake)
+        if landed == self.position:
+            return
+        if conflict := self._conflict(landed):
+            raise HeadraceError(f"{conflict}; nothing is lost: start again, and import only while nothing runs")
+        self.position = landed
+        self._log.mark_landed(landed)
+
+    def _conflict(self, landed: Position) -> str | None:
+        """What shows that the lake's rows between our position and `landed` are not the log's own; None if they are."""
+        if any(there > own for there, own in zip(landed, self._log.end(), strict=True)):
+            return f"an import moved the lake to {list(landed)}, past the event log"
+        for partition, (start, end) in enumerate(zip(self.position, landed, strict=True)):
+            if start == end:
+                continue
+            ids = self._log.ids(partition, start, end)
+            between = And(
+                EqualTo("log_partition", partition), GreaterThanOrEqual("log_offset", start), LessThan("log_offset", end)
+            )
+            for row in self._lake.scan(EVENTS, between, ("event_id", "log_offset")).to_pylist():
+                if ids.get(row["log_offset"]) != row["event_id"]:
+                    return (
+                        f"record {row['log_offset']} of log partition {partition} has not landed, and an import put "
+                        f"{row['event_id']} in its place"
+                    )
+        return None
 
     def flush(self) -> int:
         """Lands everything that is in the log now."""
@@ -102,6 +142,14 @@ class Lander:
         fresh = letters.filter(pa.array([position not in there for position in positions], pa.bool_()))
         if fresh.num_rows:
             self._lake.append(DEAD_LETTERS, fresh)
+
+
+def newest_landed_us(lake: Lake) -> int:
+    """The largest landed_at in the lake, microseconds; 0 while it is empty."""
+    if lake.table(EVENTS).current_snapshot() is None:
+        return 0
+    with lake.duckdb() as connection:
+        return connection.execute("select coalesce(max(epoch_us(landed_at)), 0) from lake.events").fetchall()[0][0]
 
 
 def _places(records: pa.Table) -> list[dict]:

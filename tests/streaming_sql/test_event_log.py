@@ -111,23 +111,19 @@ def test_a_new_log_continues_where_the_lake_ends(tmp_path, clock):
         log.read((0, 90), 10)
 
 
-def test_a_log_that_is_fully_landed_follows_an_import_that_took_the_next_offsets(tmp_path, clock):
-    log = EventLog.open(tmp_path, clock=clock)
-    log.append([event("e1", user_id=users_of(0, 1)[0])])
-    log.mark_landed((1, 0))
-    log.close()
-    log = EventLog.open(tmp_path, clock=clock, start=(50, 60), not_before_us=START_US + 5)
-    assert log.end() == (50, 60)
-    assert log.append([event("e2", user_id=users_of(0, 1)[0])]) == [(0, 50)]
-    assert log.read_through_us()[0] == START_US + 5
-
-
-def test_an_import_over_records_that_have_not_landed_is_refused(tmp_path, clock):
-    log = EventLog.open(tmp_path, clock=clock)
-    log.append([event("e1", user_id=users_of(0, 1)[0])])
-    log.close()
-    with pytest.raises(HeadraceError, match="have not landed"):
-        EventLog.open(tmp_path, clock=clock, start=(50, 60))
+def test_renumbered_records_keep_their_order_and_their_ids(log, clock):
+    user = users_of(0, 1)[0]
+    log.append([event(f"e{i}", user_id=user) for i in range(5)])
+    log.mark_landed((2, 0))
+    log.renumber((4, 7), not_before_us=START_US + 5)
+    records = log.read((4, 7), 10)
+    assert records["event_id"].to_pylist() == ["e2", "e3", "e4"]
+    assert records["log_offset"].to_pylist() == [4, 5, 6]
+    assert records["landed_at"].cast("int64").to_pylist() == [START_US + 5] * 3
+    assert log.end() == (7, 7)
+    assert log.landed() == (4, 7)
+    assert log.append([event("e3", user_id=user), event("e5", user_id=user)]) == [(0, 5), (0, 7)]
+    assert log.read_through_us() == (START_US + 5,) * 2
 
 
 def test_a_log_keeps_its_number_of_partitions(tmp_path, clock):

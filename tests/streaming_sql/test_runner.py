@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from streaming_sql.event_log import EventLog
-from streaming_sql.lander import LanderSettings
+from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.records import to_table
 from streaming_sql.runner import Runner, RunnerSettings
 from streaming_sql.status import iso
 from warehouse.clock import ManualClock
@@ -17,7 +18,7 @@ from warehouse.features.declarations import load_groups
 from warehouse.features.render import block_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import Lake
-from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, landed_position
+from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, land_records, landed_position
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, GRACE_US, HOUR_US, SECOND_US
 
 START_US = 1_651_766_400_000_000  # 2022-05-05T16:00:00Z
@@ -138,6 +139,40 @@ def test_records_land_by_size_then_by_age_and_the_log_lets_go_of_them(world):
         world.log.read((0, 0), 1)
 
 
+def import_one(world, position):
+    """What `headrace land` would do to the lake, one row at the first offset of partition 0."""
+    row = {"event_id": "imported", "event_type": "view", "event_ts": START_US, "user_id": "u1", "landed_at": START_US}
+    row |= {"log_partition": 0, "log_offset": position[0] - 1, "landing": "declared"}
+    land_records(world.lake, to_table([tuple(row.get(name) for name in EVENTS_SCHEMA.names)]), position)
+
+
+@pytest.mark.parametrize("position", [(1, 0), (9, 9)])
+def test_an_import_that_took_the_logs_offsets_is_found_out_and_nothing_is_lost(world, position):
+    world.post(click("c1"), click("c2"))
+    world.runner.step()
+    import_one(world, position)
+    with pytest.raises(HeadraceError, match="nothing is lost: start again"):
+        world.runner.flush()
+    world.crash()
+    world.open().runner.catch_up()
+    world.post(click("c3"), click("c1"))
+    world.runner.step()
+    assert world.values("user_activity", ("u1",))["user_num_clicks_1d"] == 3
+    world.runner.flush()
+    rows = world.lake.scan(EVENTS).to_pylist()
+    assert sorted(row["event_id"] for row in rows if row["event_type"] != "heartbeat") == ["c1", "c2", "c3", "imported"]
+    assert len({(row["log_partition"], row["log_offset"]) for row in rows}) == len(rows)
+
+
+def test_two_landers_share_the_work_and_land_nothing_twice(world):
+    other = Lander(world.lake, world.log, world.clock)
+    for i in range(4):
+        world.post(click(f"c{i}"))
+        assert (world.runner if i % 2 else other).flush() > 0
+    landed = world.lake.scan(EVENTS)["event_id"].to_pylist()
+    assert sorted(one for one in landed if one.startswith("c")) == ["c0", "c1", "c2", "c3"]
+
+
 def traffic(world, rng, rounds):
     """Clicks and watches of a few users; some late, some repeated, some in quiet spells."""
     for _ in range(rounds):
@@ -179,8 +214,8 @@ def assert_same(one, other):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_crash_between_any_two_rounds_changes_nothing(world, seed):
     rng = np.random.default_rng(seed)
-    for _ in range(4):
-        traffic(world, rng, 12)
+    for _ in range(3):
+        traffic(world, rng, 8)
         before = everything(world)
         assert np.nansum(before[1]) > 0
         world.crash()
@@ -205,7 +240,7 @@ def build_blocks(lake, through_us):
 
 def test_bulk_loaded_blocks_and_a_replay_of_everything_give_the_same_values(world):
     rng = np.random.default_rng(3)
-    traffic(world, rng, 60)
+    traffic(world, rng, 40)
     before = everything(world)
     world.runner.flush()
     build_blocks(world.lake, world.runner.store.tick_us - 3 * FIVE_MINUTES_US)
