@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serving.cascade import Served, finite
 from serving.catalogue import Catalogue
 from serving.explain import stage_reached
 from serving.retrieve import Candidates
+from serving.served import Served, finite
 from serving.wire import Note
 
 

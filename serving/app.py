@@ -125,7 +125,8 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
         world = _world(app)
         page_size = body.limit or world.settings.page_size
-        served = await _compute(app, metrics, functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size))
+        work = functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface)
+        served = await _compute(app, metrics, work)
         _engine(app).remember(served)
         for stage, ms in served.steps.timings_ms.items():
             metrics.stage.labels(stage).observe(ms / 1000)
@@ -147,7 +148,8 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """The candidates that L1 would keep, best first. A note given twice counts once; an unknown one is scored as new."""
         world = _world(app)
         notes = _once(body.candidates, world)
-        work = functools.partial(cascade.rank_l1_alone, world, body.user_id, [note.note_id for note in notes], body.top_k)
+        note_ids = [note.note_id for note in notes]
+        work = functools.partial(cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
         authors, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
 
@@ -156,7 +158,8 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """The candidates by final score, best first, with the probability of every head."""
         world = _world(app)
         notes = _once(body.candidates, world)
-        work = functools.partial(cascade.rank_l2_alone, world, body.user_id, [note.note_id for note in notes], body.top_k)
+        note_ids = [note.note_id for note in notes]
+        work = functools.partial(cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
         authors, predictions, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
 

@@ -87,8 +87,8 @@ class Catalogue:
         return np.where(self.created_us_N == UNKNOWN_US, self.first_seen_us_N, self.created_us_N)
 
     def request_features(self, note_ids: Sequence[str], t_us: int) -> np.ndarray:
-        """float64 [C, 2] in the order of REQUEST_FEATURES. All NaN for a note that is unknown or not created before t, as in the
-        training examples (a note without a creation time among them)."""
+        """float64 [C, 2] in the order of REQUEST_FEATURES. All NaN for a note that is unknown or not created before t,
+        as in the training examples (a note without a creation time among them)."""
         values_CF = np.full((len(note_ids), len(REQUEST_FEATURES)), np.nan)
         for position, note_id in enumerate(note_ids):
             row = self.row_of.get(note_id)

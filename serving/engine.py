@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from serving.cascade import Served
 from serving.catalogue import Catalogue
 from serving.explain import Recent
 from serving.forward_log import ForwardLog
 from serving.hydrate import check_groups
 from serving.models import load_models, missing_models
 from serving.readers import Readers
+from serving.served import Served
 from serving.settings import Settings
 from serving.world import World
 from streaming_sql.event_log import EventLog

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 from pyiceberg.expressions import EqualTo
 
-from serving.cascade import Served
 from serving.forward_log import FORWARD_LOG
+from serving.served import Served
 from warehouse.lake import Lake
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from models_ml.registry import Registry
 
+from models_ml.registry import Registry
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from warehouse.errors import HeadraceError

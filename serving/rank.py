@@ -1,48 +1,85 @@
 """L1 and L2: scores for candidates, and the one number that orders them.
 
-Shape letters: C candidates, H heads. Scores that are not finite count as a failed stage, never as a score.
+Shape letters: C candidates (of any stage). Scores that are not finite count as a failed stage, never as a score; a failed stage
+costs its scores, never the page.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from serving.hydrate import CandidateFeatures, UserFeatures
+from serving.hydrate import CandidateFeatures
+from serving.request import Request
+
+log = logging.getLogger(__name__)
 
 
 class StageError(Exception):
     """A model gave no usable scores; the cascade goes on without that stage and says so."""
 
 
-def score_l1(model: Any, user: UserFeatures, candidates: CandidateFeatures) -> np.ndarray:
-    """float32 [C]: how likely a candidate is to survive L2; higher is better."""
-    scores_C = np.asarray(model.score(user.pick(model.user_features), candidates.pick(model.note_features)), dtype=np.float32)
-    return _usable("l1", scores_C, len(candidates.values_CF))
+def run_l1(
+    request: Request, candidates: CandidateFeatures, order_so_far_C: np.ndarray, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(l1_score float64 [C], positions of the top_k best first). If L1 fails, scores are NaN and the order so far stands."""
+    if len(order_so_far_C) == 0:
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    model = request.world.models.l1
+    try:
+        scores_C = model.score(
+            request.user.pick(model.user_features), candidates.pick(model.note_features), surface=request.surface
+        )
+        l1_score_C = _usable("L1", scores_C, len(order_so_far_C))
+    except Exception:
+        log.exception("L1 failed; the order of the stage before it stands")
+        request.steps.degraded.append("l1")
+        return np.full(len(order_so_far_C), np.nan), best_first(order_so_far_C, top_k)
+    return l1_score_C, best_first(l1_score_C, top_k)
 
 
-def score_l2(
-    model: Any, user: UserFeatures, history: Sequence[str], note_ids: Sequence[str], candidates: CandidateFeatures
-) -> dict[str, np.ndarray]:
-    """head -> float32 [C] probabilities."""
-    heads = model.score(user.pick(model.user_features), list(history), list(note_ids), candidates.pick(model.note_features))
-    return {
-        head: _usable(f"l2 head {head}", np.asarray(scores, dtype=np.float32), len(note_ids)) for head, scores in heads.items()
-    }
+def run_l2(
+    request: Request, note_ids: Sequence[str], candidates: CandidateFeatures, score_so_far_C: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(head → probabilities float64 [C], final_score float64 [C]). If L2 fails, the score so far is the final one."""
+    if len(note_ids) == 0:
+        return {}, np.empty(0)
+    world, model = request.world, request.world.models.l2
+    try:
+        heads = model.score(
+            request.user.pick(model.user_features),
+            request.history,
+            list(note_ids),
+            candidates.pick(model.note_features),
+            surface=request.surface,
+            user_attributes=world.readers.attributes(request.user_id),
+        )
+        predictions = {head: _usable(f"L2's head {head}", scores_C, len(note_ids)) for head, scores_C in heads.items()}
+        return predictions, mix(predictions, world.settings.head_weights)
+    except Exception:
+        log.exception("L2 failed; the order of the stage before it stands")
+        request.steps.degraded.append("l2")
+        return {}, np.where(np.isfinite(score_so_far_C), score_so_far_C, as_given(len(note_ids)))
 
 
 def mix(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """float64 [C]: sum over heads of weight × probability. Heads without a weight weigh nothing."""
-    weighted = [weights.get(head, 0.0) * scores_C.astype(np.float64) for head, scores_C in predictions.items()]
+    weighted = [weights.get(head, 0.0) * scores_C for head, scores_C in predictions.items()]
     return np.sum(weighted, axis=0)
 
 
 def best_first(scores_C: np.ndarray, top_k: int) -> np.ndarray:
     """Positions of the top_k scores, best first; ties keep the earlier candidate first."""
-    return np.argsort(-np.asarray(scores_C, dtype=np.float64), kind="stable")[:top_k]
+    return np.argsort(-scores_C, kind="stable")[:top_k]
 
 
-def _usable(what: str, scores_C: np.ndarray, num_candidates: int) -> np.ndarray:
+def as_given(num_candidates: int) -> np.ndarray:
+    """Scores that keep the order that came in, where no stage gave any."""
+    return -np.arange(num_candidates, dtype=np.float64)
+
+
+def _usable(what: str, scores: np.ndarray, num_candidates: int) -> np.ndarray:
+    scores_C = np.asarray(scores, dtype=np.float64)
     if scores_C.shape != (num_candidates,):
         raise StageError(f"{what} gave scores of shape {scores_C.shape} for {num_candidates} candidates")
     if not np.isfinite(scores_C).all():

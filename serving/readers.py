@@ -19,6 +19,7 @@ class Readers:
         self._seen: dict[str, dict[str, None]] = {}  # insertion order is age: the newest is last
         self._follows: dict[str, dict[str, None]] = {}
         self._histories: dict[str, list[str]] = {}
+        self._attributes: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -51,10 +52,13 @@ class Readers:
             ).fetchall()
         readers._seen = {user_id: dict.fromkeys(note_ids) for user_id, note_ids in seen}
         readers._follows = {user_id: dict.fromkeys(author_ids) for user_id, author_ids in follows}
-        users = lake.scan("lake.users", columns=("user_id", "history_note_ids"))
-        for user_id, history in zip(users["user_id"].to_pylist(), users["history_note_ids"].to_pylist(), strict=True):
+        columns = ("user_id", "history_note_ids", "attributes")
+        users = lake.scan("lake.users", columns=columns)
+        for user_id, history, attributes in zip(*(users[name].to_pylist() for name in columns), strict=True):
             if history:
                 readers._histories[user_id] = history
+            if attributes:
+                readers._attributes[user_id] = attributes
         return readers
 
     def note_events(self, events: Iterable[Mapping]) -> None:
@@ -85,6 +89,10 @@ class Readers:
     def history_before_the_log(self, user_id: str) -> list[str]:
         """Notes watched before the first event, oldest first."""
         return self._histories.get(user_id, [])
+
+    def attributes(self, user_id: str) -> str | None:
+        """JSON of `lake.users.attributes`; None for a reader without any."""
+        return self._attributes.get(user_id)
 
     def known(self, user_id: str) -> bool:
         return user_id in self._seen or user_id in self._histories

@@ -14,7 +14,6 @@ from serving.catalogue import UNKNOWN_US, Catalogue
 
 log = logging.getLogger(__name__)
 
-TRENDING_FEATURE = "note_num_clicks_1d"
 RANK_DAMPING = 60
 """Of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009): scores of generators do not compare, ranks do."""
 

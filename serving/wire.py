@@ -14,10 +14,18 @@ class Wire(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=False, extra="forbid", allow_inf_nan=False)
 
 
+class Context(Wire):
+    """What is known of the request itself. Other keys (device, place, ...) may be sent and are not read yet."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="allow", allow_inf_nan=False)
+
+    surface: Annotated[Id | None, Field(description="Where the feed is shown; the most usual one when absent")] = None
+
+
 class FeedRequest(Wire):
     user_id: Id
     feed_type: FeedType = "EXPLORE"
-    context: dict[str, Any] = Field(default_factory=dict, description="Of the request (device, place, ...); kept for later use")
+    context: Context = Field(default_factory=Context)
     limit: int | None = Field(None, ge=1, le=200, description="Notes on the page; `page_size` of the settings by default")
 
 
@@ -43,12 +51,14 @@ class Note(Wire):
 class RankL1Request(Wire):
     user_id: Id
     candidates: list[Note]
+    context: Context = Field(default_factory=Context)
     top_k: int = Field(500, ge=1, le=10_000, alias="topK")
 
 
 class RankL2Request(Wire):
     user_id: Id
     candidates: list[Note]
+    context: Context = Field(default_factory=Context)
     top_k: int = Field(20, ge=1, le=10_000, alias="topK")
 
 

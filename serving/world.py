@@ -9,11 +9,12 @@ import numpy as np
 from serving.catalogue import Catalogue
 from serving.models import Models
 from serving.readers import Readers
-from serving.retrieve import TRENDING_FEATURE
 from serving.settings import Settings
 from streaming_sql.online_store import OnlineStore, StoreView
 from warehouse.clock import Clock
 from warehouse.features.declarations import FeatureGroup
+
+TRENDING_FEATURE = "note_num_clicks_1d"
 
 
 @dataclass(frozen=True)

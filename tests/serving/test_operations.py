@@ -1,6 +1,5 @@
 """Starting, watching and stopping: what is missing is named, what was acknowledged survives, one home has one server."""
 
-import json
 import os
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 from serving.app import create_app
 from serving.forward_log import FORWARD_LOG
 from serving.settings import Settings
-from tests.serving.hand_made import running
+from tests.serving.hand_made import free_port, running
 from warehouse.clock import Clock
 from warehouse.home import Home
 
@@ -98,7 +97,7 @@ def test_an_empty_home_answers_503_with_the_way_out(tmp_path):
 
 
 def test_serving_an_empty_home_ends_with_2_and_the_way_out(tmp_path):
-    done = headrace(tmp_path, "serve", "--port", "18431")
+    done = headrace(tmp_path, "serve", "--port", str(free_port()))
     assert done.returncode == 2, done.stderr
     assert "run `headrace land" in done.stderr
     assert "headrace train all" in done.stderr
@@ -138,7 +137,7 @@ def test_a_second_server_on_the_same_home_is_refused(server):
     assert server.get("/readyz").status_code == 200
 
 
-def test_what_was_acknowledged_is_there_after_a_restart(small_home, hand_made_models):
+def test_what_was_acknowledged_is_there_after_a_restart(small_home):
     """The server runs as a process of its own and is stopped by a signal, as an operator would."""
     environment = {
         **os.environ,
@@ -191,17 +190,3 @@ def _until_ready(client, process, timeout_s=120.0):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, state
         time.sleep(0.1)
-
-
-def test_parity_json_is_one_object(server, readers, monkeypatch, capsys):
-    from serving.cli import main
-
-    server.feed(readers[0])
-    assert server.engine.forward_log.flush()
-    server.engine.runner.flush()
-    monkeypatch.setenv("HEADRACE_HOME", str(server.engine.home.path))
-    assert main(["parity", "--json", "--last", "1"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["requests"] == 1
-    assert told["values"] == told["equalValues"] > 1000
-    assert main(["parity", "--last", "1", "--min", "10000000"]) == 1

@@ -77,12 +77,12 @@ class Raises:
     user_features: tuple = ()
     note_features: tuple = ()
 
-    def score(self, *arguments):
+    def score(self, *arguments, **more):
         raise RuntimeError("weights torn")
 
 
 class NotANumber(Raises):
-    def score(self, user, *rest):
+    def score(self, user, *rest, **more):
         scores = np.zeros(len(rest[-1]), dtype=np.float32)
         scores[:1] = np.nan
         return {"click": scores} if len(rest) == 3 else scores

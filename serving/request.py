@@ -1,0 +1,63 @@
+"""One request under way: who asks, at which instant, through which view, and what has been skipped so far."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from serving.hydrate import UserFeatures, hydrate_user
+from serving.world import World
+from streaming_sql.online_store import StoreView
+
+LAST_CLICKS = "user_last_clicks_30d"
+
+
+@dataclass
+class Steps:
+    """Milliseconds per stage, and what was skipped, failed or relaxed."""
+
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    degraded: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._note(stage, started)
+
+    def note_total(self) -> None:
+        self._note("total", self.started)
+
+    def _note(self, stage: str, started: float) -> None:
+        self.timings_ms[stage] = round((time.perf_counter() - started) * 1000, 3)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The reader as of t, seen through one view: one tick T and one log position K for everything that follows.
+
+    history: note ids, oldest first: what was watched before the log began, then the last clicks. It is what models read.
+    """
+
+    world: World
+    view: StoreView
+    t_us: int
+    user_id: str
+    feed_type: str
+    surface: str | None
+    user: UserFeatures
+    history: list[str]
+    steps: Steps
+
+
+def begin(world: World, user_id: str, feed_type: str = "EXPLORE", surface: str | None = None) -> Request:
+    """Fixes t, T and K and reads the reader's own features. A reader never met is a cold start, not an error."""
+    steps, t_us = Steps(), world.clock.now_us()
+    with steps.timed("hydrate_user"):
+        view = world.store.view(at_us=t_us)
+        user = hydrate_user(view, world.groups, user_id, t_us)
+        history = [*world.readers.history_before_the_log(user_id), *user.sequences.get(LAST_CLICKS, [])]
+    return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps)

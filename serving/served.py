@@ -1,0 +1,90 @@
+"""What one request did: everything that the response, `/v1/explain` and the forward log say."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serving.hydrate import CandidateFeatures, UserFeatures
+from serving.request import Steps
+from serving.retrieve import Candidates
+
+
+@dataclass(frozen=True)
+class Served:
+    """One answered request.
+
+    Arrays are over the C candidates in order of recall; NaN where a stage did not score one. position_C: place on the page, -1
+    if not shown. logged: the candidates whose features are kept (all shown, and a sampled share of the rest).
+    """
+
+    request_id: str
+    user_id: str
+    feed_type: str
+    t_us: int
+    tick_us: int
+    position: tuple[int, ...]
+    declarations_hash: str
+    model_versions: Mapping[str, str]
+    steps: Steps
+    user: UserFeatures
+    candidates: Candidates
+    l1_score_C: np.ndarray
+    predictions: Mapping[str, np.ndarray]
+    final_score_C: np.ndarray
+    position_C: np.ndarray
+    logged: np.ndarray
+    logged_features: CandidateFeatures
+
+    def page(self) -> list[int]:
+        """The candidates shown, first place first."""
+        shown = np.flatnonzero(self.position_C >= 0)
+        return shown[np.argsort(self.position_C[shown])].tolist()
+
+    def impression_id(self, candidate: int) -> str | None:
+        position = int(self.position_C[candidate])
+        return f"{self.request_id}:{position}" if position >= 0 else None
+
+    def predictions_of(self, candidate: int) -> dict[str, float]:
+        return {head: float(scores[candidate]) for head, scores in self.predictions.items() if np.isfinite(scores[candidate])}
+
+    def as_row(self) -> dict[str, Any]:
+        """The row of `lake.forward_log`; instants as microseconds, maps as dicts."""
+        place = {int(candidate): row for row, candidate in enumerate(self.logged)}
+        return {
+            "request_id": self.request_id,
+            "user_id": self.user_id,
+            "feed_type": self.feed_type,
+            "request_ts": self.t_us,
+            "feature_watermark": self.tick_us,
+            "known_position": list(self.position),
+            "declarations_hash": self.declarations_hash,
+            "model_versions": json.dumps(dict(self.model_versions)),
+            "degraded": list(self.steps.degraded),
+            "timings_ms": json.dumps(self.steps.timings_ms),
+            "user_features": self.user.as_dict(),
+            "user_sequences": dict(self.user.sequences),
+            "candidates": [self._candidate(candidate, place) for candidate in range(len(self.candidates))],
+        }
+
+    def _candidate(self, candidate: int, place: Mapping[int, int]) -> dict[str, Any]:
+        position = int(self.position_C[candidate])
+        return {
+            "impression_id": self.impression_id(candidate),
+            "note_id": self.candidates.note_ids[candidate],
+            "author_id": self.candidates.author_ids[candidate],
+            "sources": list(self.candidates.sources[candidate]),
+            "recall_score": finite(self.candidates.recall_score_C[candidate]),
+            "l1_score": finite(self.l1_score_C[candidate]),
+            "final_score": finite(self.final_score_C[candidate]),
+            "position": position if position >= 0 else None,
+            "shown": position >= 0,
+            "features": self.logged_features.row(place[candidate]) if candidate in place else None,
+            "predictions": self.predictions_of(candidate),
+        }
+
+
+def finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
