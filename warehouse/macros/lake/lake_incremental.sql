@@ -12,7 +12,7 @@
     {% else %}
         {% do adapter.store_relation('lake', target_relation, [], '', 'iceberg', {
             'sql': compiled_code,
-            'event_time': config.get('event_time', 'known_at'),
+            'event_time': config.get('event_time') or 'known_at',
             'partition_by': config.get('partition_by', {}),
             'definition': definition_of(model.unique_id),
             'start': range.start,
