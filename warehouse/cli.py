@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from warehouse.errors import HeadraceError
+from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.home import Home, data_root
 from warehouse.lake import Lake
@@ -18,7 +20,8 @@ from warehouse.lake import Lake
 def main(words: list[str]) -> int:
     """Runs one of this room's commands."""
     command, *rest = words
-    return {"land": _land, "sql": _sql, "features": _features, "export-training": _export_training}[command](rest)
+    with disk_full_said(Home.from_env().path):
+        return {"land": _land, "sql": _sql, "features": _features, "export-training": _export_training}[command](rest)
 
 
 def _parser(command: str, what: str, examples: str) -> argparse.ArgumentParser:
@@ -93,8 +96,7 @@ def _sql(words: list[str]) -> int:
     with Lake.open(Home.from_env()).duckdb(read_only=True) as connection:
         try:
             statements = connection.extract_statements(given.query)
-            allowed = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
-            if len(statements) != 1 or statements[0].type not in allowed:
+            if len(statements) != 1 or not _only_reads(connection, statements[0]):
                 raise HeadraceError("one read-only statement at a time: select, from, describe, show or explain")
             answer = connection.sql(statements[0].query)
             if answer is None:
@@ -107,6 +109,18 @@ def _sql(words: list[str]) -> int:
         except duckdb.Error as error:
             raise HeadraceError(str(error)) from None
     return 0
+
+
+def _only_reads(connection: Any, statement: Any) -> bool:
+    """Whether it is a select, or the explanation of one: `explain analyze` runs what it explains."""
+    import duckdb
+
+    if statement.type == duckdb.StatementType.SELECT:
+        return True
+    explained = re.match(r"\s*explain\s+(?:analyze\s+|\([^)]*\)\s*)?(?P<what>.*)", statement.query, re.IGNORECASE | re.DOTALL)
+    return explained is not None and [inner.type for inner in connection.extract_statements(explained["what"])] == [
+        duckdb.StatementType.SELECT
+    ]
 
 
 def _features(words: list[str]) -> int:

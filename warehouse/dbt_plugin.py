@@ -6,10 +6,13 @@ definition built it are table properties, set in the same commit as the rows: in
 new state. See docs/decisions/0003-one-commit-per-model.md.
 """
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import duckdb
 import pyarrow as pa
@@ -19,11 +22,12 @@ from dbt_common.events.base_types import EventLevel
 from dbt_common.events.event_manager_client import add_logger_to_manager
 from dbt_common.events.functions import env_scrubber
 from dbt_common.events.logger import LineFormat, LoggerConfig
+from dbt_common.exceptions import DbtRuntimeError
 from dbt_common.invocation import get_invocation_id
 from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
 from pyiceberg.table import Table, Transaction
 
-from warehouse.errors import HeadraceError
+from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.declarations import load_groups
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
@@ -35,14 +39,27 @@ BUILT_UNTIL = "headrace.built_until"
 DEFINITION = "headrace.definition"
 
 
+@contextlib.contextmanager
+def _said_by_dbt() -> Iterator[None]:
+    """dbt prints its own errors as a message, any other with a stack trace around it."""
+    try:
+        with disk_full_said(Home.from_env().path):
+            yield
+    except HeadraceError as error:
+        raise DbtRuntimeError(str(error)) from error
+
+
 class Plugin(BasePlugin):
     """Registered in `profiles.yml` under the alias `lake`."""
 
+    @_said_by_dbt()
     def initialize(self, plugin_config: dict[str, Any]) -> None:
         home = Home.from_env()
+        self.lock = _only_build(home)
         _log_to(home.dbt / "logs" / "dbt.log")
         self.lake = Lake.open(home)
 
+    @_said_by_dbt()
     def configure_connection(self, conn: duckdb.DuckDBPyConnection) -> None:
         """Pins every Iceberg table to its current snapshot for this run, and publishes what the macros need to know."""
         self.connection = conn
@@ -59,6 +76,7 @@ class Plugin(BasePlugin):
         conn.execute("create or replace table headrace.run (closed_until timestamptz, macros_digest varchar)")
         conn.execute("insert into headrace.run values (?, ?)", [_closed_until(conn), macros_digest()])
 
+    @_said_by_dbt()
     def store(self, target_config: TargetConfig) -> None:
         """Runs the model's SQL and commits its rows. `config`: sql, event_time, start, end, partition_by, definition."""
         config = target_config.config
@@ -97,6 +115,19 @@ class Plugin(BasePlugin):
         cursor.execute(
             "insert into headrace.builds values (?, ?, ?)", [name, _built_until(table), table.properties.get(DEFINITION)]
         )
+
+
+def _only_build(home: Home) -> TextIO:
+    """A lock that this process holds while the answer lives: dbt's scratch file takes one process at a time."""
+    path = home.dbt / "build.lock"
+    handle = path.open("w")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise HeadraceError(
+            f"another dbt command runs on {home.path}; wait for it, or give this one a HEADRACE_HOME of its own"
+        ) from None
+    return handle
 
 
 def _log_to(path: Path) -> None:

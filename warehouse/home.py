@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from warehouse.errors import HeadraceError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -21,7 +23,12 @@ class Home:
 
     def _folder(self, name: str) -> Path:
         folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HeadraceError(
+                f"cannot make the folder {folder} ({error.strerror}); point HEADRACE_HOME at a folder that can be written"
+            ) from error
         return folder
 
     @property

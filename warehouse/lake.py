@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
-from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
@@ -95,13 +95,17 @@ class Lake:
             return self.table(name)
         with contextlib.suppress(IntegrityError):  # another thread or process made the namespace at the same moment
             self.catalogue.create_namespace_if_not_exists(name.rpartition(".")[0])
-        with self.catalogue.create_table_transaction(name, schema=schema) as transaction:
-            if partition_by:
-                with transaction.update_spec() as spec:
-                    for column, transform in partition_by.items():
-                        spec.add_field(
-                            column, parse_transform(transform), f"{column}_{transform.replace('[', '_').rstrip(']')}"
-                        )
+        try:
+            with self.catalogue.create_table_transaction(name, schema=schema) as transaction:
+                if partition_by:
+                    with transaction.update_spec() as spec:
+                        for column, transform in partition_by.items():
+                            spec.add_field(
+                                column, parse_transform(transform), f"{column}_{transform.replace('[', '_').rstrip(']')}"
+                            )
+        except (CommitFailedException, TableAlreadyExistsError):
+            if not self.exists(name):  # else another thread or process made the table at the same moment
+                raise
         return self.table(name)
 
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
