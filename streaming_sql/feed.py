@@ -18,6 +18,8 @@ from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 
+REMEMBERED = ("event_id", "event_type", "event_ts", "landed_at", "log_partition", "log_offset")
+
 
 @dataclass
 class Taken:
@@ -74,6 +76,15 @@ class Feed:
         elif records.num_rows:
             self.store.advance(self.position, self._batch.heads(staged), admission.superseded)
         return taken
+
+    def remember(self, records: pa.Table) -> None:
+        """Reads past records that the store's blocks are known to hold: only the duplicate memory learns of them.
+
+        records: the columns of EVENTS_SCHEMA that say what arrived, when and where (`REMEMBERED`).
+        """
+        self._read_past(records)
+        self.arrivals.admit(records)
+        self.store.advance(self.position, {})
 
     def _read_past(self, records: pa.Table) -> None:
         position = list(self.position)

@@ -7,14 +7,14 @@ so that a slow commit never delays an event's way to the head) until `stop()`.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
 from streaming_sql.event_log import EventLog
-from streaming_sql.feed import Feed, Taken
+from streaming_sql.feed import REMEMBERED, Feed, Taken
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.status import write_runner_status
@@ -109,21 +109,28 @@ class Runner:
     def _replay_lake(self, progress: Progress | None, num_in_log: int) -> int:
         if not self._lake.exists(EVENTS) or self._lake.table(EVENTS).current_snapshot() is None:
             return 0
-        columns = ", ".join(EVENTS_SCHEMA.names)
-        since_us = self._feed.store.tick_us - FURTHEST_AHEAD_US - DUPLICATE_MEMORY_US
+        # before this instant nothing can have landed that the blocks do not hold: event_ts is at most F ahead of landed_at
+        held_us = self._feed.store.tick_us - FURTHEST_AHEAD_US
         done = 0
         with self._lake.duckdb() as connection:
-            where = f"where landed_at >= make_timestamptz({max(since_us, 0)})"
-            (total,) = connection.execute(f"select count(*) from lake.events {where}").fetchall()[0]
-            reader = connection.execute(
-                f"select {columns} from lake.events {where} order by landed_at, log_partition, log_offset"
-            ).to_arrow_reader(self._settings.replay_limit)
-            for batch in reader:
-                records = pa.Table.from_batches([batch]).cast(EVENTS_SCHEMA)
+
+            def batches(columns: Sequence[str], condition: str) -> Iterator[pa.Table]:
+                rows = connection.execute(
+                    f"select {', '.join(columns)} from lake.events where {condition} "
+                    "order by landed_at, log_partition, log_offset"
+                )
+                schema = pa.schema([EVENTS_SCHEMA.field(name) for name in columns])
+                for batch in rows.to_arrow_reader(self._settings.replay_limit):
+                    yield pa.Table.from_batches([batch]).cast(schema)
+
+            since, held = (f"make_timestamptz({max(instant, 0)})" for instant in (held_us - DUPLICATE_MEMORY_US, held_us))
+            (total,) = connection.execute(f"select count(*) from lake.events where landed_at >= {since}").fetchall()[0]
+            for records in batches(REMEMBERED, f"landed_at >= {since} and landed_at < {held}"):
+                self._feed.remember(records)
+                done = _told(progress, done + records.num_rows, total + num_in_log)
+            for records in batches(EVENTS_SCHEMA.names, f"landed_at >= {held}"):
                 self._count(self._feed.take(records, is_history=True))
-                done += records.num_rows
-                if progress:
-                    progress(done, total + num_in_log)
+                done = _told(progress, done + records.num_rows, total + num_in_log)
         return done
 
     def step(self) -> StepReport:
@@ -225,3 +232,9 @@ class Runner:
                 return True
             time.sleep(0.001)
         return False
+
+
+def _told(progress: Progress | None, done: int, total: int) -> int:
+    if progress:
+        progress(done, total)
+    return done

@@ -64,6 +64,29 @@ def test_run_stops_on_sigterm_with_everything_landed(home, capsys):
     assert (after["log"]["num_not_landed"], after["runner"]["num_events"]) == (0, 3)
 
 
+def test_a_running_stream_that_is_killed_again_and_again_loses_and_repeats_nothing(home, capsys):
+    environment = {**os.environ, "HEADRACE_HOME": str(home.path)}
+    posted = []
+    for round_number in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "headrace.cli", "stream", "run"], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert any("running" in line for line in child.stdout)
+        ids = [f"{round_number}-{i}" for i in range(40)]
+        post(home, *ids[:20])
+        post(home, *ids[15:])
+        posted += ids
+        time.sleep(0.3 * round_number)
+        child.kill()
+        child.stdout.close()
+        child.wait()
+    assert main(["stream", "run", "--once"]) == 0
+    after = status(capsys)
+    assert (after["log"]["num_not_landed"], after["runner"]["num_events"]) == (0, len(posted))
+    landed = Lake.open(home).scan("lake.events")
+    assert sorted(one for one in landed["event_id"].to_pylist() if not one.startswith("heartbeat")) == sorted(posted)
+
+
 @pytest.mark.parametrize("words", [["stream", "--help"], ["stream", "run", "--help"], ["stream", "status", "--help"]])
 def test_help_has_examples(words, capsys):
     with pytest.raises(SystemExit) as stop:
