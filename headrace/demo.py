@@ -6,6 +6,7 @@ Knows only the rooms' command lines and the server's HTTP: it does nothing that 
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from warehouse.errors import HeadraceError
@@ -29,6 +31,7 @@ from warehouse.lake import Lake
 SMALLEST_DISK_BYTES = 2 * 2**30
 SCRIPTED_USERS = 40
 SHOWN_USERS = 3
+_DBT_STEP = re.compile(r"(\d+) of (\d+) (?:OK created|PASS|START) (?:sql lake_incremental model|test|unit_test)? ?([\w.]+)")
 SPEED = 60
 """The scripted visit runs the clock this fast, so that a tick passes in seconds."""
 
@@ -108,8 +111,24 @@ class _Demo:
         command = [sys.executable, "-m", "headrace.cli", *words]
         return _run(command, self._environment(clock), check)
 
-    def _dbt(self, *words: str) -> int:
-        return _run([str(Path(sys.executable).with_name("dbt")), *words], self._environment(""), check=True)
+    def _dbt(self, *words: str) -> None:
+        """Runs dbt with a bar in the place of its many lines; all of them are shown if it fails."""
+        command = [str(Path(sys.executable).with_name("dbt")), "--no-use-colors", *words]
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=self._environment(""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        lines = []
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console) as bar:
+            task = bar.add_task("dbt parses the project", total=None)
+            for line in process.stdout:
+                lines.append(line)
+                if found := _DBT_STEP.search(line):
+                    bar.update(task, completed=int(found[1]), total=int(found[2]), description=found[3])
+        if process.wait() != 0:
+            self.console.print("".join(lines), markup=False, highlight=False)
+            raise HeadraceError(f"`dbt {' '.join(words)}` ended with status {process.returncode}; see above")
+        self.console.print(next((line.partition("Done.")[2].strip() for line in reversed(lines) if "Done." in line), ""))
 
     def _clock_start(self) -> str:
         """The replay clock starts just after everything that has landed, so that no tick is served twice."""
@@ -173,10 +192,10 @@ class _Demo:
         self.console.print(table)
 
     def _click_and_look(self, user: str, page: dict[str, Any]) -> None:
+        """A click counts in the very next request of its user, and in the note's features at the next tick."""
         note = page["notes"][0]
         before = self._explain(page, note["noteId"])
         self._print_features(before)
-        clicks = "user_num_clicks_5m"
         _call(
             f"{self.url}/v1/events",
             {
@@ -189,19 +208,36 @@ class _Demo:
                 "requestId": page["requestId"],
             },
         )
-        after = self._feed(user)
-        told = self._explain(after, after["notes"][0]["noteId"])
-        was, now = before["userFeatures"][clicks], told["userFeatures"][clicks]
-        self.console.print(f"posted a click: {clicks} of user {user} was {was:.0f}, is {now:.0f} in the very next request")
-        if now != was + 1:
-            raise HeadraceError(f"the click did not count: {clicks} was {was}, is {now}")
-        tick = before["featureWatermark"]
+        next_page = self._feed(user)
+        after = self._explain(next_page, next_page["notes"][0]["noteId"])
+        self._must_grow(
+            "user_num_clicks_1d", f"user {user}, in the very next request", before["userFeatures"], after["userFeatures"]
+        )
         deadline = time.monotonic() + 60
-        while (seen := _call(f"{self.url}/v1/status"))["tick"] <= told["featureWatermark"]:
+        while _call(f"{self.url}/v1/status")["tick"] <= after["featureWatermark"]:
             if time.monotonic() > deadline:
-                raise HeadraceError(f"no tick closed within a minute after {tick}")
+                raise HeadraceError(f"no tick closed within a minute after {after['featureWatermark']}")
             time.sleep(0.25)
-        self.console.print(f"tick moved from {tick} to {seen['tick']}: the note's block features now hold the click")
+        told = self._features_of_note(note["noteId"])
+        self._must_grow(
+            "note_num_clicks_1h", f"note {note['noteId']}, at the next tick", before["candidates"][0]["features"], told
+        )
+
+    def _features_of_note(self, note_id: str) -> dict[str, Any]:
+        """The note's block features as another reader's request sees them."""
+        for user in self._users():
+            page = self._feed(user)
+            for candidate in _call(f"{self.url}/v1/explain/{page['requestId']}?noteId={note_id}", missing={"candidates": []})[
+                "candidates"
+            ]:
+                if candidate["features"]:
+                    return candidate["features"]
+        raise HeadraceError(f"no reader of the demo was shown note {note_id} again")
+
+    def _must_grow(self, name: str, whose: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+        self.console.print(f"posted a click: {name} of {whose}: {_number(before[name])} → {_number(after[name])}")
+        if not (after[name] or 0) > (before[name] or 0):
+            raise HeadraceError(f"the click did not count: {name} of {whose} was {before[name]}, is {after[name]}")
 
     def _print_features(self, told: dict[str, Any]) -> None:
         note = told["candidates"][0]
@@ -236,7 +272,8 @@ def _run(command: list[str], environment: dict[str, str], check: bool) -> int:
     return status
 
 
-def _call(url: str, body: dict[str, Any] | None = None) -> Any:
+def _call(url: str, body: dict[str, Any] | None = None, missing: Any = None) -> Any:
+    """The JSON answer; `missing`, if given, stands for a 404."""
     request = urllib.request.Request(
         url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}
     )
@@ -244,6 +281,8 @@ def _call(url: str, body: dict[str, Any] | None = None) -> Any:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
+        if error.code == 404 and missing is not None:
+            return missing
         raise HeadraceError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:500]}") from None
 
 
