@@ -126,8 +126,9 @@ def test_a_click_counts_in_the_very_next_request_and_hides_the_note(server, cloc
 
 
 def test_a_clicks_neighbours_come_next(server, clock):
-    reader = "wants-more"
-    note = server.feed(reader)["notes"][0]
+    reader, world = "wants-more", server.engine.world
+    known = (note_id for note_id in world.catalogue.note_ids if len(world.models.item_to_item.neighbours([note_id], 5)) == 5)
+    note = {"noteId": next(known)}
     clock.advance_us(1)
     assert server.post("/v1/events", event("more-1", reader, note)).status_code == 202
     clock.advance_us(1)
