@@ -51,7 +51,7 @@ class FeatureInputs(nn.Module):
         self.num_pairs = len(pairs)
         num_raw, num_shaped = len(self.names), len(self.names) + len(pairs) * len(STRENGTHS)
         self.num_inputs = num_shaped + num_raw + num_shaped * bins
-        self.register_buffer("is_ratio_F", torch.tensor([bool(_RATIO.search(name)) for name in self.names], dtype=torch.bool))
+        self.register_buffer("is_ratio_F", torch.tensor([float(bool(_RATIO.search(name))) for name in self.names]))
         self.register_buffer("positives_P", torch.tensor([pair[0] for pair in pairs], dtype=torch.int64))
         self.register_buffer("views_P", torch.tensor([pair[1] for pair in pairs], dtype=torch.int64))
         self.register_buffer("prior_P", torch.zeros(len(pairs)))
@@ -99,7 +99,9 @@ class FeatureInputs(nn.Module):
 
     def _unscaled(self, raw: Tensor) -> Tensor:
         """[..., F + P * strengths], NaN where the raw value is NULL."""
-        shaped = torch.where(self.is_ratio_F, raw, torch.log1p(raw.clamp(min=0.0)))
-        positives, views = raw[..., self.positives_P].nan_to_num(0.0), raw[..., self.views_P].nan_to_num(0.0)
+        # a blend by a 0/1 row, and index_select: where() and fancy indexing take several times as long on 2,000 candidates
+        shaped = torch.log1p(raw.clamp(min=0.0)) * (1.0 - self.is_ratio_F) + raw * self.is_ratio_F
+        known = raw.nan_to_num(0.0)
+        positives, views = known.index_select(-1, self.positives_P), known.index_select(-1, self.views_P)
         rates = [(positives + strength * self.prior_P) / (views + strength) for strength in STRENGTHS]
         return torch.cat([shaped, *rates], dim=-1)

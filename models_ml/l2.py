@@ -77,19 +77,28 @@ class Reader(NamedTuple):
 
 
 class MemberLinear(nn.Module):
-    """K linear layers that share one matrix and differ in what they take in, give out and add: [K or 1, ..., in] -> [K, ...,
-    out]."""
+    """K linear layers that share one matrix and differ in what they take in, give out and add.
+
+    [R, in], the same for all members, or [K, R, in] -> [K, R, out].
+    """
 
     def __init__(self, members: int, size_in: int, size_out: int, signs: bool, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_in, size_out).uniform_(-1, 1) / math.sqrt(size_in))
-        start = torch.randint(0, 2, (members, 1, size_in)).float() * 2 - 1 if signs else torch.ones(members, 1, size_in)
+        start = torch.randint(0, 2, (members, size_in, 1)).float() * 2 - 1 if signs else torch.ones(members, size_in, 1)
         self.take = nn.Parameter(start)
         self.give = nn.Parameter(torch.ones(members, 1, size_out))
         self.bias = nn.Parameter(torch.zeros(members, 1, size_out)) if bias else None
 
-    def forward(self, inputs_KRI: Tensor) -> Tensor:
-        outputs_KRO = (inputs_KRI * self.take) @ self.weight * self.give
+    def forward(self, inputs: Tensor) -> Tensor:
+        # the members' matrices are far smaller than the members' inputs would be
+        weight_KIO = self.take * self.weight * self.give
+        if inputs.dim() == 3:
+            outputs_KRO = torch.bmm(inputs, weight_KIO)
+        else:
+            members, size_in, size_out = weight_KIO.shape
+            side_by_side = inputs @ weight_KIO.transpose(0, 1).reshape(size_in, members * size_out)
+            outputs_KRO = side_by_side.unflatten(1, (members, size_out)).transpose(0, 1)
         return outputs_KRO if self.bias is None else outputs_KRO + self.bias
 
 
@@ -160,7 +169,7 @@ class L2Network(nn.Module):
             ],
             dim=1,
         )
-        return Reader(self.key(places_BLD), values_BLD, is_there_BL, mean_BD, self.first_user(inputs_BU.unsqueeze(0)))
+        return Reader(self.key(places_BLD), values_BLD, is_there_BL, mean_BD, self.first_user(inputs_BU))
 
     def logits(self, reader: Reader, note_BC: Tensor, note_BCI: Tensor, table_ND: Tensor) -> Tensor:
         """float32 [K, B, C, T]. note_BC: codes; note_BCI: raw features."""
@@ -173,7 +182,7 @@ class L2Network(nn.Module):
         alike_BC1 = (note_BCD * reader.mean_BD[:, None, :]).sum(-1, keepdim=True)
         note_part = F.dropout(note_BCD, self.config.id_dropout, self.training)
         inputs_BCI = torch.cat([self.note_inputs(note_BCI), note_part, read_BCD, read_BCD * note_BCD, alike_BC1], dim=-1)
-        note_half = self.first_note(inputs_BCI.flatten(0, 1).unsqueeze(0)).unflatten(1, (size_B, size_C))
+        note_half = self.first_note(inputs_BCI.flatten(0, 1)).unflatten(1, (size_B, size_C))
         hidden = F.relu(note_half + reader.first_KBH.unsqueeze(2)).flatten(1, 2)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         hidden = F.dropout(F.relu(self.second(hidden)), self.config.dropout, self.training)
