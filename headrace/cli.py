@@ -1,6 +1,7 @@
 """`headrace COMMAND …`: hands the words to the room that knows the command."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except HeadraceError as error:
         print(f"headrace {words[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `| head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
