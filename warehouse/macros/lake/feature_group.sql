@@ -24,9 +24,9 @@
     {{ exceptions.raise_compiler_error("feature_group: no enabled model " ~ name ~ " declares config.meta.features") }}
 {%- endmacro %}
 
-{# The 5-minute blocks of the current model's own declaration. #}
-{% macro feature_blocks() -%}
-    {%- set features = feature_group(model.name) -%}
+{# The 5-minute blocks of a group, by its declaration. #}
+{% macro feature_blocks(group) -%}
+    {%- set features = feature_group(group) -%}
     {{ block_rows(features, ref(features['events']) if execute else ref('stg_engagements'), in_build_range('known_at')) }}
 {%- endmacro %}
 

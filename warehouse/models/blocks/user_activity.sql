@@ -1,3 +1,3 @@
 {# 5-minute blocks. Declared in _blocks.yml. #}
 -- depends_on: {{ ref('stg_engagements') }}
-{{ feature_blocks() }}
+{{ feature_blocks('user_activity') }}
