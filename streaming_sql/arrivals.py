@@ -25,7 +25,7 @@ def reasons(records: pa.Table) -> pa.ChunkedArray:
     return pc.if_else(pc.greater(age, DUPLICATE_MEMORY_US), LATE, pc.if_else(pc.less(age, -FURTHEST_AHEAD_US), AHEAD, fine))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Memory:
     """What is remembered of one event_id: the arrival that counts, and when it last arrived."""
 
