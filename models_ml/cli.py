@@ -72,18 +72,21 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name in ("model", "head") else "right")
         for model in ("l2", "l1", "floor"):
             for head, values in report["ranking"].get(model, {}).items():
-                interval = f"{values['auc_low']:.4f} to {values['auc_high']:.4f}"
-                numbers = (f"{values[name]:.4f}" for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
-                table.add_row(model, head, f"{values['auc']:.4f}", interval, *numbers)
+                interval = f"{_number(values['auc_low'])} to {_number(values['auc_high'])}"
+                others = (_number(values[name]) for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
+                table.add_row(model, head, _number(values["auc"]), interval, *others)
         console.print(table)
     for head, values in report["l2_over_floor"].items():
-        console.print(
-            f"L2 over the floor, {head}: AUC {values['auc']:+.4f} ({values['low']:+.4f} to {values['high']:+.4f}, paired)"
-        )
+        gain, low, high = (_number(values[name], "+.4f") for name in ("auc", "low", "high"))
+        console.print(f"L2 over the floor, {head}: AUC {gain} ({low} to {high}, paired over readers)")
     if report["retrieval"]:
         table = Table(title="Retrieval of the notes clicked on the test days")
         for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
             table.add_column(name, justify="left" if name == "generator" else "right")
         for generator, values in report["retrieval"].items():
-            table.add_row(generator, *(f"{values[f'recall@{k}']:.4f}" for k in RECALL_AT))
+            table.add_row(generator, *(_number(values[f"recall@{k}"]) for k in RECALL_AT))
         console.print(table)
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)

@@ -138,7 +138,9 @@ def _user_weights(users_R: np.ndarray, num_samples: int, seed: int):
 
 
 def _interval(values: list[float]) -> Interval:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    """NaN when no redrawn set of users holds both classes."""
+    defined = [value for value in values if not np.isnan(value)]
+    low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return Interval(float(low), float(high))
 
 

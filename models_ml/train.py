@@ -4,6 +4,7 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +105,7 @@ class _Run:
         manifest = {
             "config": asdict(getattr(self.configs, name)),
             "seed": self.seed,
-            "metrics": metrics,
+            "metrics": _nullable(metrics),
             "protocol": self.examples.protocol(),
             "training": self.examples.manifest,
             "training_sha256": self.examples.fingerprint(),
@@ -166,7 +167,14 @@ def _report(run: _Run) -> dict[str, Any]:
         report["l2_over_floor"] = evaluation.gain(examples, run.predictions["l2"], run.predictions["floor"])
     elif run.predictions.keys() & {"l2", "floor"}:
         report["l2_over_floor"] = {}  # one of the two has changed: the old comparison is no longer true
-    return report
+    return _nullable(report)
+
+
+def _nullable(value: Any) -> Any:
+    """The same with None where a metric is not defined (no positive row, say): JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _nullable(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_report(path: Path) -> dict[str, Any]:

@@ -84,6 +84,12 @@ def test_the_paired_interval_sees_a_small_but_steady_gain():
     assert metrics.auc_gain_interval(labels, floor, floor, np.arange(4000)) == metrics.Interval(0.0, 0.0)
 
 
+def test_an_interval_of_one_class_is_not_a_number():
+    interval = metrics.auc_interval(np.ones(5), np.arange(5.0), np.arange(5))
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+
+
 def test_metrics_refuse_rows_that_do_not_match():
     with pytest.raises(ValueError, match="same number of rows, got 2 and 3"):
         metrics.auc(np.array([0, 1]), np.array([0.1, 0.2, 0.3]))

@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from models_ml import cli, floor, item_to_item, l1, l2, metrics, two_tower
+from models_ml import cli, floor, item_to_item, l1, l2, metrics, train, two_tower
 from models_ml.floor import FloorConfig
 from models_ml.registry import Registry
 from warehouse.errors import HeadraceError
@@ -17,8 +18,6 @@ def test_the_floor_repeats_itself_and_reads_nothing_of_the_test_days(loaded, oth
     assert np.array_equal(first["click"], again["click"])
     assert metrics.auc(loaded.labels["click"][loaded.test_rows], first["click"]) > 0.6
     # other labels after test_start, same features: the trees must not change
-    from dataclasses import replace
-
     same_features = replace(other_future, values_RF=loaded.values_RF)
     assert np.array_equal(
         first["click"], floor.predict_test(same_features, SMALL_FLOOR, 0, lambda done, total: None, threads=1)["click"]
@@ -79,6 +78,15 @@ def test_another_seed_is_another_version_and_moves_the_alias(home, export, monke
     assert registry.resolve("l1") != before
     assert registry.path("l1", before).is_dir()
     assert "Ranking on the test days" in capsys.readouterr().out
+
+
+def test_a_report_without_positive_test_rows_has_null_where_a_metric_is_undefined(loaded, tmp_path):
+    labels = {name: np.where(loaded.is_train, label_R, 0).astype(np.float32) for name, label_R in loaded.labels.items()}
+    configs = train.Configs(l1=l1.L1Config(epochs=1))
+    quiet = replace(loaded, labels=labels)
+    report = train.train(quiet, ["l1"], configs, 0, Registry(tmp_path), lambda name, done, total: None)
+    assert report["ranking"]["l1"]["click"]["auc"] is None
+    assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_no_export_is_said_in_words(tmp_path, monkeypatch):
