@@ -19,7 +19,7 @@ from typing import Any
 
 from kernels.backend import Kernel
 
-OPERATIONS = ("window_assembly", "l1_score", "sequence_block", "top_k", "embedding_lookup")
+OPERATIONS = ("window_assembly", "l1_score", "sequence_block", "top_k", "embedding_lookup", "multitask_bce", "sampled_softmax")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of one block, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 
