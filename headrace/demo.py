@@ -30,6 +30,7 @@ from warehouse.lake import Lake
 
 SMALLEST_DISK_BYTES = 2 * 2**30
 SCRIPTED_USERS = 40
+SMALL = ["--users", "400", "--notes", "400", "--days", "4"]
 SHOWN_USERS = 3
 _DBT_STEP = re.compile(r"(\d+) of (\d+) (?:OK created|PASS|START) (?:sql lake_incremental model|test|unit_test)? ?([\w.]+)")
 SPEED = 60
@@ -47,6 +48,7 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--source", choices=("auto", "kuairand", "simulator"), default="auto", help="auto: KuaiRand if it is there"
     )
+    parser.add_argument("--small", action="store_true", help="a small simulated feed and one pass of training: two minutes")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--retrain", action="store_true", help="train although models are there")
@@ -68,7 +70,9 @@ class _Demo:
         self._step("dbt build: staging, blocks, training sets, tests", lambda: self._dbt("build"))
         self._step("export training examples", lambda: self._headrace("export-training"))
         if self.given.retrain or not (self.home.models / "report.json").exists():
-            self._step("train two-tower, item-to-item, L1, L2 and the LightGBM floor", lambda: self._headrace("train", "all"))
+            epochs = ["--epochs", "1"] if self.given.small else []
+            what = "train two-tower, item-to-item, L1, L2 and the LightGBM floor"
+            self._step(what, lambda: self._headrace("train", "all", *epochs))
         else:
             self.console.print("[dim]models are there already; `headrace demo --retrain` trains again[/dim]")
         self._show_report()
@@ -90,12 +94,14 @@ class _Demo:
         )
 
     def _land(self) -> None:
-        source = self.given.source
+        source, size = self.given.source, SMALL if self.given.small else []
+        if self.given.small:
+            source = "simulator"
         if source == "auto":
             source = "kuairand" if (data_root() / "kuairand").is_dir() else "simulator"
             if source == "simulator":
                 self.console.print(f"no data under {data_root()} (HEADRACE_DATA): the seeded simulator stands in")
-        self._step(f"land {source}", lambda: self._headrace("land", source))
+        self._step(f"land {source}", lambda: self._headrace("land", source, *size))
 
     def _step(self, what: str, work: Callable[[], Any]) -> Any:
         self.console.rule(f"[bold]{what}", align="left")

@@ -121,9 +121,10 @@ class Engine:
 
     def _load(self) -> None:
         try:
-            self._missing = missing_parts(self.home)
-            if not self._missing:
-                self._missing = ["still loading: lake, online store and models"]
+            missing = missing_parts(self.home)
+            if missing:
+                self._missing = missing
+            else:
                 self._lock_file = _only_server(self.home.log / "server.lock")
                 self.world = self._open()
                 self._missing = []
@@ -148,7 +149,7 @@ class Engine:
         if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
             log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         store = OnlineStore.from_lake(lake, groups)
-        runner = self.runner = Runner(lake, event_log, store, groups, self.clock)
+        runner = self.runner = Runner(lake, event_log, store, groups, self.clock, status_path=self.home.online / "runner.json")
         runner.catch_up()
         runner.flush()
         catalogue = Catalogue.from_lake(lake)

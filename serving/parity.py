@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from serving.forward_log import FORWARD_LOG
-from streaming_sql.bulk_load import BUILT_UNTIL
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.features.recompute import recompute
-from warehouse.lake import Lake
+from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.landing import landed_position
 from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 

@@ -8,12 +8,9 @@ from streaming_sql.plan import GroupPlan, columns_of
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
-from warehouse.lake import Lake
+from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.landing import EVENTS
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
-
-BUILT_UNTIL = "headrace.built_until"
-"""Table property of `features.<group>`, ISO-8601: every row with known_at before it is in the table. Set by the dbt build."""
 
 
 def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int, dict[str, pa.Table]]:

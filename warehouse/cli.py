@@ -1,6 +1,7 @@
 """`headrace land | sql | features | export-training`."""
 
 import argparse
+import fcntl
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from warehouse.datasets.base import Dataset
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.home import Home, data_root
@@ -34,23 +36,28 @@ def _parser(command: str, what: str, examples: str) -> argparse.ArgumentParser:
 
 
 def _land(words: list[str]) -> int:
-    from warehouse.datasets import kuairand, simulator
+    from warehouse.datasets import kuairand
     from warehouse.landing import Landed, land_dataset
     from warehouse.landing_files import land_file
 
     parser = _parser(
         "land",
         "Brings events into lake.events, exactly once: the same source again adds nothing.",
-        "  headrace land kuairand\n  headrace land simulator --seed 7\n"
+        "  headrace land kuairand\n  headrace land simulator --seed 7 --days 4\n"
         "  headrace land events.ndjson --landed-at received_at\n  headrace land events.parquet --delay 2",
     )
     parser.add_argument("source", help="kuairand, simulator, or a file ending in .parquet, .csv or .ndjson")
-    parser.add_argument("--seed", type=int, help="simulator: what to simulate")
+    parser.add_argument("--seed", type=int, default=7, help="simulator: what to simulate (default %(default)s)")
+    parser.add_argument("--users", type=int, default=4000, help="simulator: how many readers (default %(default)s)")
+    parser.add_argument("--notes", type=int, default=3000, help="simulator: how many notes (default %(default)s)")
+    parser.add_argument("--days", type=int, default=8, help="simulator: how long (default %(default)s)")
     parser.add_argument("--landed-at", metavar="COLUMN", help="file: the column that says when each event landed")
     parser.add_argument("--delay", type=float, metavar="SECONDS", help="file: declare landed_at as event_ts plus this delay")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given = parser.parse_args(words)
-    lake = Lake.open(Home.from_env())
+    home = Home.from_env()
+    _refuse_beside_a_server(home)
+    lake = Lake.open(home)
     path = Path(given.source)
     if given.source not in ("kuairand", "simulator") and path.suffix not in (".parquet", ".csv", ".ndjson", ".jsonl"):
         raise HeadraceError(
@@ -66,7 +73,7 @@ def _land(words: list[str]) -> int:
         if given.source == "kuairand":
             landed = land_dataset(lake, kuairand.load(data_root() / "kuairand"), show)
         elif given.source == "simulator":
-            landed = land_dataset(lake, simulator.simulate(**({"seed": given.seed} if given.seed is not None else {})), show)
+            landed = land_dataset(lake, _simulated(given), show)
         else:
             landed = land_file(lake, path, given.landed_at, given.delay, show)
     if given.json:
@@ -78,6 +85,26 @@ def _land(words: list[str]) -> int:
         if landed.num_dead_letters:
             print('why: headrace sql "select reason, count(*) from lake.dead_letters group by reason"')
     return 0
+
+
+def _refuse_beside_a_server(home: Home) -> None:
+    """A running server owns the offsets of the log: what lands beside it would take them."""
+    with open(home.log / "server.lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise HeadraceError(
+                f"a server runs on {home.path} and owns the event log; stop it first, or send events to its /v1/events"
+            ) from None
+
+
+def _simulated(given: argparse.Namespace) -> Dataset:
+    from warehouse.datasets.simulator import simulate
+
+    try:
+        return simulate(seed=given.seed, num_users=given.users, num_notes=given.notes, days=given.days)
+    except ValueError as error:
+        raise HeadraceError(f"simulator: {error}") from None
 
 
 def _sql(words: list[str]) -> int:

@@ -31,11 +31,10 @@ from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.declarations import load_groups
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
-from warehouse.lake import Lake, prepare_connection
+from warehouse.lake import BUILT_UNTIL, Lake, prepare_connection
 from warehouse.landing import create_tables
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 
-BUILT_UNTIL = "headrace.built_until"
 DEFINITION = "headrace.definition"
 
 

@@ -25,6 +25,8 @@ from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
 CATALOGUE = "headrace"
+BUILT_UNTIL = "headrace.built_until"
+"""Table property: the end (exclusive) of the event time that dbt has built into the table."""
 
 
 def duckdb_connection(database: str = ":memory:") -> duckdb.DuckDBPyConnection:

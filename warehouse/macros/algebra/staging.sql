@@ -103,12 +103,19 @@ event_id,
         {{ json_bigint('properties', 'watch_ms') }} as watch_ms
 {%- endmacro %}
 
-{# An integer property of a JSON object held as text; null where it is missing or no integer. #}
+{# An integer property of a JSON object held as text; null where it is missing or not plainly an integer of at most 18 digits, in
+   every engine alike (a lenient cast reads '7.5' as 8 in one and fails in another). #}
 {% macro json_bigint(column, property) -%}
     {%- if target.type == 'duckdb' -%}
-        try_cast(json_extract_string({{ column }}, '$.{{ property }}') as bigint)
+        case
+            when regexp_full_match(json_extract_string({{ column }}, '$.{{ property }}'), '-?[0-9]{1,18}')
+                then cast(json_extract_string({{ column }}, '$.{{ property }}') as bigint)
+        end
     {%- elif target.type == 'spark' -%}
-        try_cast(get_json_object({{ column }}, '$.{{ property }}') as bigint)
+        case
+            when get_json_object({{ column }}, '$.{{ property }}') rlike '^-?[0-9]{1,18}$'
+                then cast(get_json_object({{ column }}, '$.{{ property }}') as bigint)
+        end
     {%- else -%}
         case
             when cast({{ column }} as jsonb) ->> '{{ property }}' ~ '^-?[0-9]{1,18}$'

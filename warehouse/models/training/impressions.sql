@@ -11,7 +11,8 @@ with views as (
         event_ts as request_ts,
         {{ newest_tick('event_ts') }} as feature_watermark,
         greatest(
-            known_at, {{ arrival_tick('(event_ts + ' ~ seconds(var('attribution_seconds') + var('furthest_ahead_seconds')) ~ ')') }}
+            known_at,
+            {{ arrival_tick('(event_ts + ' ~ seconds(var('attribution_seconds') + var('furthest_ahead_seconds')) ~ ')') }}
         ) as labels_known_at
     from {{ ref('stg_engagements') }}
     where
