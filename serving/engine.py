@@ -24,6 +24,7 @@ from serving.world import World
 from streaming_sql.event_log import EventLog
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.runner import Runner
+from streaming_sql.status import RUNNER_FILE
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
@@ -149,7 +150,7 @@ class Engine:
         if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
             log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         store = OnlineStore.from_lake(lake, groups)
-        runner = self.runner = Runner(lake, event_log, store, groups, self.clock, status_path=self.home.online / "runner.json")
+        runner = self.runner = Runner(lake, event_log, store, groups, self.clock, status_path=self.home.online / RUNNER_FILE)
         runner.catch_up()
         runner.flush()
         catalogue = Catalogue.from_lake(lake)
