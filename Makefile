@@ -46,8 +46,8 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-demo: $(READY) ## land, build features, train, then serve on 127.0.0.1:8000; ONCE=1 exits after the printed feed
-	@$(BIN)/headrace demo $(if $(filter-out 0,$(ONCE)),--once)
+demo: $(READY) ## land, build features, train, then serve on 127.0.0.1:8000; ONCE=1 exits when all is shown, PORT=8080 moves it
+	@$(BIN)/headrace demo $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT))
 
 lint: $(READY) ## format, imports between rooms, types, SQL
 	$(BIN)/ruff check .
