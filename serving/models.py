@@ -42,8 +42,14 @@ def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catal
     loaded, versions = {}, {}
     for name in NAMES:
         path = registry.path(name)
-        loaded[name] = importlib.import_module(f"models_ml.{name}").load(path)
         versions[name] = path.name
+        try:
+            loaded[name] = importlib.import_module(f"models_ml.{name}").load(path)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise HeadraceError(
+                f"model {name} {path.name} was made by another version of the code and cannot be loaded "
+                f"({str(error).strip().splitlines()[-1].strip()}); {REMEDY}"
+            ) from error
     of_user, of_candidate = available_names(groups)
     for name in ("l1", "l2"):
         unknown = [feature for feature in loaded[name].user_features if feature not in of_user]
