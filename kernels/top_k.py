@@ -71,19 +71,19 @@ def top_k_reference(
     queries: Tensor, items: Tensor, k: int, scale: Tensor | None = None, excluded: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, any device: all scores at once."""
+    N = items.shape[0]
     scores = queries.float() @ items.float().T
     if scale is not None:
         scores = scores * scale
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
     if excluded is not None:
-        scores = scores.masked_fill(_unpack(excluded, items.shape[0]), -torch.inf)
-    N = items.shape[0]
+        scores = scores.masked_fill(_unpack(excluded, N), -torch.inf)
     if 0 < k < N and not scores.is_cuda:
-        # Selecting among floats is quicker than among keys, and right unless equal scores lie on both sides of the cut.
-        values, rows = scores.topk(k, dim=1)
-        last = values[:, -1:]
-        if bool(((scores == last).sum(1) == (values == last).sum(1)).all()):
-            return _best(_keys(values, rows), k)
+        # Selecting floats is quicker than selecting keys, and as good where the cut parts unequal scores and none is NaN (which
+        # would come first).
+        values, rows = scores.topk(k + 1, dim=1)
+        if not bool(((values[:, k - 1] == values[:, k]) | values[:, 0].isnan()).any()):
+            return _best(_keys(values[:, :k], rows[:, :k]), k)
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
     return _best(_keys(scores, torch.arange(N, device=scores.device)), k)
 
 
