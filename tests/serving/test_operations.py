@@ -139,14 +139,15 @@ def test_a_second_server_on_the_same_home_is_refused(server):
 
 def test_what_was_acknowledged_is_there_after_a_restart(small_home):
     """The server runs as a process of its own and is stopped by a signal, as an operator would."""
-    environment = {
-        **os.environ,
-        "HEADRACE_HOME": str(small_home.path),
-        "HEADRACE_CLOCK": "2022-04-26T01:00:00Z",
-        "OMP_NUM_THREADS": "1",
-    }
     told = []
     for round_number in range(2):
+        started_at = f"2022-04-26T01:{10 * round_number:02}:00Z"  # a replay clock starts over with its process
+        environment = {
+            **os.environ,
+            "HEADRACE_HOME": str(small_home.path),
+            "HEADRACE_CLOCK": started_at,
+            "OMP_NUM_THREADS": "1",
+        }
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
