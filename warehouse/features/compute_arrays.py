@@ -1,0 +1,376 @@
+"""Window aggregates of many reads at once, on NumPy arrays: what `compute` runs where arrays are faster than SQL.
+
+Knows nothing of files, lakes or declarations. Times are int64: 5-minute indexes (`us // 300_000_000`, biased to be positive)
+for blocks, microseconds for events. A read asks about one key code; code -1 is a key that never occurred.
+
+On-time rows are sorted by (key, block): a sum over a window is the difference of two prefix sums, a minimum is a range minimum.
+Late rows are sorted by (key, known_at). With F(E, K) = sum of the rows with block < E and known_at <= K, a window is
+F(upper, K) - F(lower, K), and F(E, K) is a prefix sum over the rows with known_at <= E (all of them lie before E) plus the few
+rows in flight across the edge: block < E < known_at <= K. Those are looked for among rows of like delay, so that one event that
+is days late does not widen the search for the many that are minutes late.
+
+Shape letters: R rows, C columns, N reads, X pairs of a read and a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+FIVE_MINUTES_US = 300_000_000
+_BIAS = 1 << 31
+_SHIFT = 32
+_LARGEST = (1 << _SHIFT) - 3
+PAIRS_AT_ONCE = 4_000_000
+"""How many (read, row) pairs are laid out at a time; bounds memory, changes no value."""
+_DELAYS = (12, 288, 1 << 40)
+"""Classes of delay, in blocks: up to an hour, up to a day, longer."""
+_CHUNK = 16
+
+
+def block_index(instants_us: np.ndarray) -> np.ndarray:
+    """Biased index of the 5-minute block that holds each instant (or that starts at it); 20,000 years either side of 1970."""
+    return np.clip(instants_us // FIVE_MINUTES_US + _BIAS, 0, _LARGEST)
+
+
+class KeyCodes:
+    """Numbers for the distinct keys of a relation; composite keys are numbered as pairs, never concatenated."""
+
+    def __init__(self, columns: list[pa.ChunkedArray]):
+        self._values: list[pa.Array] = []
+        self._pairs: list[np.ndarray] = []
+        codes: np.ndarray | None = None
+        for column in columns:
+            encoded = column.combine_chunks().dictionary_encode()
+            encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+            self._values.append(encoded.dictionary)
+            here = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+            if codes is None:
+                codes = here
+            else:
+                pairs = codes * max(len(encoded.dictionary), 1) + here
+                distinct, codes = np.unique(pairs, return_inverse=True)
+                self._pairs.append(distinct)
+        assert codes is not None
+        self.codes = codes
+
+    def look_up(self, columns: list[pa.Array]) -> np.ndarray:
+        """int64 [N]: the number of each key, -1 where it is unknown."""
+        codes: np.ndarray | None = None
+        for at, column in enumerate(columns):
+            found = pc.fill_null(pc.index_in(column, value_set=self._values[at]), -1)
+            here = found.to_numpy(zero_copy_only=False).astype(np.int64)
+            if codes is None:
+                codes = here
+                continue
+            distinct = self._pairs[at - 1]
+            pairs = np.where((codes < 0) | (here < 0), -1, codes * max(len(self._values[at]), 1) + here)
+            places = np.searchsorted(distinct, pairs)
+            known = places < len(distinct)
+            known[known] = distinct[places[known]] == pairs[known]
+            codes = np.where(known & (pairs >= 0), places, -1)
+        assert codes is not None
+        return codes
+
+
+class _Places:
+    """Rows of a relation in the order (key code, time): where a time falls among a key's rows."""
+
+    def __init__(self, codes: np.ndarray, times: np.ndarray):
+        places = codes << _SHIFT | times
+        self.order = np.argsort(places, kind="stable")
+        self._sorted = places[self.order]
+
+    def before(self, codes: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """[N]: the number of rows that lie before (code, time); 0 for an unknown key, whatever the time."""
+        return np.where(codes < 0, 0, np.searchsorted(self._sorted, np.maximum(codes, 0) << _SHIFT | times))
+
+
+def _prefix(value_RC: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """[R + 1, C]: sums of the rows before each place, in the given order; they run on from key to key."""
+    prefix = np.zeros((len(order) + 1, value_RC.shape[1]), value_RC.dtype)
+    np.cumsum(value_RC[order], axis=0, out=prefix[1:])
+    return prefix
+
+
+def pairs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each read's range [start, end), as (read [X], row [X]) in order of reads, some reads at a time."""
+    lengths = np.maximum(ends - starts, 0)
+    reads = np.flatnonzero(lengths)
+    lengths, starts = lengths[reads], starts[reads]
+    totals = np.cumsum(lengths)
+    first = 0
+    while first < len(reads):
+        done = totals[first - 1] if first else 0
+        last = max(int(np.searchsorted(totals, done + PAIRS_AT_ONCE, side="right")), first + 1)
+        sizes = lengths[first:last]
+        read_X = np.repeat(reads[first:last], sizes)
+        offsets = np.cumsum(sizes) - sizes
+        row_X = np.arange(len(read_X)) - np.repeat(offsets - starts[first:last], sizes)
+        yield read_X, row_X
+        first = last
+
+
+def _runs(read_X: np.ndarray) -> np.ndarray:
+    """Where each run of equal reads starts."""
+    return np.flatnonzero(np.diff(read_X, prepend=-1))
+
+
+def add_pairs(total_NC: np.ndarray, read_X: np.ndarray, values_XC: np.ndarray) -> None:
+    """total[read] += values; read_X is sorted."""
+    if len(read_X):
+        runs = _runs(read_X)
+        total_NC[read_X[runs]] += np.add.reduceat(values_XC, runs, axis=0)
+
+
+def _worst(dtype: np.dtype, is_max: bool) -> int | float:
+    """What every value is better than, or equal to."""
+    if dtype.kind == "f":
+        return -np.inf if is_max else np.inf
+    limits = np.iinfo(dtype)
+    return limits.min if is_max else limits.max
+
+
+@dataclass
+class Extreme:
+    """The least or the largest of some values per read; `found` tells an empty set from a value that equals the filling."""
+
+    best_N: np.ndarray
+    found_N: np.ndarray
+    is_max: bool
+
+    @classmethod
+    def empty(cls, num_reads: int, dtype: np.dtype, is_max: bool) -> "Extreme":
+        return cls(np.full(num_reads, _worst(dtype, is_max), dtype), np.zeros(num_reads, bool), is_max)
+
+    def take(self, read_X: np.ndarray, value_X: np.ndarray) -> None:
+        """Considers values, none of them NULL; read_X is sorted."""
+        if not len(read_X):
+            return
+        better = np.maximum if self.is_max else np.minimum
+        runs = _runs(read_X)
+        at = read_X[runs]
+        self.best_N[at] = better(self.best_N[at], better.reduceat(value_X, runs))
+        self.found_N[at] = True
+
+    def merge(self, other: "Extreme") -> None:
+        better = np.maximum if self.is_max else np.minimum
+        self.best_N = better(self.best_N, other.best_N)
+        self.found_N |= other.found_N
+
+    def array(self) -> pa.Array:
+        return pa.array(self.best_N, mask=~self.found_N)
+
+
+class RangeExtreme:
+    """Least or largest value of any range of a column: chunks of 16 with running extremes from both ends, and a table of powers
+    of two over whole chunks; 2R + R/16 log2(R/16) numbers."""
+
+    def __init__(self, value_R: np.ndarray, valid_R: np.ndarray, is_max: bool):
+        self.is_max = is_max
+        self._better = np.maximum if is_max else np.minimum
+        self._valid = np.concatenate(([0], np.cumsum(valid_R)))
+        num_chunks = -(-max(len(value_R), 1) // _CHUNK)
+        filled = np.full(num_chunks * _CHUNK, _worst(value_R.dtype, is_max), value_R.dtype)
+        filled[: len(value_R)] = np.where(valid_R, value_R, filled[0])
+        chunks = filled.reshape(num_chunks, _CHUNK)
+        self._values = filled
+        self._from_start = self._better.accumulate(chunks, axis=1).ravel()
+        self._to_end = self._better.accumulate(chunks[:, ::-1], axis=1)[:, ::-1].ravel()
+        self._levels = [self._better.reduce(chunks, axis=1)]
+        width = 1
+        while 2 * width <= num_chunks:
+            below = self._levels[-1]
+            self._levels.append(self._better(below[:-width], below[width:]))
+            width *= 2
+
+    def between(self, start_N: np.ndarray, end_N: np.ndarray) -> Extreme:
+        """Over rows [start, end) of each read."""
+        answer = Extreme.empty(len(start_N), self._values.dtype, self.is_max)
+        answer.found_N = self._valid[end_N] > self._valid[start_N]
+        reads = np.flatnonzero(answer.found_N)
+        start, last = start_N[reads], end_N[reads] - 1
+        first_chunk, last_chunk = start // _CHUNK, last // _CHUNK
+        best = np.full(len(reads), _worst(self._values.dtype, self.is_max), self._values.dtype)
+        wide = first_chunk < last_chunk
+        best[wide] = self._better(self._to_end[start[wide]], self._from_start[last[wide]])
+        narrow = np.flatnonzero(~wide)
+        for step in range(_CHUNK):
+            inside = narrow[start[narrow] + step <= last[narrow]]
+            best[inside] = self._better(best[inside], self._values[start[inside] + step])
+        between = last_chunk - first_chunk - 1
+        for level, table in enumerate(self._levels):
+            at = np.flatnonzero((between >= 1 << level) & (between < 2 << level))
+            left = table[first_chunk[at] + 1]
+            right = table[last_chunk[at] - (1 << level)]
+            best[at] = self._better(best[at], self._better(left, right))
+        answer.best_N[reads] = best
+        return answer
+
+
+class BlockArrays:
+    """A group's 5-minute rows: on-time rows with prefix sums and range extremes, late rows by the tick that knows them.
+
+    codes, block, known: int64 [R]. sums: int64 [R, C], representations that add up. extremes: name -> (values [R], valid [R],
+    is_max).
+    """
+
+    def __init__(
+        self,
+        codes: np.ndarray,
+        block: np.ndarray,
+        known: np.ndarray,
+        sums_RC: np.ndarray,
+        extremes: dict[str, tuple[np.ndarray, np.ndarray, bool]],
+    ):
+        late = known > block + 1
+        at = np.flatnonzero(~late) if late.any() else np.arange(len(codes))
+        self._on_time = _Places(codes[at], block[at])
+        at = at[self._on_time.order]
+        self._prefix = _prefix(sums_RC, at)
+        self._ranges = {name: RangeExtreme(value[at], valid[at], is_max) for name, (value, valid, is_max) in extremes.items()}
+        at = np.flatnonzero(late)
+        self._late = _Places(codes[at], known[at])
+        at = at[self._late.order]
+        self._late_block, self._late_known, self._late_sums = block[at], known[at], sums_RC[at]
+        self._late_prefix = _prefix(sums_RC, at)
+        self._late_extremes = {name: (value[at], valid[at]) for name, (value, valid, _) in extremes.items()}
+        self._in_flight = self._by_delay(codes[at])
+
+    def _by_delay(self, codes: np.ndarray) -> list[tuple[int, np.ndarray, _Places]]:
+        """Late rows in classes of delay: (largest delay, rows, their places)."""
+        delay = self._late_known - self._late_block
+        classes = []
+        least = 0
+        for most in _DELAYS:
+            at = np.flatnonzero((delay > least) & (delay <= most))
+            if len(at):
+                classes.append((int(delay[at].max()), at, _Places(codes[at], self._late_known[at])))
+            least = most
+        return classes
+
+    def sums(self, codes: np.ndarray, known: np.ndarray, upper: np.ndarray, lowers: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """For each lower edge, int64 [N, C]: sums over lower <= block < upper with known_at <= known.
+
+        Biased block indexes with lower <= upper <= known.
+        """
+        order = np.argsort(codes << _SHIFT | upper, kind="stable")  # neighbours in the tables are neighbours in memory
+        codes, known, upper = codes[order], known[order], upper[order]
+        at_upper = self._until(codes, known, upper)
+        for lower in lowers:
+            total = np.empty_like(at_upper)
+            total[order] = at_upper - self._until(codes, known, lower[order])
+            yield total
+
+    def _until(self, codes: np.ndarray, known: np.ndarray, edge: np.ndarray) -> np.ndarray:
+        """F(edge, known), up to a constant of the key: prefix sums run on from key to key."""
+        total = self._prefix[self._on_time.before(codes, edge)]
+        if len(self._late_block):
+            total += self._late_prefix[self._late.before(codes, edge + 1)]
+            for most, rows, places in self._in_flight:
+                starts = places.before(codes, edge + 1)
+                ends = places.before(codes, np.minimum(known, edge + most) + 1)
+                for read_X, row_X in pairs(starts, ends):
+                    row_X = rows[places.order[row_X]]
+                    crossing = self._late_block[row_X] < edge[read_X]
+                    add_pairs(total, read_X[crossing], self._late_sums[row_X[crossing]])
+        return total
+
+    def extreme(self, name: str, codes: np.ndarray, known: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> Extreme:
+        """The least or largest value over lower <= block < upper with known_at <= known."""
+        answer = self._ranges[name].between(self._on_time.before(codes, lower), self._on_time.before(codes, upper))
+        value, valid = self._late_extremes[name]
+        if len(value):
+            starts, ends = self._late.before(codes, lower + 1), self._late.before(codes, known + 1)
+            for read_X, row_X in pairs(starts, ends):
+                block = self._late_block[row_X]
+                inside = (block >= lower[read_X]) & (block < upper[read_X]) & valid[row_X]
+                answer.take(read_X[inside], value[row_X[inside]])
+        return answer
+
+
+class HeadArrays:
+    """Events that a request at t knows and no block of its tick T holds, for K = "landed before t".
+
+    Those are the events that landed in [T + grace, t), whatever their event_ts, and the events of [T, t) that landed before
+    T + grace. codes, event_us, landed_us: int64 [R].
+    """
+
+    def __init__(self, codes: np.ndarray, event_us: np.ndarray, landed_us: np.ndarray, grace_us: int):
+        self._grace_us = grace_us
+        self._event, self._landed = event_us, landed_us
+        self._event_ranks, self._landed_ranks = np.unique(event_us), np.unique(landed_us)
+        self._by_event = _Places(codes, np.searchsorted(self._event_ranks, event_us))
+        self._by_landed = _Places(codes, np.searchsorted(self._landed_ranks, landed_us))
+
+    def pairs(self, codes: np.ndarray, request_us: np.ndarray, tick_us: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(read [X], event row [X]), sorted by read within each answer; every pair once."""
+        closed_us = tick_us + self._grace_us
+        places, ranks = self._by_landed, self._landed_ranks
+        starts = places.before(codes, np.searchsorted(ranks, closed_us))
+        ends = places.before(codes, np.searchsorted(ranks, request_us))
+        for read_X, place_X in pairs(starts, ends):
+            row_X = places.order[place_X]
+            known = self._event[row_X] < request_us[read_X]
+            yield read_X[known], row_X[known]
+        places, ranks = self._by_event, self._event_ranks
+        starts = places.before(codes, np.searchsorted(ranks, tick_us))
+        ends = places.before(codes, np.searchsorted(ranks, request_us))
+        for read_X, place_X in pairs(starts, ends):
+            row_X = places.order[place_X]
+            known = self._landed[row_X] < closed_us[read_X]
+            yield read_X[known], row_X[known]
+
+
+class NewestArrays:
+    """The newest n events of a window that were known in time: what last_n reads.
+
+    codes, event_us, known [R] in the order (event_ts, event_id); values: string [R]. `known` is compared with what a read
+    knows: an event counts when known < limit.
+    """
+
+    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, values: pa.Array):
+        self._ranks = np.unique(event_us)
+        self._places = _Places(codes, np.searchsorted(self._ranks, event_us))
+        self._known = known[self._places.order]
+        self._values = values.take(pa.array(self._places.order))
+
+    def lists(self, n: int, codes: np.ndarray, lower_us: np.ndarray, upper_us: np.ndarray, limit: np.ndarray) -> pa.Array:
+        """list<string> [N], oldest first, at most n each: events with lower <= event_ts < upper and known < limit."""
+        starts = self._places.before(codes, np.searchsorted(self._ranks, lower_us))
+        ends = self._places.before(codes, np.searchsorted(self._ranks, upper_us))
+        counts, rows = [np.zeros(1, np.int64)], []
+        at_once = max(PAIRS_AT_ONCE // (4 * n), 1)
+        for first in range(0, len(codes), at_once):
+            some = slice(first, first + at_once)
+            count, row = self._newest(n, starts[some], ends[some], limit[some])
+            counts.append(count)
+            rows.append(row)
+        offsets = np.cumsum(np.concatenate(counts))
+        chosen = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise OverflowError(
+                f"{offsets[-1]} list entries in one chunk of reads; an Arrow list holds {np.iinfo(np.int32).max}"
+            )
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._values.take(pa.array(chosen)))
+
+    def _newest(self, n: int, starts: np.ndarray, ends: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many events each read gets, and their rows, oldest first. Looks further back while unknown ones took the room."""
+        wanted = n
+        while True:
+            row_NX = ends[:, None] - 1 - np.arange(wanted)
+            is_there = row_NX >= starts[:, None]
+            if len(self._known):
+                is_there &= self._known[np.maximum(row_NX, 0)] < limit[:, None]
+            is_there &= np.cumsum(is_there, axis=1) <= n
+            count = is_there.sum(axis=1)
+            if not ((count < n) & (ends - starts > wanted)).any():
+                return count, row_NX[:, ::-1][is_there[:, ::-1]]
+            wanted *= 2
+            if len(starts) > 1 and len(starts) * wanted > PAIRS_AT_ONCE:
+                half = len(starts) // 2
+                first = self._newest(n, starts[:half], ends[:half], limit[:half])
+                second = self._newest(n, starts[half:], ends[half:], limit[half:])
+                return np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))

@@ -1,0 +1,431 @@
+"""Answers reads for a plan: every measure by SQL or by arrays, then the derived features.
+
+Arrays take exact sums (count, sum and avg of integers), min, max and last_n; sums of doubles, which are covered and never
+subtracted, and whatever a relation holds that arrays do not know, go through the SQL of `point_in_time`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from warehouse.events import TIMESTAMP
+from warehouse.features.compute_arrays import (
+    BlockArrays,
+    Extreme,
+    HeadArrays,
+    KeyCodes,
+    NewestArrays,
+    add_pairs,
+    block_index,
+)
+from warehouse.features.compute_plan import Plan, inputs_of
+from warehouse.features.compute_spine import REQUEST_TS, Reads, Span
+from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.render import point_in_time_sql
+from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
+
+STAGING = "staging"
+SHADOWED = f"{STAGING}.stg_shadowed_arrivals"
+STAGED_COLUMNS = frozenset(("event_ts", "event_id", "landed_at", "known_at"))
+_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Where a group's rows are, by the names that a DuckDB connection knows."""
+
+    blocks: str
+    hours: str
+    days: str
+    events: str
+    shadowed: str
+
+    @classmethod
+    def of(cls, group: FeatureGroup) -> "Relations":
+        blocks = f"features.{group.name}"
+        return cls(blocks, f"{blocks}_1h", f"{blocks}_1d", f"{STAGING}.{group.events}", SHADOWED)
+
+    def names(self) -> tuple[str, ...]:
+        return (self.blocks, self.hours, self.days, self.events, self.shadowed)
+
+
+class Engine:
+    """Answers chunks of reads for a plan, over relations that a DuckDB connection knows.
+
+    arrays=False takes SQL for every measure: slower, and what the arrays are held equal to.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        relations: Mapping[str, Relations],
+        what: Plan,
+        span: Span,
+        arrays: bool = True,
+    ):
+        self._types = what.types()
+        self._groups = [_GroupEngine(connection, group, relations[group.name], span, arrays) for group in what.groups]
+
+    def columns(self, reads: Reads) -> dict[str, pa.Array]:
+        """The plan's features for each read, in the plan's order and types."""
+        found: dict[str, pa.Array] = {}
+        for group in self._groups:
+            found |= group.columns(reads)
+        return {name: _cast(found[name], of) for name, of in self._types.items()}
+
+
+def _cast(values: pa.Array | pa.ChunkedArray, of: pa.DataType) -> pa.Array:
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    values = values if values.type == of else values.cast(of)
+    if pa.types.is_list(of) and values.null_count:  # an empty window is an empty list
+        values = pa.array([entry or [] for entry in values.to_pylist()], of)
+    return values
+
+
+class _GroupEngine:
+    """One group's measures, each by the way that suits it, then its derived features."""
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, group: FeatureGroup, relations: Relations, span: Span, arrays: bool
+    ):
+        self._connection, self._group, self._relations = connection, group, relations
+        source = _Source(connection, group, relations, span)
+        by_arrays = source.suitable() if arrays else ()
+        self._by_sql = tuple(measure for measure in group.measures if measure not in by_arrays)
+        self._parts: list[_Windows | _Sequence] = []
+        if windows := [measure for measure in by_arrays if not measure.is_sequence]:
+            self._parts.append(_Windows(source, windows))
+        self._parts += [_Sequence(source, measure) for measure in by_arrays if measure.is_sequence]
+
+    def columns(self, reads: Reads) -> dict[str, pa.Array]:
+        """Features by full name."""
+        plain: dict[str, pa.Array] = {}
+        for part in self._parts:
+            plain |= part.columns(reads)
+        if self._by_sql:
+            plain |= self._from_sql(reads)
+        found = {f"{self._group.entity}_{name}": values for name, values in plain.items()}
+        return found | self._derived(plain, len(reads))
+
+    def _from_sql(self, reads: Reads) -> dict[str, pa.Array]:
+        group = replace(self._group, measures=self._by_sql, derived=())
+        spine = pa.table(
+            {
+                "row_id": pa.array(np.arange(len(reads))),
+                **{key: reads.keys[key] for key in group.keys},
+                REQUEST_TS: pa.array(reads.request_us).cast(TIMESTAMP),
+                "feature_watermark": pa.array(reads.tick_us).cast(TIMESTAMP),
+                "known_at": pa.array(reads.known_us).cast(TIMESTAMP),
+                "known_position": pa.nulls(len(reads), pa.list_(pa.int64())),
+            }
+        )
+        relations = self._relations
+        sql = point_in_time_sql(
+            group,
+            "compute_spine",
+            blocks=relations.blocks,
+            hours=relations.hours,
+            days=relations.days,
+            events=relations.events,
+            shadowed=relations.shadowed,
+        )
+        self._connection.register("compute_spine", spine)
+        answers = self._connection.execute(
+            f"select * exclude (row_id) from ({sql}) as answers order by row_id"
+        ).to_arrow_table()
+        self._connection.unregister("compute_spine")
+        return {name.removeprefix(f"{group.entity}_"): answers[name] for name in answers.column_names}
+
+    def _derived(self, plain: Mapping[str, pa.Array], num_reads: int) -> dict[str, pa.Array]:
+        if not self._group.derived:
+            return {}
+        inputs = {name: plain[name] for name in sorted(inputs_of(self._group.derived))}
+        self._connection.register("compute_plain", pa.table({"row_id": pa.array(np.arange(num_reads)), **inputs}))
+        items = ", ".join(
+            f"cast({derived.sql} as double) as {self._group.entity}_{derived.name}" for derived in self._group.derived
+        )
+        answers = self._connection.execute(f"select {items} from compute_plain order by row_id").to_arrow_table()
+        self._connection.unregister("compute_plain")
+        return {name: answers[name] for name in answers.column_names}
+
+
+class _Source:
+    """Reads a group's rows into Arrow, no more of them than the span of the spine needs."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, group: FeatureGroup, relations: Relations, span: Span):
+        self.connection, self.group, self.relations, self.span = connection, group, relations, span
+        self._longest_us = max(window.length_us for measure in group.measures for window in measure.windows)
+
+    def suitable(self) -> tuple[Measure, ...]:
+        """The measures that arrays can answer. None where a relation has columns beyond the declared ones: they may give its
+        rows a meaning (rebuilt, retracted) that only the SQL knows."""
+        representations = {column for measure in self.group.measures for column in representation_columns(measure)}
+        blocks = self._columns(self.relations.blocks) - {*self.group.keys, "block_start", "known_at"}
+        if not representations <= blocks or any(column.startswith(("rebuilt", "is_", "retract")) for column in blocks):
+            return ()
+        events = self._columns(self.relations.events)
+        plain_events = events >= STAGED_COLUMNS and not any(column.startswith("retract") for column in events)
+        integral = self._integral()
+        return tuple(
+            measure
+            for measure in self.group.measures
+            if (plain_events or (measure.freshness == "block" and not measure.is_sequence))
+            and (
+                measure.is_sequence
+                or measure.aggregation in ("min", "max")
+                or (measure.is_invertible and (measure.freshness == "block" or measure.name in integral))
+            )
+        )
+
+    def _columns(self, relation: str) -> frozenset[str]:
+        return frozenset(row[0] for row in self.connection.execute(f"describe select * from {relation}").fetchall())
+
+    def _integral(self) -> set[str]:
+        """Measures whose events add up as integers: a rounded sum is not the sum of what was rounded."""
+        names = {measure.name for measure in self.group.measures if measure.of is None or measure.aggregation == "count"}
+        given = [measure for measure in self.group.measures if measure.of is not None]
+        if given:
+            items = ", ".join(f"({measure.of}) as m{number}" for number, measure in enumerate(given))
+            described = self.connection.execute(f"describe select {items} from {self.relations.events}").fetchall()
+            names |= {measure.name for measure, row in zip(given, described, strict=True) if row[1] in _INTEGERS}
+        return names
+
+    def blocks(self, columns: Sequence[str]) -> pa.Table:
+        """The keys, `block_us`, `known_us` and the columns of the 5-minute rows in reach."""
+        return self.connection.execute(
+            f"select {', '.join((*self.group.keys, *columns))}, "
+            f"epoch_us(block_start) as block_us, epoch_us(known_at) as known_us from {self.relations.blocks} "
+            f"where block_start >= {_instant(self.span.first_us - self._longest_us)} "
+            f"and known_at <= {_instant(max(self.span.last_known_us, self.span.last_request_us))}"
+        ).to_arrow_table()
+
+    def events(self, items: Sequence[str], condition: str, first_us: int, order: str = "") -> pa.Table:
+        """The keys, `event_us`, `landed_us`, `known_us` and the items of events in reach, from `first_us` on."""
+        keys = self.group.keys
+        return self.connection.execute(
+            f"select {', '.join((*keys, *items))}, epoch_us(event_ts) as event_us, epoch_us(landed_at) as landed_us, "
+            f"epoch_us(known_at) as known_us from {self.relations.events} "
+            f"where {' and '.join(f'{key} is not null' for key in keys)} and ({condition}) "
+            f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)} {order}"
+        ).to_arrow_table()
+
+    @property
+    def first_event_us(self) -> int:
+        return self.span.first_us - self._longest_us
+
+
+def _instant(instant_us: int) -> str:
+    return f"make_timestamptz({instant_us})"
+
+
+def representation_columns(measure: Measure) -> tuple[str, ...]:
+    """The columns that a measure stores in a block: the twin of the macro of that name."""
+    return (f"{measure.name}__sum", f"{measure.name}__n") if measure.aggregation == "avg" else (measure.name,)
+
+
+def _is_extreme(measure: Measure) -> bool:
+    return measure.aggregation in ("min", "max")
+
+
+def _condition(measure: Measure) -> str:
+    parts = [f"({measure.where})"] if measure.where else []
+    parts += [f"({measure.of}) is not null"] if measure.of else []
+    return " and ".join(parts) or "true"
+
+
+def _event_items(measure: Measure) -> list[str]:
+    """Select items of one event's representation, under the names of the block columns."""
+    condition = _condition(measure)
+    if measure.aggregation == "count":
+        return [f"case when {condition} then 1::bigint else 0::bigint end as {measure.name}"]
+    if _is_extreme(measure):
+        return [f"case when {condition} then cast(({measure.of}) as {measure.type}) end as {measure.name}"]
+    total, number = (*representation_columns(measure), None)[:2]
+    items = [f"case when {condition} then cast(({measure.of}) as bigint) else 0::bigint end as {total}"]
+    return items if number is None else [*items, f"case when {condition} then 1::bigint else 0::bigint end as {number}"]
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Where windows lie in event time and what blocks they read: microseconds, int64 [N]."""
+
+    anchor_us: np.ndarray
+    upper_us: np.ndarray
+    known_us: np.ndarray
+
+    @classmethod
+    def of(cls, measure: Measure, reads: Reads) -> "_Edges":
+        request_tick_us = reads.request_us // FIVE_MINUTES_US * FIVE_MINUTES_US
+        if measure.freshness == "event":
+            return cls(request_tick_us, reads.tick_us, reads.tick_us)
+        anchor_us = request_tick_us if measure.anchor == "request" else reads.tick_us
+        return cls(anchor_us, np.minimum(reads.tick_us, reads.known_us), reads.known_us)
+
+    def lower_us(self, length_us: int) -> np.ndarray:
+        return np.minimum(self.anchor_us - length_us, self.upper_us)
+
+
+def _family(measure: Measure) -> str:
+    return "event" if measure.freshness == "event" else measure.anchor
+
+
+class _Windows:
+    """Counts, exact sums, averages, minima and maxima over windows of blocks, and of the head where they are fresh."""
+
+    def __init__(self, source: _Source, measures: Sequence[Measure]):
+        self._measures, self._keys = measures, source.group.keys
+        self._sum_columns = [column for m in measures if not _is_extreme(m) for column in representation_columns(m)]
+        extremes = [measure for measure in measures if _is_extreme(measure)]
+        rows = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
+        self._codes = KeyCodes([rows[key] for key in self._keys])
+        self._blocks = BlockArrays(
+            self._codes.codes,
+            block_index(_numbers(rows, "block_us")),
+            block_index(_numbers(rows, "known_us")),
+            _matrix(rows, self._sum_columns),
+            {measure.name: (*_values(rows, measure), measure.aggregation == "max") for measure in extremes},
+        )
+        fresh = [measure for measure in measures if measure.freshness == "event"]
+        self._head = _Head(source, fresh) if fresh else None
+
+    def columns(self, reads: Reads) -> dict[str, pa.Array]:
+        codes = self._codes.look_up([reads.keys[key] for key in self._keys])
+        found: dict[str, pa.Array] = {}
+        for family in dict.fromkeys(map(_family, self._measures)):
+            measures = [measure for measure in self._measures if _family(measure) == family]
+            head = self._head.of(reads) if self._head is not None and family == "event" else None
+            edges = _Edges.of(measures[0], reads)
+            known, upper = block_index(edges.known_us), block_index(edges.upper_us)
+            sums = [measure for measure in measures if not _is_extreme(measure)]
+            lengths = {window.length_us: window.name for measure in sums for window in measure.windows}
+            lowers = {length: block_index(edges.lower_us(length)) for length in lengths}
+            totals = self._blocks.sums(codes, known, upper, list(lowers.values()))
+            for length_us, total_NC in zip(lengths, totals, strict=True):
+                if head is not None:
+                    head.add(total_NC, self._sum_columns, edges.anchor_us - length_us)
+                for measure in sums:
+                    for window in measure.windows:
+                        if window.length_us == length_us:
+                            found[f"{measure.name}_{window.name}"] = self._finalized(measure, total_NC)
+            for measure in measures:
+                if not _is_extreme(measure):
+                    continue
+                for window in measure.windows:
+                    lower = block_index(edges.lower_us(window.length_us))
+                    extreme = self._blocks.extreme(measure.name, codes, known, upper, lower)
+                    if head is not None:
+                        head.consider(extreme, measure, edges.anchor_us - window.length_us)
+                    found[f"{measure.name}_{window.name}"] = extreme.array()
+        return found
+
+    def _finalized(self, measure: Measure, total_NC: np.ndarray) -> pa.Array:
+        first, *number = (self._sum_columns.index(column) for column in representation_columns(measure))
+        if not number:
+            return pa.array(total_NC[:, first])
+        count = total_NC[:, number[0]]
+        empty = count == 0
+        return pa.array(total_NC[:, first].astype(np.float64) / np.where(empty, 1, count), mask=empty)
+
+
+class _Head:
+    """The events that fresh measures add to the blocks of tick T."""
+
+    def __init__(self, source: _Source, measures: Sequence[Measure]):
+        self._keys = source.group.keys
+        rows = source.events(
+            [item for measure in measures for item in _event_items(measure)],
+            " or ".join(f"({_condition(measure)})" for measure in measures),
+            source.span.first_us,
+        )
+        self._codes = KeyCodes([rows[key] for key in self._keys])
+        self._event_us = _numbers(rows, "event_us")
+        self._sums = {
+            column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in representation_columns(m)
+        }
+        self._extremes = {measure.name: _values(rows, measure) for measure in measures if _is_extreme(measure)}
+        self._arrays = HeadArrays(self._codes.codes, self._event_us, _numbers(rows, "landed_us"), GRACE_US)
+
+    def of(self, reads: Reads) -> "_HeadOfReads":
+        codes = self._codes.look_up([reads.keys[key] for key in self._keys])
+        found = list(self._arrays.pairs(codes, reads.request_us, reads.tick_us))
+        return _HeadOfReads(found, self._event_us, self._sums, self._extremes)
+
+
+@dataclass(frozen=True)
+class _HeadOfReads:
+    """Pairs of a read and an event of its head, and what the events weigh."""
+
+    pairs: list[tuple[np.ndarray, np.ndarray]]
+    event_us: np.ndarray
+    sums: Mapping[str, np.ndarray]
+    extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+    def add(self, total_NC: np.ndarray, columns: Sequence[str], lower_us: np.ndarray) -> None:
+        """Adds the events at or after each read's lower edge; columns that are not fresh stay as they are."""
+        for read_X, row_X in self.pairs:
+            inside = self.event_us[row_X] >= lower_us[read_X]
+            read, row = read_X[inside], row_X[inside]
+            for at, column in enumerate(columns):
+                if column in self.sums:
+                    add_pairs(total_NC[:, at], read, self.sums[column][row])
+
+    def consider(self, extreme: Extreme, measure: Measure, lower_us: np.ndarray) -> None:
+        value, valid = self.extremes[measure.name]
+        for read_X, row_X in self.pairs:
+            inside = (self.event_us[row_X] >= lower_us[read_X]) & valid[row_X]
+            extreme.take(read_X[inside], value[row_X[inside]])
+
+
+class _Sequence:
+    """The newest n values of a window: read from events, which are fewer than the lists that blocks hold of them."""
+
+    def __init__(self, source: _Source, measure: Measure):
+        self._measure, self._keys = measure, source.group.keys
+        rows = source.events(
+            [f"cast(({measure.of}) as varchar) as value"],
+            _condition(measure),
+            source.first_event_us,
+            "order by event_ts, event_id, value",
+        )
+        known = _numbers(rows, "landed_us" if measure.freshness == "event" else "known_us")
+        self._codes = KeyCodes([rows[key] for key in self._keys])
+        values = rows["value"].cast(pa.string()).combine_chunks()
+        values = values if isinstance(values, pa.Array) else pa.concat_arrays(values.chunks)
+        self._newest = NewestArrays(self._codes.codes, _numbers(rows, "event_us"), known, values)
+
+    def columns(self, reads: Reads) -> dict[str, pa.Array]:
+        measure = self._measure
+        assert measure.n is not None
+        codes = self._codes.look_up([reads.keys[key] for key in self._keys])
+        edges = _Edges.of(measure, reads)
+        is_fresh = measure.freshness == "event"
+        upper_us = reads.request_us if is_fresh else edges.upper_us
+        limit_us = reads.request_us if is_fresh else edges.known_us + 1
+        return {
+            f"{measure.name}_{window.name}": self._newest.lists(
+                measure.n, codes, np.minimum(edges.anchor_us - window.length_us, upper_us), upper_us, limit_us
+            )
+            for window in measure.windows
+        }
+
+
+def _numbers(rows: pa.Table, column: str) -> np.ndarray:
+    return rows[column].to_numpy().astype(np.int64, copy=False)
+
+
+def _matrix(rows: pa.Table, columns: Sequence[str]) -> np.ndarray:
+    """int64 [R, C]."""
+    matrix = np.empty((rows.num_rows, len(columns)), np.int64)
+    for at, column in enumerate(columns):
+        matrix[:, at] = _numbers(rows, column)
+    return matrix
+
+
+def _values(rows: pa.Table, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+    """Values (0 where NULL) and which are not NULL."""
+    column = rows[measure.name]
+    dtype = np.float64 if measure.type == "double" else np.int64
+    return column.fill_null(0).to_numpy().astype(dtype, copy=False), column.is_valid().to_numpy()

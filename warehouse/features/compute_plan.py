@@ -1,0 +1,87 @@
+"""What a computation needs: from the names of features to the measures and windows that they are made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import sqlglot
+from sqlglot import expressions as exp
+
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import Derived, FeatureGroup
+
+_ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "varchar": pa.list_(pa.string())}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute: per group, its declaration cut down to what is asked for; and the output columns in order."""
+
+    groups: tuple[FeatureGroup, ...]
+    features: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Names of groups that were not asked for by name and whose keys the spine lacks."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key for group in self.groups for key in group.keys))
+
+    def types(self) -> dict[str, pa.DataType]:
+        """The Arrow type of every output column."""
+        known: dict[str, pa.DataType] = {}
+        for group in self.groups:
+            for measure in group.measures:
+                of = pa.float64() if measure.aggregation == "avg" else _ARROW_TYPES[measure.type]
+                known |= {f"{group.entity}_{measure.name}_{window.name}": of for window in measure.windows}
+            known |= {f"{group.entity}_{derived.name}": pa.float64() for derived in group.derived}
+        return {name: known[name] for name in self.features}
+
+
+def plan(groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: Sequence[str] | None) -> Plan:
+    """Which groups and measures give the features; without names, every feature whose keys are among the columns.
+
+    Raises HeadraceError for a name that is no feature, a name given twice, and columns that hold no group's keys.
+    """
+    owner = {name: group for group in groups.values() for name in (*group.feature_names, *group.sequence_names)}
+    if features is None:
+        chosen = [group for group in groups.values() if set(group.keys) <= set(columns)]
+        if not chosen:
+            keys = "; ".join(f"{group.name}: {', '.join(group.keys)}" for group in groups.values())
+            raise HeadraceError(f"the spine holds no group's keys ({keys}); it has {', '.join(columns)}")
+        wanted = tuple(name for group in chosen for name in (*group.feature_names, *group.sequence_names))
+        left_out = tuple(group.name for group in groups.values() if group not in chosen)
+    else:
+        wanted, left_out = tuple(features), ()
+        if unknown := [name for name in wanted if name not in owner]:
+            raise HeadraceError(f"no feature {', '.join(map(repr, unknown))}; see `headrace features list`")
+        if not wanted:
+            raise HeadraceError("no features are asked for; name some, or leave features out for all")
+        if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
+            raise HeadraceError(f"{', '.join(repeated)} is asked for twice")
+    cut = [_cut(group, {name for name in wanted if owner[name] is group}) for group in groups.values()]
+    return Plan(tuple(group for group in cut if group.measures), wanted, left_out)
+
+
+def _cut(group: FeatureGroup, wanted: set[str]) -> FeatureGroup:
+    """The group with only the measures and windows that the wanted features are made of."""
+    derived = tuple(entry for entry in group.derived if f"{group.entity}_{entry.name}" in wanted)
+    inputs = inputs_of(derived)
+    measures = []
+    for measure in group.measures:
+        windows = tuple(
+            window
+            for window in measure.windows
+            if f"{group.entity}_{measure.name}_{window.name}" in wanted or f"{measure.name}_{window.name}" in inputs
+        )
+        if windows:
+            measures.append(replace(measure, windows=windows))
+    return replace(group, measures=tuple(measures), derived=derived)
+
+
+def inputs_of(derived: Sequence[Derived]) -> set[str]:
+    """Names of the finalized features that derived expressions read."""
+    return {
+        column.name
+        for entry in derived
+        for column in sqlglot.parse_one(entry.expression, dialect="duckdb").find_all(exp.Column)
+    }
