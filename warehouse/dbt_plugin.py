@@ -65,6 +65,7 @@ class Plugin(BasePlugin):
         prepare_connection(conn)
         create_tables(self.lake)
         self.lake.create_views(conn)
+        self.first_arrival = conn.execute("select min(landed_at) from lake.events").fetchall()[0][0]
         conn.execute("create schema if not exists headrace")
         conn.execute("create or replace table headrace.feature_groups (name varchar, meta varchar)")
         for group in load_groups().values():
@@ -89,24 +90,30 @@ class Plugin(BasePlugin):
 
     def _commit(self, name: str, rows: pa.Table, config: dict[str, Any]) -> None:
         start, end = datetime.fromisoformat(config["start"]), datetime.fromisoformat(config["end"])
-        if not self.lake.exists(name):
-            self.lake.create(name, rows.schema, config["partition_by"])
-        table = self.lake.table(name)
-        built_until = _built_until(table)
-        same = table.properties.get(DEFINITION) == config["definition"]
-        if same and built_until is not None and start > built_until:
-            raise HeadraceError(f"{name} is built until {built_until}; a build from {start} would leave a gap")
+        table = self.lake.table(name) if self.lake.exists(name) else None
+        same = table is not None and table.properties.get(DEFINITION) == config["definition"]
+        built_until = _built_until(table) if table is not None and same else None
+        self._refuse_gap(name, start, built_until)
+        if table is None:
+            table = self.lake.create(name, rows.schema, config["partition_by"])
         with table.transaction() as transaction:
-            if not same:
+            if built_until is None:
                 _replace_all(transaction, table, rows)
-                reached = end
-            else:
-                if built_until is not None and start < built_until:
-                    transaction.overwrite(rows, overwrite_filter=_between(config["event_time"], start, end))
-                elif rows.num_rows:
-                    transaction.append(rows)
-                reached = max(end, built_until or end)
+            elif start < built_until:
+                transaction.overwrite(rows, overwrite_filter=_between(config["event_time"], start, end))
+            elif rows.num_rows:
+                transaction.append(rows)
+            reached = max(end, built_until or end)
             transaction.set_properties({BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"]})
+
+    def _refuse_gap(self, name: str, start: datetime, built_until: datetime | None) -> None:
+        if built_until is not None and start > built_until:
+            raise HeadraceError(f"{name} is built until {built_until}; a build from {start} would leave a gap")
+        if built_until is None and self.first_arrival is not None and start > self.first_arrival:
+            raise HeadraceError(
+                f"{name} is not built by this definition yet, and events landed from {self.first_arrival} on; "
+                f"a build from {start} would leave a gap: run dbt without --event-time-start first"
+            )
 
     def _note_build(self, cursor: duckdb.DuckDBPyConnection, table: Table) -> None:
         name = ".".join(table.name())

@@ -2,7 +2,8 @@
 
    The model filters itself with `in_build_range('known_at')`; the build commits exactly that range, once, whatever its length:
    history in one commit, the live end in ticks. Config: `event_time` (default known_at), `partition_by` ({column: transform}).
-   `--event-time-start/--event-time-end` rebuild a range of arrival; `--full-refresh`, or a changed definition, rebuilds all. #}
+   `--event-time-start/--event-time-end` rebuild a range of arrival, but leave no gap: what was never built, or with another
+   definition, is built from the first event on. `--full-refresh`, or a changed definition, rebuilds all. #}
 {% materialization lake_incremental, adapter='duckdb' %}
     {%- set target_relation = this.incorporate(type='view') -%}
     {%- set range = build_range() -%}
@@ -67,7 +68,7 @@
     {%- set node = graph.nodes.get(unique_id) -%}
     {%- if not node -%}{{ return('') }}{%- endif -%}
     {%- set parts = [node.raw_code, tojson(node.config.meta), tojson(node.config.get('partition_by')), macros_digest()] -%}
-    {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'attribution_seconds', 'log_partitions') -%}
+    {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'furthest_ahead_seconds', 'attribution_seconds', 'log_partitions') -%}
         {%- do parts.append(var(setting) | string) -%}
     {%- endfor -%}
     {%- for input in node.depends_on.nodes -%}
