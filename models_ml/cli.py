@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -67,7 +68,7 @@ def main(words: list[str]) -> int:
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     if report["ranking"]:
-        table = Table(title="Ranking on the test days")
+        table = Table(title="Ranking on the test days", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("model", "head", "AUC", "95 %", "NCE", "log loss", f"nDCG@{NDCG_AT}", "ECE"):
             table.add_column(name, justify="left" if name in ("model", "head") else "right")
         for model in ("l2", "l1", "floor"):
@@ -78,9 +79,9 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         console.print(table)
     for head, values in report["l2_over_floor"].items():
         gain, low, high = (_number(values[name], "+.4f") for name in ("auc", "low", "high"))
-        console.print(f"L2 over the floor, {head}: AUC {gain} ({low} to {high}, paired over readers)")
+        console.print(f"L2 over the floor, {head}: AUC {gain} ({low} to {high}, paired)")
     if report["retrieval"]:
-        table = Table(title="Retrieval of the notes clicked on the test days")
+        table = Table(title="Retrieval of the notes clicked on the test days", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
             table.add_column(name, justify="left" if name == "generator" else "right")
         for generator, values in report["retrieval"].items():
