@@ -330,9 +330,8 @@ def _check_ground(home: Home, host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise HeadraceError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another with PORT=8080 (or --port)"
-        ) from None
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise HeadraceError(f"cannot listen on {host}:{port} ({why}); choose another with PORT=8080 (or --port)") from None
 
 
 def _number(value: float | None) -> str:
