@@ -73,7 +73,8 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name in ("model", "head") else "right")
         for model in ("l2", "l1", "floor"):
             for head, values in report["ranking"].get(model, {}).items():
-                interval = f"{_number(values['auc_low'], '.3f')}–{_number(values['auc_high'], '.3f')}"
+                low, high = values["auc_low"], values["auc_high"]
+                interval = "–" if low is None else f"±{(high - low) / 2:.4f}"  # both ends are in the report
                 others = (_number(values[name]) for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
                 table.add_row(model, head, _number(values["auc"]), interval, *others)
         console.print(table)
