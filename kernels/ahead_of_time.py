@@ -53,7 +53,7 @@ class Resources:
 
 
 def compile_case(operation: str, case: Case, capability: int) -> Resources:
-    """Down to machine code with the assembler in Triton's wheel; disassembled to count what matters."""
+    """Down to machine code with the assembler in Triton's wheel, and what it says of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -70,10 +70,8 @@ def compile_case(operation: str, case: Case, capability: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, code = (
-            subprocess.run([cuobjdump, flag, cubin.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    instruction = "wgmma.mma_async" if capability >= 90 else "mma.sync"  # HGMMA and IGMMA; HMMA and IMMA
     return Resources(
         operation=operation,
         label=case.label,
@@ -81,7 +79,7 @@ def compile_case(operation: str, case: Case, capability: int) -> Resources:
         shared_bytes=compiled.metadata.shared,
         registers=_number(usage, "REG"),
         stack_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
-        tensor_core_instructions=len(re.findall(r"\b(?:HGMMA|IGMMA)\b" if capability >= 90 else r"\b(?:HMMA|IMMA)\b", code)),
+        tensor_core_instructions=compiled.asm["ptx"].count(instruction + "."),
         uses_tensor_cores=case.uses_tensor_cores,
     )
 

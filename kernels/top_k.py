@@ -174,7 +174,7 @@ def shipped(capability: int) -> list[Case]:
             "maxima_ptr": "*fp32",
         }
         types |= {"bucket_ptr": "*i64", "keys_ptr": "*i64"}
-        for B, D, on in ((1, 64, False), (64, 128, False), (64, 128, True), (64, 256, True)):
+        for B, D, on in ((1, 64, False), (64, 128, True), (64, 256, True)):
             switches = {"SCALED": on, "EXCLUDING": on}
             label = f"{name} B{B} D{D}{' scaled, excluding' if on else ''}"
             one = configuration(B, D)

@@ -9,6 +9,8 @@ import pytest
 
 from kernels.ahead_of_time import OPERATIONS, SHARED_MEMORY_BYTES
 
+pytestmark = pytest.mark.timeout(900)  # some 80 compilations, 50 s of one core, before the first test
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
