@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import importlib
 import json
 import re
 import sys
@@ -150,13 +151,19 @@ def _only_reads(connection: Any, statement: Any) -> bool:
     ]
 
 
+_FEATURE_COMMANDS = {"compute": "warehouse.features.compute_cli", "verify": "warehouse.features.verify"}
+
+
 def _features(words: list[str]) -> int:
+    if words and words[0] in _FEATURE_COMMANDS:
+        return int(importlib.import_module(_FEATURE_COMMANDS[words[0]]).main(words[1:]))
     parser = _parser(
         "features",
-        "Shows and checks what is declared.",
-        "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d",
+        "Shows and checks what is declared; computes it for any spine; proves it on generated events.",
+        "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d\n"
+        "  headrace features compute --help\n  headrace features verify --help",
     )
-    parser.add_argument("action", choices=("check", "list", "show"))
+    parser.add_argument("action", choices=("check", "list", "show", *_FEATURE_COMMANDS))
     parser.add_argument("name", nargs="?", help="show: a feature")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
