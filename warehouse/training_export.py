@@ -11,6 +11,7 @@ from warehouse.home import Home
 from warehouse.lake import Lake, quoted
 
 EXAMPLES = "training.training_examples"
+EVENTS = "staging.stg_engagements"
 TEST_DAYS = 2
 
 
@@ -24,7 +25,8 @@ class Export:
 def export_training(lake: Lake, home: Home) -> Export:
     """Replaces `<home>/exports/`: examples.parquet, notes.parquet, users.parquet, manifest.json (written last).
 
-    The test set is the last two days of impressions by request_ts, from a full hour on.
+    The test set is the last two days of impressions by request_ts, from a full hour on; those too recent for their outcomes
+    to be final are not there yet.
     """
     if not lake.exists(EXAMPLES):
         raise HeadraceError("the lake has no training examples yet; run `dbt build` first")
@@ -32,8 +34,14 @@ def export_training(lake: Lake, home: Home) -> Export:
     manifest_path = folder / "manifest.json"
     with lake.duckdb() as connection:
         num_rows, test_start = connection.execute(
-            "select count(*), strftime(date_trunc('hour', max(request_ts)) + interval '1 hour', '%Y-%m-%dT%H:%M:%SZ') "
-            f"from (select request_ts - interval '{TEST_DAYS} days' as request_ts from {EXAMPLES})"
+            f"""
+            with last_view as (select max(event_ts) as event_ts from {EVENTS} where event_type = 'view')
+
+            select
+                (select count(*) from {EXAMPLES}),
+                strftime(date_trunc('hour', event_ts - interval '{TEST_DAYS} days') + interval '1 hour', '%Y-%m-%dT%H:%M:%SZ')
+            from last_view
+            """
         ).fetchall()[0]
         if num_rows == 0:
             raise HeadraceError("there are no training examples: no impression is old enough for its outcomes to be final")
