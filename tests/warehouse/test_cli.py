@@ -94,23 +94,20 @@ def test_json_output_is_json_and_nothing_else(folder, events, capsys):
     assert sorted(row["feature"] for row in listed) == sorted(names)
 
 
-def test_the_simulator_lands_by_name(folder, monkeypatch, capsys):
-    monkeypatch.setattr("warehouse.datasets.simulator.simulate", small_simulation)
-    assert main(["land", "--json", "simulator", "--seed", "3"]) == 0
+def test_the_simulator_lands_by_name(folder, capsys):
+    words = ["land", "--json", "simulator", "--seed", "3", "--users", "30", "--notes", "60", "--days", "1"]
+    assert main(words) == 0
     landed = json.loads(capsys.readouterr().out)
-    assert landed["num_events"] == small_simulation(3).events.num_rows
-    assert main(["land", "--json", "simulator", "--seed", "3"]) == 0
+    assert landed["num_events"] == simulate(3, num_users=30, num_notes=60, days=1).events.num_rows
+    assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["already"] is True
-
-
-def small_simulation(seed: int = 7):
-    return simulate(seed, num_users=30, num_notes=60, days=1)
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["kuairand"], "KuaiRand folder {home}/no data/kuairand does not exist; point HEADRACE_DATA at the folder"),
+        (["simulator", "--days", "0"], "simulator: "),
         (["nowhere.ndjson"], "no file nowhere.ndjson"),
         (["nowhere"], "no source 'nowhere': give kuairand, simulator, or a file ending in .parquet, .csv or .ndjson"),
         (["{tmp}/columns.csv"], "columns.csv has no column event_id, event_ts; it has id, event_type"),
@@ -304,25 +301,22 @@ def test_a_full_disk_ends_with_a_sentence_and_the_same_command_completes_once_th
 ):
     disk, resize = small_disk
     monkeypatch.setenv("HEADRACE_HOME", str(disk / "home"))
-    monkeypatch.setattr("warehouse.datasets.simulator.simulate", a_few_megabytes)
+    words = ["land", "--json", "simulator", "--users", "200", "--notes", "300", "--days", "3"]
+    some_megabytes = simulate(num_users=200, num_notes=300, days=3)
     resize("12k")
-    assert "no space is left on the disk of " in refused(capsys, "land", "--json", "simulator")  # the catalogue
+    assert "no space is left on the disk of " in refused(capsys, *words)  # the catalogue
     for size in ("200k", "600k"):  # empty tables; some days of events
         resize(size)
-        told = refused(capsys, "land", "--json", "simulator")
+        told = refused(capsys, *words)
         assert f"no space is left on the disk of {disk / 'home'}; no table was left half-written: make room there" in told
         lake = Lake.open(Home(disk / "home"))
         assert not lake.exists(EVENTS) or lake.table(EVENTS).current_snapshot() is None
     assert lake.exists(EVENTS)
     assert list(lake.folder.rglob("*.parquet"))  # it was the rows that found no room
     resize("100m")
-    assert main(["land", "--json", "simulator"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_events"] == a_few_megabytes().events.num_rows
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["num_events"] == some_megabytes.events.num_rows
     elsewhere = Lake.open(Home(tmp_path / "roomy"))
-    land_dataset(elsewhere, a_few_megabytes())
+    land_dataset(elsewhere, some_megabytes)
     for name in (EVENTS, "lake.notes", "lake.users", "lake.dead_letters"):
         assert lake.scan(name).to_pylist() == elsewhere.scan(name).to_pylist(), name
-
-
-def a_few_megabytes(seed: int = 7):
-    return simulate(seed, num_users=200, num_notes=300, days=3)
