@@ -57,7 +57,7 @@ lint: $(READY) ## format, imports between rooms, types, SQL
 	$(BIN)/sqlfluff lint --processes 1 warehouse/models streaming_sql/models
 
 test: lint ## lint, then every test this machine can run; those it cannot name what is missing
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info
