@@ -15,7 +15,7 @@ from warehouse.features.compute_engine import Engine, Relations
 from warehouse.features.compute_plan import Plan, plan
 from warehouse.features.compute_spine import REQUEST_TS, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
-from warehouse.lake import BUILT_UNTIL, Lake
+from warehouse.lake import BUILT_UNTIL, Lake, duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
 
 
@@ -44,8 +44,11 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     spine.check_columns(what.keys, known_at, what.features)
     span = spine.span(what.keys, known_at)
     _check_built(lake, what, span)
-    with lake.duckdb() as connection:
-        engine = Engine(connection, {group.name: Relations.of(group) for group in what.groups}, what, span)
+    relations = {group.name: Relations.of(group) for group in what.groups}
+    with duckdb_connection() as connection:
+        for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
+            lake.create_view(connection, name)
+        engine = Engine(connection, relations, what, span)
         for chunk in spine.chunks():
             columns = engine.columns(spine.reads(chunk, what.keys, known_at))
             for name, values in columns.items():

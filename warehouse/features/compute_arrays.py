@@ -12,7 +12,7 @@ is days late does not widen the search for the many that are minutes late.
 Shape letters: R rows, C columns, N reads, X pairs of a read and a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +76,14 @@ class KeyCodes:
 
 
 class _Places:
-    """Rows of a relation in the order (key code, time): where a time falls among a key's rows."""
+    """Rows of a relation in the order (key code, time): where a time falls among a key's rows.
 
-    def __init__(self, codes: np.ndarray, times: np.ndarray):
+    in_order: rows of one key and time stay in the order in which they come.
+    """
+
+    def __init__(self, codes: np.ndarray, times: np.ndarray, in_order: bool = False):
         places = codes << _SHIFT | times
-        self.order = np.argsort(places, kind="stable")
+        self.order = np.argsort(places, kind="stable" if in_order else None)
         self._sorted = places[self.order]
 
     def before(self, codes: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -88,10 +91,10 @@ class _Places:
         return np.where(codes < 0, 0, np.searchsorted(self._sorted, np.maximum(codes, 0) << _SHIFT | times))
 
 
-def _prefix(value_RC: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """[R + 1, C]: sums of the rows before each place, in the given order; they run on from key to key."""
-    prefix = np.zeros((len(order) + 1, value_RC.shape[1]), value_RC.dtype)
-    np.cumsum(value_RC[order], axis=0, out=prefix[1:])
+def _prefix(value_R: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """[R + 1]: sums of the rows before each place, in the given order; they run on from key to key."""
+    prefix = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(value_R.take(order), out=prefix[1:])
     return prefix
 
 
@@ -118,11 +121,11 @@ def _runs(read_X: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(read_X, prepend=-1))
 
 
-def add_pairs(total_NC: np.ndarray, read_X: np.ndarray, values_XC: np.ndarray) -> None:
-    """total[read] += values; read_X is sorted."""
+def add_pairs(total_N: np.ndarray, read_X: np.ndarray, value_X: np.ndarray) -> None:
+    """total[read] += value; read_X is sorted."""
     if len(read_X):
         runs = _runs(read_X)
-        total_NC[read_X[runs]] += np.add.reduceat(values_XC, runs, axis=0)
+        total_N[read_X[runs]] += np.add.reduceat(value_X, runs)
 
 
 def _worst(dtype: np.dtype, is_max: bool) -> int | float:
@@ -213,7 +216,7 @@ class RangeExtreme:
 class BlockArrays:
     """A group's 5-minute rows: on-time rows with prefix sums and range extremes, late rows by the tick that knows them.
 
-    codes, block, known: int64 [R]. sums: int64 [R, C], representations that add up. extremes: name -> (values [R], valid [R],
+    codes, block, known: int64 [R]. sums: C columns [R] of integers that add up. extremes: name -> (values [R], valid [R],
     is_max).
     """
 
@@ -222,20 +225,21 @@ class BlockArrays:
         codes: np.ndarray,
         block: np.ndarray,
         known: np.ndarray,
-        sums_RC: np.ndarray,
+        sums_CR: Sequence[np.ndarray],
         extremes: dict[str, tuple[np.ndarray, np.ndarray, bool]],
     ):
         late = known > block + 1
         at = np.flatnonzero(~late) if late.any() else np.arange(len(codes))
         self._on_time = _Places(codes[at], block[at])
         at = at[self._on_time.order]
-        self._prefix = _prefix(sums_RC, at)
+        self._prefix = [_prefix(value, at) for value in sums_CR]
         self._ranges = {name: RangeExtreme(value[at], valid[at], is_max) for name, (value, valid, is_max) in extremes.items()}
         at = np.flatnonzero(late)
         self._late = _Places(codes[at], known[at])
         at = at[self._late.order]
-        self._late_block, self._late_known, self._late_sums = block[at], known[at], sums_RC[at]
-        self._late_prefix = _prefix(sums_RC, at)
+        self._late_block, self._late_known = block[at], known[at]
+        self._late_sums = [value[at] for value in sums_CR]
+        self._late_prefix = [_prefix(value, at) for value in sums_CR]
         self._late_extremes = {name: (value[at], valid[at]) for name, (value, valid, _) in extremes.items()}
         self._in_flight = self._by_delay(codes[at])
 
@@ -251,32 +255,42 @@ class BlockArrays:
             least = most
         return classes
 
-    def sums(self, codes: np.ndarray, known: np.ndarray, upper: np.ndarray, lowers: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """For each lower edge, int64 [N, C]: sums over lower <= block < upper with known_at <= known.
+    def sums(
+        self, codes: np.ndarray, known: np.ndarray, upper: np.ndarray, lowers: list[np.ndarray]
+    ) -> Iterator[list[np.ndarray]]:
+        """For each lower edge, C columns int64 [N]: sums over lower <= block < upper with known_at <= known.
 
         Biased block indexes with lower <= upper <= known.
         """
-        order = np.argsort(codes << _SHIFT | upper, kind="stable")  # neighbours in the tables are neighbours in memory
+        order = np.argsort(codes << _SHIFT | upper)  # neighbours in the tables are neighbours in memory
         codes, known, upper = codes[order], known[order], upper[order]
         at_upper = self._until(codes, known, upper)
         for lower in lowers:
-            total = np.empty_like(at_upper)
-            total[order] = at_upper - self._until(codes, known, lower[order])
-            yield total
+            totals = []
+            for high, low in zip(at_upper, self._until(codes, known, lower[order]), strict=True):
+                total = np.empty_like(high)
+                total[order] = high - low
+                totals.append(total)
+            yield totals
 
-    def _until(self, codes: np.ndarray, known: np.ndarray, edge: np.ndarray) -> np.ndarray:
-        """F(edge, known), up to a constant of the key: prefix sums run on from key to key."""
-        total = self._prefix[self._on_time.before(codes, edge)]
+    def _until(self, codes: np.ndarray, known: np.ndarray, edge: np.ndarray) -> list[np.ndarray]:
+        """F(edge, known) of each column, up to a constant of the key: prefix sums run on from key to key."""
+        place = self._on_time.before(codes, edge)
+        totals = [prefix.take(place) for prefix in self._prefix]
         if len(self._late_block):
-            total += self._late_prefix[self._late.before(codes, edge + 1)]
+            place = self._late.before(codes, edge + 1)
+            for total, prefix in zip(totals, self._late_prefix, strict=True):
+                total += prefix[place]
             for most, rows, places in self._in_flight:
                 starts = places.before(codes, edge + 1)
                 ends = places.before(codes, np.minimum(known, edge + most) + 1)
                 for read_X, row_X in pairs(starts, ends):
                     row_X = rows[places.order[row_X]]
                     crossing = self._late_block[row_X] < edge[read_X]
-                    add_pairs(total, read_X[crossing], self._late_sums[row_X[crossing]])
-        return total
+                    read_X, row_X = read_X[crossing], row_X[crossing]
+                    for total, value in zip(totals, self._late_sums, strict=True):
+                        add_pairs(total, read_X, value[row_X])
+        return totals
 
     def extreme(self, name: str, codes: np.ndarray, known: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> Extreme:
         """The least or largest value over lower <= block < upper with known_at <= known."""
@@ -333,7 +347,7 @@ class NewestArrays:
 
     def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, values: pa.Array):
         self._ranks = np.unique(event_us)
-        self._places = _Places(codes, np.searchsorted(self._ranks, event_us))
+        self._places = _Places(codes, np.searchsorted(self._ranks, event_us), in_order=True)
         self._known = known[self._places.order]
         self._values = values.take(pa.array(self._places.order))
 

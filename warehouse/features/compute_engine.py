@@ -92,7 +92,7 @@ class _GroupEngine:
         self, connection: duckdb.DuckDBPyConnection, group: FeatureGroup, relations: Relations, span: Span, arrays: bool
     ):
         self._connection, self._group, self._relations = connection, group, relations
-        source = _Source(connection, group, relations, span)
+        source = Source(connection, group, relations, span)
         by_arrays = source.suitable() if arrays else ()
         self._by_sql = tuple(measure for measure in group.measures if measure not in by_arrays)
         self._parts: list[_Windows | _Sequence] = []
@@ -152,7 +152,7 @@ class _GroupEngine:
         return {name: answers[name] for name in answers.column_names}
 
 
-class _Source:
+class Source:
     """Reads a group's rows into Arrow, no more of them than the span of the spine needs."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, group: FeatureGroup, relations: Relations, span: Span):
@@ -160,33 +160,28 @@ class _Source:
         self._longest_us = max(window.length_us for measure in group.measures for window in measure.windows)
 
     def suitable(self) -> tuple[Measure, ...]:
-        """The measures that arrays can answer. None where a relation has columns beyond the declared ones: they may give its
-        rows a meaning (rebuilt, retracted) that only the SQL knows."""
+        """The measures that arrays can answer. None where a relation has columns that may give its rows a meaning (rebuilt,
+        retracted) that only the SQL knows."""
         representations = {column for measure in self.group.measures for column in representation_columns(measure)}
-        blocks = self._columns(self.relations.blocks) - {*self.group.keys, "block_start", "known_at"}
-        if not representations <= blocks or any(column.startswith(("rebuilt", "is_", "retract")) for column in blocks):
+        blocks = self._columns(self.relations.blocks) - {*self.group.keys, "block_start", "known_at", *representations}
+        if any(column.startswith(("rebuilt", "is_", "retract")) for column in blocks):
             return ()
-        events = self._columns(self.relations.events)
-        plain_events = events >= STAGED_COLUMNS and not any(column.startswith("retract") for column in events)
-        integral = self._integral()
-        return tuple(
-            measure
-            for measure in self.group.measures
-            if (plain_events or (measure.freshness == "block" and not measure.is_sequence))
-            and (
-                measure.is_sequence
-                or measure.aggregation in ("min", "max")
-                or (measure.is_invertible and (measure.freshness == "block" or measure.name in integral))
-            )
-        )
+        of_blocks = [m for m in self.group.measures if m.freshness == "block" and (_is_extreme(m) or m.is_invertible)]
+        of_events = [m for m in self.group.measures if m.freshness == "event" or m.is_sequence]
+        if of_events and not any(column.startswith("retract") for column in self._columns(self.relations.events)):
+            integral = self._integral(of_events)
+            of_events = [m for m in of_events if m.is_sequence or _is_extreme(m) or (m.is_invertible and m.name in integral)]
+        else:
+            of_events = []
+        return tuple(measure for measure in self.group.measures if measure in of_blocks or measure in of_events)
 
     def _columns(self, relation: str) -> frozenset[str]:
-        return frozenset(row[0] for row in self.connection.execute(f"describe select * from {relation}").fetchall())
+        return frozenset(row[0] for row in self.connection.execute(f"describe {relation}").fetchall())
 
-    def _integral(self) -> set[str]:
+    def _integral(self, measures: Sequence[Measure]) -> set[str]:
         """Measures whose events add up as integers: a rounded sum is not the sum of what was rounded."""
-        names = {measure.name for measure in self.group.measures if measure.of is None or measure.aggregation == "count"}
-        given = [measure for measure in self.group.measures if measure.of is not None]
+        names = {measure.name for measure in measures if measure.of is None or measure.aggregation == "count"}
+        given = [measure for measure in measures if measure.of is not None]
         if given:
             items = ", ".join(f"({measure.of}) as m{number}" for number, measure in enumerate(given))
             described = self.connection.execute(f"describe select {items} from {self.relations.events}").fetchall()
@@ -275,7 +270,7 @@ def _family(measure: Measure) -> str:
 class _Windows:
     """Counts, exact sums, averages, minima and maxima over windows of blocks, and of the head where they are fresh."""
 
-    def __init__(self, source: _Source, measures: Sequence[Measure]):
+    def __init__(self, source: Source, measures: Sequence[Measure]):
         self._measures, self._keys = measures, source.group.keys
         self._sum_columns = [column for m in measures if not _is_extreme(m) for column in representation_columns(m)]
         extremes = [measure for measure in measures if _is_extreme(measure)]
@@ -285,7 +280,7 @@ class _Windows:
             self._codes.codes,
             block_index(_numbers(rows, "block_us")),
             block_index(_numbers(rows, "known_us")),
-            _matrix(rows, self._sum_columns),
+            [_numbers(rows, column) for column in self._sum_columns],
             {measure.name: (*_values(rows, measure), measure.aggregation == "max") for measure in extremes},
         )
         fresh = [measure for measure in measures if measure.freshness == "event"]
@@ -303,13 +298,14 @@ class _Windows:
             lengths = {window.length_us: window.name for measure in sums for window in measure.windows}
             lowers = {length: block_index(edges.lower_us(length)) for length in lengths}
             totals = self._blocks.sums(codes, known, upper, list(lowers.values()))
-            for length_us, total_NC in zip(lengths, totals, strict=True):
+            for length_us, columns in zip(lengths, totals, strict=True):
+                total = dict(zip(self._sum_columns, columns, strict=True))
                 if head is not None:
-                    head.add(total_NC, self._sum_columns, edges.anchor_us - length_us)
+                    head.add(total, edges.anchor_us - length_us)
                 for measure in sums:
                     for window in measure.windows:
                         if window.length_us == length_us:
-                            found[f"{measure.name}_{window.name}"] = self._finalized(measure, total_NC)
+                            found[f"{measure.name}_{window.name}"] = _finalized(measure, total)
             for measure in measures:
                 if not _is_extreme(measure):
                     continue
@@ -321,19 +317,19 @@ class _Windows:
                     found[f"{measure.name}_{window.name}"] = extreme.array()
         return found
 
-    def _finalized(self, measure: Measure, total_NC: np.ndarray) -> pa.Array:
-        first, *number = (self._sum_columns.index(column) for column in representation_columns(measure))
-        if not number:
-            return pa.array(total_NC[:, first])
-        count = total_NC[:, number[0]]
-        empty = count == 0
-        return pa.array(total_NC[:, first].astype(np.float64) / np.where(empty, 1, count), mask=empty)
+
+def _finalized(measure: Measure, total: Mapping[str, np.ndarray]) -> pa.Array:
+    first, *number = (total[column] for column in representation_columns(measure))
+    if not number:
+        return pa.array(first)
+    empty = number[0] == 0
+    return pa.array(first.astype(np.float64) / np.where(empty, 1, number[0]), mask=empty)
 
 
 class _Head:
     """The events that fresh measures add to the blocks of tick T."""
 
-    def __init__(self, source: _Source, measures: Sequence[Measure]):
+    def __init__(self, source: Source, measures: Sequence[Measure]):
         self._keys = source.group.keys
         rows = source.events(
             [item for measure in measures for item in _event_items(measure)],
@@ -363,14 +359,13 @@ class _HeadOfReads:
     sums: Mapping[str, np.ndarray]
     extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-    def add(self, total_NC: np.ndarray, columns: Sequence[str], lower_us: np.ndarray) -> None:
+    def add(self, total: Mapping[str, np.ndarray], lower_us: np.ndarray) -> None:
         """Adds the events at or after each read's lower edge; columns that are not fresh stay as they are."""
         for read_X, row_X in self.pairs:
             inside = self.event_us[row_X] >= lower_us[read_X]
             read, row = read_X[inside], row_X[inside]
-            for at, column in enumerate(columns):
-                if column in self.sums:
-                    add_pairs(total_NC[:, at], read, self.sums[column][row])
+            for column, value in self.sums.items():
+                add_pairs(total[column], read, value[row])
 
     def consider(self, extreme: Extreme, measure: Measure, lower_us: np.ndarray) -> None:
         value, valid = self.extremes[measure.name]
@@ -382,7 +377,7 @@ class _HeadOfReads:
 class _Sequence:
     """The newest n values of a window: read from events, which are fewer than the lists that blocks hold of them."""
 
-    def __init__(self, source: _Source, measure: Measure):
+    def __init__(self, source: Source, measure: Measure):
         self._measure, self._keys = measure, source.group.keys
         rows = source.events(
             [f"cast(({measure.of}) as varchar) as value"],
@@ -414,14 +409,6 @@ class _Sequence:
 
 def _numbers(rows: pa.Table, column: str) -> np.ndarray:
     return rows[column].to_numpy().astype(np.int64, copy=False)
-
-
-def _matrix(rows: pa.Table, columns: Sequence[str]) -> np.ndarray:
-    """int64 [R, C]."""
-    matrix = np.empty((rows.num_rows, len(columns)), np.int64)
-    for at, column in enumerate(columns):
-        matrix[:, at] = _numbers(rows, column)
-    return matrix
 
 
 def _values(rows: pa.Table, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
