@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from serving.hydrate import UserFeatures, hydrate_user
 from serving.world import World
 from streaming_sql.online_store import StoreView
+from warehouse.time_algebra import GRACE_US
 
 LAST_CLICKS = "user_last_clicks_30d"
+CLOCK_BEHIND = "clock_behind_the_log"
 
 
 @dataclass
@@ -54,10 +56,17 @@ class Request:
 
 
 def begin(world: World, user_id: str, feed_type: str = "EXPLORE", surface: str | None = None) -> Request:
-    """Fixes t, T and K and reads the reader's own features. A reader never met is a cold start, not an error."""
-    steps, t_us = Steps(), world.clock.now_us()
+    """Fixes t, T and K and reads the reader's own features. A reader never met is a cold start, not an error.
+
+    t never lies before the instant at which the view's tick may first be read: a clock that was set back must not empty a feed.
+    """
+    steps = Steps()
     with steps.timed("hydrate_user"):
-        view = world.store.view(at_us=t_us)
+        view = world.store.view()
+        now_us = world.clock.now_us()
+        t_us = max(now_us, view.tick_us + GRACE_US)
+        if t_us > now_us:
+            steps.degraded.append(CLOCK_BEHIND)
         user = hydrate_user(view, world.groups, user_id, t_us)
         history = [*world.readers.history_before_the_log(user_id), *user.sequences.get(LAST_CLICKS, [])]
     return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps)

@@ -1,12 +1,15 @@
 """The feed through HTTP: its shape, where notes come from, and what a reader's own events change."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 
+from serving.request import CLOCK_BEHIND, begin
 from serving.retrieve import GENERATORS
 from tests.serving.hand_made import NOT_YET
-from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, SECOND_US
+from warehouse.clock import ManualClock
+from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, HOUR_US, SECOND_US
 
 NOTE_FIELDS = {
     "position", "noteId", "authorId", "topic", "impressionId", "source", "sources",
@@ -177,6 +180,15 @@ def test_one_request_has_one_tick_and_one_position(server, readers):
     answer = server.feed(readers[0])
     told = server.explain(answer["requestId"])
     assert (told["featureWatermark"], told["knownPosition"]) == (answer["featureWatermark"], answer["knownPosition"])
+
+
+def test_a_clock_that_was_set_back_does_not_empty_the_feed(server, readers):
+    world = server.engine.world
+    tick_us = world.store.view().tick_us
+    request = begin(dataclasses.replace(world, clock=ManualClock(tick_us - HOUR_US)), readers[0])
+    assert (request.view.tick_us, request.t_us) == (tick_us, tick_us + GRACE_US)
+    assert request.steps.degraded == [CLOCK_BEHIND]
+    assert begin(world, readers[0]).steps.degraded == []
 
 
 def test_when_all_notes_are_seen_the_page_is_filled_again_and_says_so(server, clock):
