@@ -50,9 +50,7 @@ def test_the_demo_ends_well_and_every_served_value_agrees_with_the_lake(first, c
     assert re.search(r"note_num_clicks_1h of note \S+, at the next tick: \S+ → \S+", finished.stdout)
     parity = check_parity(Lake.open(Home(home)))
     with capsys.disabled():
-        print(
-            f"\nparity: {parity.num_equal_vectors} of {parity.num_vectors} vectors, {parity.num_equal_values} of {parity.num_values} values"
-        )
+        print(f"\n{parity.as_text()}")
     assert parity.num_vectors >= LEAST_VECTORS
     assert parity.num_equal_values == parity.num_values
 
