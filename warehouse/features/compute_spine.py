@@ -153,12 +153,10 @@ def spool_csv(path: Path, keys: Sequence[str], times: Sequence[str], into: Path)
     with duckdb.connect() as connection:
         connection.execute("set TimeZone = 'UTC'")
         try:
-            header = [
-                row[0]
-                for row in connection.execute(f"describe select * from read_csv({quoted(str(path))}, header = true)").fetchall()
-            ]
-            present = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in (*keys, *times) if column in header)
-            source = f"read_csv({quoted(str(path))}, header = true, sample_size = -1, types = {{{present}}})"
+            as_read = f"read_csv({quoted(str(path))}, header = true, delim = ',', quote = '\"', escape = '\"', sample_size = -1"
+            header = [row[0] for row in connection.execute(f"describe select * from {as_read})").fetchall()]
+            texts = [f"{quoted(column)}: 'VARCHAR'" for column in (*keys, *times) if column in header]
+            source = as_read + (f", types = {{{', '.join(texts)}}})" if texts else ")")
             items = [f"{_quoted_name(c)}::timestamptz as {_quoted_name(c)}" if c in times else _quoted_name(c) for c in header]
             for column in (column for column in times if column in header):
                 bad = connection.execute(

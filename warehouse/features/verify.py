@@ -8,7 +8,7 @@ conditions are met, missed and met by NULL. Nothing of the lake is read or writt
 import argparse
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
@@ -132,7 +132,7 @@ def verify(
     """Adds one seed's comparisons to the verdicts; yields the name of each group as it is done."""
     random = Random(seed)
     ours = {name: group for name, group in groups.items() if group.events == STAGED}
-    rows = generated_events(random, ours.values(), num_events)
+    rows = generated_events(random, list(ours.values()), num_events)
     with duckdb.connect() as connection:
         connection.execute("set TimeZone = 'UTC'")
         connection.register("generated", _as_table(rows))
@@ -242,7 +242,7 @@ def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> lis
     return [row for row in rows if row["event_id"] in ids]
 
 
-def generated_events(random: Random, groups: Iterable[FeatureGroup], number: int) -> list[dict[str, Any]]:
+def generated_events(random: Random, groups: Collection[FeatureGroup], number: int) -> list[dict[str, Any]]:
     """Rows of `lake.events` with times in microseconds, in order of landing, and the typed columns that expressions read."""
     pools = _pools(groups)
     typed = [column for column in pools if column not in EVENTS_SCHEMA.names]
@@ -276,33 +276,24 @@ def generated_events(random: Random, groups: Iterable[FeatureGroup], number: int
     return rows
 
 
-def _pools(groups: Iterable[FeatureGroup]) -> dict[str, list[Any]]:
-    """Values per column: ids for keys and other text, what expressions compare a column with, its neighbours, and NULL."""
-    found: dict[str, list[Any]] = {
-        "event_type": [],
-        "user_id": [*IDS, None],
-        "note_id": [*IDS, None],
-        "author_id": [*IDS, None],
-    }
-    for group in groups:
-        found |= {key: [*IDS, None] for key in group.keys if key not in found}
-        for measure in group.measures:
-            for text in filter(None, (measure.where, measure.of)):
-                tree = sqlglot.parse_one(text, dialect="duckdb")
-                literals = [node for node in tree.find_all(exp.Literal)]
-                for column in tree.find_all(exp.Column):
-                    pool = found.setdefault(column.name, [])
-                    near = _compared_with(column) or ([] if column.name in EVENTS_SCHEMA.names else literals)
-                    pool += [value for literal in near for value in _around(literal)]
-    for column, pool in found.items():
-        if column in EVENTS_SCHEMA.names:
-            pool += [] if pool and column != "event_type" else ["other", *([] if column == "event_type" else [*IDS, None])]
-        else:
-            pool += [None, -3, 0, 1, 2, 5, 2**52]
-        found[column] = [
-            value for value in dict.fromkeys(pool) if column not in EVENTS_SCHEMA.names or not isinstance(value, int)
-        ]
-    return found
+def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
+    """Values per column: ids for keys, what expressions compare a column with and its neighbours, others, and NULL."""
+    keys = {key for group in groups for key in group.keys} | {"user_id", "note_id", "author_id"}
+    compared: dict[str, list[Any]] = {"event_type": [], **{key: list(IDS) for key in sorted(keys)}}
+    for text in (text for group in groups for m in group.measures for text in (m.where, m.of) if text):
+        for column in sqlglot.parse_one(text, dialect="duckdb").find_all(exp.Column):
+            pool = compared.setdefault(column.name, [])
+            pool += [value for literal in _compared_with(column) for value in _around(literal)]
+    pools = {}
+    for name, values_near in compared.items():
+        if name == "event_type":  # never NULL
+            others: list[Any] = ["other"]
+        elif name in EVENTS_SCHEMA.names:
+            others = ["other", None]
+        else:  # an integer out of `properties`
+            others = [None, -3, 0, 1, 2, 5, 2**52]
+        pools[name] = list(dict.fromkeys([*values_near, *others]))
+    return pools
 
 
 def _compared_with(column: exp.Column) -> list[exp.Literal]:
