@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import compute_cli, render, verify
 from warehouse.features.compute import compute
 from warehouse.features.compute_engine import SHADOWED, Relations
-from warehouse.features.declarations import load_groups
-from warehouse.home import Home
+from warehouse.features.declarations import AGGREGATIONS, ALLOWED_FUNCTIONS, Measure, load_groups
+from warehouse.home import REPOSITORY, Home
 from warehouse.lake import BUILT_UNTIL, Lake
 
 TEN = datetime(2026, 1, 1, 10, tzinfo=UTC)
@@ -337,6 +339,17 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(folder, tmp_pa
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
+def test_the_guide_names_every_aggregation_setting_and_function():
+    guide = (REPOSITORY / "docs" / "features.md").read_text()
+    for aggregation in AGGREGATIONS:
+        assert re.search(rf"^\| (\w+, )*{aggregation}(, \w+)* \|", guide, re.MULTILINE), aggregation
+    settings = [field.name for field in fields(Measure)]
+    for name in (*settings, "entity", "events", "keys", "derived"):
+        assert f"`{name}`" in guide, name
+    for function in ALLOWED_FUNCTIONS.split():
+        assert re.search(rf"[` ]{re.escape(function)}[` ]", guide), function
+
+
 def test_a_lake_that_is_not_built_is_refused(lake):
     with pytest.raises(HeadraceError, match=r"the lake has no features\.note_engagement yet; run `dbt build` first"):
         compute(lake, spine(("n1", at(10))))
@@ -378,8 +391,6 @@ def test_verify_finds_a_planted_fault(capsys, monkeypatch, name, plant):
 
 
 def test_verify_says_which_group_it_cannot_verify(monkeypatch):
-    from dataclasses import replace
-
     groups = load_groups()
     groups["note_engagement"] = replace(groups["note_engagement"], events="stg_explore")
     verdicts = {name: verify.Verdict(name) for name in groups}
