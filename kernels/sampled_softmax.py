@@ -33,8 +33,11 @@ def _logits(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = log_q_positive.dtype
     of_positive = (query.to(wide) * positive.to(wide)).sum(1) / temperature - log_q_positive
-    of_negative = (query @ negative.T).to(wide) / temperature - log_q_negative
-    return of_positive, of_negative.masked_fill(positive_id[:, None] == negative_id, -torch.inf)
+    if query.dtype == wide:  # one pass over the logits in place of three
+        of_negative = torch.addmm(-log_q_negative, query, negative.T, alpha=1 / temperature)
+    else:
+        of_negative = (query @ negative.T).to(wide) / temperature - log_q_negative
+    return of_positive, of_negative.masked_fill_(positive_id[:, None] == negative_id, -torch.inf)
 
 
 def sampled_softmax_reference(

@@ -4,7 +4,8 @@
     y        = norm1(x + attended @ out_weight.T + out_bias)
     out      = norm2(y + relu(y @ ff1_weight.T + ff1_bias) @ ff2_weight.T + ff2_bias)
 
-which is nn.TransformerEncoderLayer (post-norm, relu, no dropout). Masks are computed from lengths, never read. Three forms:
+which is nn.TransformerEncoderLayer (post-norm, relu, no dropout). With `norm_first` the norms stand before the attention and the
+feed-forward instead; gelu may take the place of relu. Masks are computed from lengths, never read. Three forms:
 
     fusion none    tokens attend to the tokens of their own sequence                      -> [U, S, D]
     fusion early   each candidate gets its user's sequence, every token extended by it    -> [B, S, D], D = E + C
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
 from kernels.ahead_of_time import Case
 from kernels.autograd import recompute_backward
@@ -35,7 +36,7 @@ from kernels.checks import check_indices, check_same_device, check_tensor
 if TYPE_CHECKING:
     import triton.language as tl
 
-FUSIONS, ATTENTIONS = ("none", "early", "late"), ("softmax", "silu")
+FUSIONS, ATTENTIONS, ACTIVATIONS = ("none", "early", "late"), ("softmax", "silu"), ("relu", "gelu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM_EPSILON = 1e-5
 WIDEST_LAYER, WIDEST_HEAD = 128, 64
@@ -75,7 +76,7 @@ def sequence_block_reference(
     tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
     in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
     ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
-    num_heads: int, fusion: str, causal: bool, attention: str,
+    num_heads: int, fusion: str, causal: bool, attention: str, norm_first: bool = False, activation: str = "relu",
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch, any device and floating type."""
     D = in_weight.shape[1]
@@ -90,17 +91,23 @@ def sequence_block_reference(
     def heads(x: Tensor) -> Tensor:  # [rows, positions, D] -> [rows, heads, positions, D / heads]
         return x.unflatten(2, (num_heads, D // num_heads)).transpose(1, 2)
 
+    def norm1(x: Tensor) -> Tensor:
+        return layer_norm(x, (D,), norm1_weight, norm1_bias, NORM_EPSILON)
+
+    def norm2(x: Tensor) -> Tensor:
+        return layer_norm(x, (D,), norm2_weight, norm2_bias, NORM_EPSILON)
+
     if fusion == "late":
         assert candidates is not None
         assert user_of_candidate is not None
         x = candidates[None] if one_user else candidates[:, None]
-        query = linear(x, in_weight[:D], in_bias[:D])
-        key, value = linear(tokens, in_weight[D:], in_bias[D:]).chunk(2, dim=2)
+        query = linear(norm1(x) if norm_first else x, in_weight[:D], in_bias[:D])
+        key, value = linear(norm1(tokens) if norm_first else tokens, in_weight[D:], in_bias[D:]).chunk(2, dim=2)
         if not one_user:
             key, value, lengths = key[user_of_candidate], value[user_of_candidate], lengths[user_of_candidate]
     else:
         x = tokens
-        query, key, value = linear(x, in_weight, in_bias).chunk(3, dim=2)
+        query, key, value = linear(norm1(x) if norm_first else x, in_weight, in_bias).chunk(3, dim=2)
     query, key, value = heads(query), heads(key), heads(value)
 
     position = torch.arange(S, device=tokens.device)
@@ -116,9 +123,12 @@ def sequence_block_reference(
         empty = (lengths <= 0)[:, None, None, None]
         attended = scaled_dot_product_attention(query, key, value, attn_mask=allowed | empty).masked_fill(empty, 0)
     attended = attended.transpose(1, 2).flatten(2)
-    y = layer_norm(x + linear(attended, out_weight, out_bias), (D,), norm1_weight, norm1_bias, NORM_EPSILON)
-    hidden = linear(y, ff1_weight, ff1_bias).relu_()
-    out = layer_norm(y + linear(hidden, ff2_weight, ff2_bias), (D,), norm2_weight, norm2_bias, NORM_EPSILON)
+    y = x + linear(attended, out_weight, out_bias)
+    y = y if norm_first else norm1(y)
+    hidden = linear(norm2(y) if norm_first else y, ff1_weight, ff1_bias)
+    hidden = gelu(hidden) if activation == "gelu" else hidden.relu_()
+    out = y + linear(hidden, ff2_weight, ff2_bias)
+    out = out if norm_first else norm2(out)
     if fusion == "late":
         return out.reshape(-1, D)
     return out.masked_fill(~inside[:, 0, 0, :, None], 0)
@@ -158,7 +168,8 @@ def _sequence_block_kernel(
     ff1_weight_ptr, ff1_bias_ptr, ff2_weight_ptr, ff2_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, out_ptr,
     U, S, B, scale,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
-    EARLY: tl.constexpr, LATE: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr, EPSILON: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
+    NORM_FIRST: tl.constexpr, GELU: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +197,10 @@ def _sequence_block_kernel(
         past_user = tl.minimum(user + 1, U)
         x = _tokens(tokens_ptr, candidates_ptr, user, b, tl.where(first_user < past_user, m, S), S, E, D, BLOCK_D, EARLY)
 
-    y = x.to(tl.float32) + tl.load(out_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    y = x.to(tl.float32)
+    if NORM_FIRST:
+        x = _layer_norm(y, norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON).to(dtype)
+    y += tl.load(out_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     for head in range(HEADS):
         h = tl.arange(0, BLOCK_H)
         in_h = h < HEAD
@@ -212,6 +226,8 @@ def _sequence_block_kernel(
             for first_n in range(0, past_n, BLOCK_N):
                 n = first_n + tl.arange(0, BLOCK_N)
                 xn = _tokens(tokens_ptr, candidates_ptr, u, b, n, S, E, D, BLOCK_D, EARLY)
+                if NORM_FIRST:
+                    xn = _layer_norm(xn.to(tl.float32), norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON).to(dtype)
                 k = (tl.dot(xn, key_weight, input_precision=PRECISION) + key_bias[None, :]).to(dtype)
                 v = (tl.dot(xn, value_weight, input_precision=PRECISION) + value_bias[None, :]).to(dtype)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -236,8 +252,11 @@ def _sequence_block_kernel(
         weight = tl.load(out_weight_ptr + d[None, :] * D + column[:, None], mask=in_d[None, :] & in_h[:, None], other=0.0)
         y = tl.dot(attended.to(dtype), weight, y, input_precision=PRECISION)
 
-    y = _layer_norm(y, norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON)
-    narrow = y.to(dtype)
+    if NORM_FIRST:
+        narrow = _layer_norm(y, norm2_weight_ptr, norm2_bias_ptr, D, BLOCK_D, EPSILON).to(dtype)
+    else:
+        y = _layer_norm(y, norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON)
+        narrow = y.to(dtype)
     y += tl.load(ff2_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     for first_f in range(0, F, BLOCK_F):
         f = first_f + tl.arange(0, BLOCK_F)
@@ -245,10 +264,14 @@ def _sequence_block_kernel(
         weight = tl.load(ff1_weight_ptr + f[None, :] * D + d[:, None], mask=in_f[None, :] & in_d[:, None], other=0.0)
         hidden = tl.dot(narrow, weight, input_precision=PRECISION)
         hidden += tl.load(ff1_bias_ptr + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
-        hidden = tl.maximum(hidden, 0.0).to(dtype)
+        if GELU:
+            hidden = (hidden * (0.5 + 0.5 * tl.erf(hidden * 0.7071067811865476))).to(dtype)
+        else:
+            hidden = tl.maximum(hidden, 0.0).to(dtype)
         weight = tl.load(ff2_weight_ptr + d[None, :] * F + f[:, None], mask=in_d[None, :] & in_f[:, None], other=0.0)
         y = tl.dot(hidden, weight, y, input_precision=PRECISION)
-    y = _layer_norm(y, norm2_weight_ptr, norm2_bias_ptr, D, BLOCK_D, EPSILON)
+    if not NORM_FIRST:
+        y = _layer_norm(y, norm2_weight_ptr, norm2_bias_ptr, D, BLOCK_D, EPSILON)
 
     if LATE:
         tile_ptr = out_ptr + b * BLOCK_M * D
@@ -261,13 +284,15 @@ def _sequence_block_kernel(
 
 
 def configuration(
-    E: int, D: int, F: int, num_heads: int, fusion: str, causal: bool, attention: str, capability: int
-) -> dict[str, object]:
+    E: int, D: int, F: int, num_heads: int, fusion: str, causal: bool, attention: str, capability: int,
+    norm_first: bool = False, activation: str = "relu",
+) -> dict[str, object]:  # fmt: skip
     """Tiles for one layer. Hopper's tensor cores want 64 rows; before it weights sit in registers, which leaves room for 32."""
     block_m, widest_f = (64, 64) if capability >= 90 else (32, 16)
     return {
         "E": E, "D": D, "F": F, "HEADS": num_heads, "HEAD": D // num_heads, "EPSILON": NORM_EPSILON,
         "EARLY": fusion == "early", "LATE": fusion == "late", "CAUSAL": causal, "SOFTMAX": attention == "softmax",
+        "NORM_FIRST": norm_first, "GELU": activation == "gelu",
         "BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_D": max(16, next_power_of_2(D)),
         "BLOCK_H": max(16, next_power_of_2(D // num_heads)), "BLOCK_F": max(16, min(widest_f, next_power_of_2(F))),
         "PRECISION": "ieee", "num_warps": 8, "num_stages": 1,
@@ -283,19 +308,23 @@ def shipped(capability: int) -> list[Case]:
     """Configurations to compile ahead of time: small layers, and the widest of each fusion and attention."""
     types = {name: "*bf16" for name, kind in _sequence_block_kernel.parameters.items() if kind == "pointer"}
     types |= {"lengths_ptr": "*i64", "user_of_candidate_ptr": "*i64", "scale": "fp32"}
+    post_norm, pre_norm = (False, "relu"), (True, "gelu")
     return [
         Case(
-            f"{fusion} E{E} D{D} F{F} heads {heads} {attention}{' causal' if causal else ''}", _sequence_block_kernel, types,
-            configuration(E, D, F, heads, fusion, causal, attention, capability), uses_tensor_cores=True,
+            f"{fusion} E{E} D{D} F{F} heads {heads} {attention}{' causal' if causal else ''}{' pre-norm' if form[0] else ''}",
+            _sequence_block_kernel, types,
+            configuration(E, D, F, heads, fusion, causal, attention, capability, *form), uses_tensor_cores=True,
         )
-        for E, D, F, heads, fusion, causal, attention in (
-            (64, 64, 128, 2, "none", True, "softmax"),
-            (64, 64, 128, 2, "late", False, "softmax"),
-            (32, 64, 32, 1, "early", False, "softmax"),
-            (128, 128, 512, 2, "none", False, "softmax"),
-            (128, 128, 512, 4, "none", True, "silu"),
-            (64, 128, 512, 2, "early", True, "softmax"),
-            (128, 128, 512, 2, "late", False, "silu"),
+        for E, D, F, heads, fusion, causal, attention, form in (
+            (64, 64, 128, 2, "none", True, "softmax", post_norm),
+            (64, 64, 128, 2, "late", False, "softmax", post_norm),
+            (32, 64, 32, 1, "early", False, "softmax", post_norm),
+            (128, 128, 512, 2, "none", False, "softmax", post_norm),
+            (128, 128, 512, 4, "none", True, "silu", post_norm),
+            (64, 128, 512, 2, "early", True, "softmax", post_norm),
+            (128, 128, 512, 2, "late", False, "silu", post_norm),
+            (24, 24, 48, 2, "none", False, "softmax", pre_norm),
+            (128, 128, 512, 2, "none", False, "softmax", pre_norm),
         )
     ]  # fmt: skip
 
@@ -303,6 +332,7 @@ def shipped(capability: int) -> list[Case]:
 def launch(
     tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None, weights: BlockWeights,
     num_heads: int, fusion: str, causal: bool, attention: str, out: Tensor, capability: int,
+    norm_first: bool = False, activation: str = "relu",
 ) -> None:  # fmt: skip
     """The Triton kernel into `out`. Contiguous tensors; nothing is checked here."""
     U, S, E = tokens.shape
@@ -310,7 +340,7 @@ def launch(
     B = 0 if candidates is None else candidates.shape[0]
     if out.numel() == 0:
         return
-    config = configuration(E, D, F, num_heads, fusion, causal, attention, capability)
+    config = configuration(E, D, F, num_heads, fusion, causal, attention, capability, norm_first, activation)
     tile = config["BLOCK_M"]
     assert isinstance(tile, int)
     grid = (ceil_div(B, tile), 1) if fusion == "late" else (out.shape[0], ceil_div(S, tile))
@@ -327,7 +357,7 @@ def _run(
     tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
     in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
     ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
-    num_heads: int, fusion: str, causal: bool, attention: str,
+    num_heads: int, fusion: str, causal: bool, attention: str, norm_first: bool = False, activation: str = "relu",
 ) -> Tensor:  # fmt: skip
     if debug() or not tokens.is_cuda:
         check_indices("lengths", lengths, 0, tokens.shape[1] + 1)
@@ -337,15 +367,16 @@ def _run(
         in_weight, in_bias, out_weight, out_bias, norm1_weight, norm1_bias,
         ff1_weight, ff1_bias, ff2_weight, ff2_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
+    form = norm_first, activation
     if not kernel_fits(tokens.dtype, out_bias.shape[0], num_heads) or not use_triton(tokens):
         return sequence_block_reference(
-            tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention
+            tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention, *form
         )
     out = tokens.new_empty(_out_shape(tokens, candidates, in_weight, fusion))
     launch(
         tokens.contiguous(), lengths.contiguous(), None if candidates is None else candidates.contiguous(),
         None if user_of_candidate is None else user_of_candidate.contiguous(), BlockWeights(*(w.contiguous() for w in weights)),
-        num_heads, fusion, causal, attention, out, capability_of(tokens),
+        num_heads, fusion, causal, attention, out, capability_of(tokens), *form,
     )  # fmt: skip
     return out
 
@@ -366,7 +397,7 @@ def _(
     tokens: Tensor, lengths: Tensor, candidates: Tensor | None, user_of_candidate: Tensor | None,
     in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
     ff1_weight: Tensor, ff1_bias: Tensor, ff2_weight: Tensor, ff2_bias: Tensor, norm2_weight: Tensor, norm2_bias: Tensor,
-    num_heads: int, fusion: str, causal: bool, attention: str,
+    num_heads: int, fusion: str, causal: bool, attention: str, norm_first: bool = False, activation: str = "relu",
 ) -> Tensor:  # fmt: skip
     return tokens.new_empty(_out_shape(tokens, candidates, in_weight, fusion))
 
@@ -374,13 +405,16 @@ def _(
 def sequence_block(
     tokens: Tensor, lengths: Tensor, weights: BlockWeights, num_heads: int, *, candidates: Tensor | None = None,
     user_of_candidate: Tensor | None = None, fusion: str = "none", causal: bool = False, attention: str = "softmax",
+    norm_first: bool = False, activation: str = "relu",
 ) -> Tensor:  # fmt: skip
     """One layer over U sequences, or over the sequences of B candidates' users; the module's text has the three shapes.
 
     tokens [U, S, E], lengths i64 [U] in 0 .. S: positions from a sequence's length on are never attended to, and zero in the
     result. candidates [B, C] with user_of_candidate i64 [B], rows of `tokens`, for early (E + C = D) and late (E = C = D)
     fusion; on a GPU late fusion is fast when candidates of one user stand together. `causal`: a position attends to itself and
-    to those before it; not with late fusion. attention "softmax" or "silu". An empty sequence contributes nothing.
+    to those before it; not with late fusion. attention "softmax" or "silu". norm_first: the norms stand before the attention, of
+    candidates and tokens alike, and before the feed-forward. activation "relu" or "gelu" (exact). An empty sequence contributes
+    nothing.
 
     All floating tensors share one type: fp32, bf16, fp16 or fp64. The kernel takes bf16 and fp16 up to D = 128 with heads of at
     most 64; all else takes the reference. Differentiable; a gradient through the kernel computes the reference again.
@@ -392,6 +426,8 @@ def sequence_block(
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if causal and fusion == "late":
         raise ValueError("causal has no meaning with late fusion: a candidate has no position")
     check_tensor("tokens", tokens, FLOATS, ("U", "S", "E"))
@@ -421,5 +457,6 @@ def sequence_block(
     check_same_device(
         tokens=tokens, lengths=lengths, candidates=candidates, user_of_candidate=user_of_candidate, **weights._asdict()
     )
-    arguments = (tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention)
+    form = causal, attention, norm_first, activation
+    arguments = (tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, *form)
     return (_run if eager(*arguments) else _operator)(*arguments)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.l1_score import l1_score
+from kernels.multitask_bce import multitask_bce
 from models_ml import bundle
 from models_ml.examples import Examples, distinct
 from models_ml.features import FeatureInputs
@@ -50,9 +52,22 @@ class L1Network(nn.Module):
         self.last = nn.Linear(config.hidden, len(config.head_weights))
 
     def forward(self, user_BU: Tensor, surface_B: Tensor, note_BCI: Tensor) -> Tensor:
-        user_half_BH = self.first_user(torch.cat([self.user_inputs(user_BU), self.surface(surface_B)], dim=1))
+        user_half_BH = self.first_user(self.request(user_BU, surface_B))
         hidden_BCH = F.relu(self.first_note(self.note_inputs(note_BCI)) + user_half_BH[:, None, :])
         return self.last(F.relu(self.second(hidden_BCH)))
+
+    def request(self, user_BU: Tensor, surface_B: Tensor) -> Tensor:
+        """What the first layer takes of each request."""
+        return torch.cat([self.user_inputs(user_BU), self.surface(surface_B)], dim=1)
+
+    def utility(self, weights_T: Tensor, user_1U: Tensor, surface_1: Tensor, note_NI: Tensor) -> Tensor:
+        """float32 [N]: one request's candidates through the fused ranker; the weighted sum of the heads' probabilities."""
+        place_N = surface_1.new_zeros(len(note_NI))
+        first, second, last = self.first_user, self.second, self.last
+        return l1_score(
+            self.request(user_1U, surface_1), self.note_inputs(note_NI), place_N,
+            first.weight, self.first_note.weight, first.bias, second.weight, second.bias, last.weight, last.bias, weights_T,
+        )[0]  # fmt: skip
 
 
 def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[int, int], None]) -> "L1":
@@ -64,6 +79,7 @@ def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[i
     user_RU, note_RI = torch.from_numpy(user_values.astype(np.float32)), torch.from_numpy(note_values.astype(np.float32))
     surface_R = torch.from_numpy(surface_codes)
     labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head, _ in config.head_weights]))
+    weight_T = torch.full((labels_RT.shape[1],), 1 / labels_RT.shape[1])
     with seeded(seed) as generator:
         network = L1Network(config, examples.user_features, examples.note_features, len(surfaces))
         network.user_inputs.fit(user_values[train_rows])
@@ -77,7 +93,7 @@ def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[i
             order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
             for rows in order.split(config.batch_size):
                 logits_BT = network(user_RU[rows], surface_R[rows], note_RI[rows, None]).squeeze(1)
-                loss = F.binary_cross_entropy_with_logits(logits_BT, labels_RT[rows])
+                loss = multitask_bce(logits_BT, labels_RT[rows], weight_T)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -97,15 +113,15 @@ def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[i
 class L1:
     """Serving side; read-only after construction, safe for threads.
 
-    user_features, note_features: the names, in order, of what `score` takes.
+    user_features, note_features: the names, in order, of what `score` takes. weights_T: of the heads, adding up to 1.
     """
 
     def __init__(self, network: L1Network, settings: dict):
         self.network, self.settings = network.eval(), settings
         self.user_features, self.note_features = tuple(settings["user_features"]), tuple(settings["note_features"])
         self.heads = tuple(head for head, _ in settings["config"]["head_weights"])
-        self._weights_T = torch.tensor([weight for _, weight in settings["config"]["head_weights"]])
-        self._weights_T = self._weights_T / self._weights_T.sum()
+        weights_T = torch.tensor([weight for _, weight in settings["config"]["head_weights"]])
+        self.weights_T = weights_T / weights_T.sum()
         self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
 
@@ -118,8 +134,11 @@ class L1:
         shapes.
         """
         user_1U, note_1NI = check_shapes(NAME, user, notes, self.user_features, self.note_features)
-        place = self._surface_of.get(surface or "", self._default_surface)
-        return (torch.sigmoid(self.network(user_1U, torch.tensor([place]), note_1NI)[0]) @ self._weights_T).numpy()
+        return self.network.utility(self.weights_T, user_1U, torch.tensor([self.code_of_surface(surface)]), note_1NI[0]).numpy()
+
+    def code_of_surface(self, surface: str | None) -> int:
+        """Its row in the embedding; None and the unknown have that of the surface seen most in training."""
+        return self._surface_of.get(surface or "", self._default_surface)
 
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:

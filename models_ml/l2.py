@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.multitask_bce import multitask_bce
+from kernels.sequence_block import BlockWeights, sequence_block
 from models_ml import bundle
 from models_ml.attributes import AttributeInputs
 from models_ml.examples import Examples, distinct
@@ -121,6 +123,18 @@ class HistoryLayer(nn.Module):
         places_BLD = places_BLD + self.out(read.transpose(1, 2).reshape(size_B, length, width))
         return places_BLD + self.network(self.network_norm(places_BLD))
 
+    def infer(self, places_BLD: Tensor, num_there_B: Tensor) -> Tensor:
+        """The same in one operation, for inference. The first `num_there_B` places are the filled ones; zeros come after them."""
+        first, second = self.network[0], self.network[2]
+        weights = BlockWeights(
+            self.query_key_value.weight, self.query_key_value.bias, self.out.weight, self.out.bias,
+            self.attention_norm.weight, self.attention_norm.bias, first.weight, first.bias, second.weight, second.bias,
+            self.network_norm.weight, self.network_norm.bias,
+        )  # fmt: skip
+        inputs_BLD = places_BLD.to(first.weight.dtype)
+        out = sequence_block(inputs_BLD, num_there_B, weights, self.heads, norm_first=True, activation="gelu")
+        return out.to(places_BLD.dtype)
+
 
 class L2Network(nn.Module):
     """`read` a request once, then `logits` of its candidates."""
@@ -148,11 +162,25 @@ class L2Network(nn.Module):
 
     def read(self, user_BU: Tensor, surface_B: Tensor, attributes_BA: Tensor, history_BL: Tensor, table_ND: Tensor) -> Reader:
         """user_BU: raw features. table_ND: `notes.table()`."""
-        is_there_BL = history_BL > 0
-        bias_BL = torch.zeros_like(history_BL, dtype=torch.float32).masked_fill(~is_there_BL, -1e9)
-        places_BLD = F.embedding(history_BL, table_ND) + self.place
-        for layer in self.history_layers:
-            places_BLD = layer(places_BLD, bias_BL)
+        return self.read_places(user_BU, surface_B, attributes_BA, history_BL > 0, F.embedding(history_BL, table_ND))
+
+    def read_places(
+        self, user_BU: Tensor, surface_B: Tensor, attributes_BA: Tensor, is_there_BL: Tensor, note_BLD: Tensor
+    ) -> Reader:
+        """`read` of a history whose notes have been looked up. Outside training the filled places come first in the answer."""
+        places_BLD = note_BLD + self.place
+        if self.training:
+            bias_BL = torch.zeros_like(is_there_BL, dtype=torch.float32).masked_fill(~is_there_BL, -1e9)
+            for layer in self.history_layers:
+                places_BLD = layer(places_BLD, bias_BL)
+        else:
+            # A place is known by its embedding, not by where it stands, so the filled ones may close ranks.
+            order_BL = (~is_there_BL).to(torch.uint8).argsort(dim=1, stable=True)
+            is_there_BL = is_there_BL.gather(1, order_BL)
+            places_BLD = places_BLD.gather(1, order_BL[:, :, None].expand_as(places_BLD))
+            num_there_B = is_there_BL.sum(1)
+            for layer in self.history_layers:
+                places_BLD = layer.infer(places_BLD, num_there_B)
         places_BLD = self.history_norm(places_BLD)
         values_BLD = self.value(places_BLD)
         filled_BL1 = is_there_BL.unsqueeze(-1)
@@ -173,8 +201,11 @@ class L2Network(nn.Module):
 
     def logits(self, reader: Reader, note_BC: Tensor, note_BCI: Tensor, table_ND: Tensor) -> Tensor:
         """float32 [K, B, C, T]. note_BC: codes; note_BCI: raw features."""
-        size_B, size_C = note_BC.shape
-        note_BCD = F.embedding(note_BC, table_ND)
+        return self.logits_of(reader, F.embedding(note_BC, table_ND), note_BCI)
+
+    def logits_of(self, reader: Reader, note_BCD: Tensor, note_BCI: Tensor) -> Tensor:
+        """`logits` of notes that have been looked up."""
+        size_B, size_C = note_BCD.shape[:2]
         match_BCL = self.query(note_BCD) @ reader.keys_BLD.transpose(1, 2) / math.sqrt(self.config.width)
         match_BCL = match_BCL.masked_fill(~reader.is_there_BL[:, None, :], -1e9)
         attention_BCL = torch.softmax(match_BCL, dim=-1) * reader.is_there_BL[:, None, :]
@@ -242,6 +273,7 @@ def train(examples: Examples, config: L2Config, seed: int, progress: Callable[[i
         network.note_inputs.fit(examples.columns(shape.note_features)[train_rows])
         inputs = inputs_of(examples, shape, config.history_length)
         labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head in config.heads]))
+        weight_T = torch.full((labels_RT.shape[1],), 1 / labels_RT.shape[1])
         with torch.no_grad():
             base_rate_T = labels_RT[train_rows].mean(0).clamp(1e-4, 1 - 1e-4)
             network.last_bias_KT.copy_(torch.logit(base_rate_T).expand_as(network.last_bias_KT))
@@ -256,7 +288,8 @@ def train(examples: Examples, config: L2Config, seed: int, progress: Callable[[i
             order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
             for rows in order.split(config.batch_size):
                 logits_KBT = _logits_of_rows(network, inputs, rows, network.notes.table())
-                loss = F.binary_cross_entropy_with_logits(logits_KBT, labels_RT[rows].expand_as(logits_KBT))
+                labels_KBT = labels_RT[rows].expand_as(logits_KBT)
+                loss = multitask_bce(logits_KBT.flatten(0, 1), labels_KBT.flatten(0, 1), weight_T)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -282,7 +315,8 @@ def _optimizer(network: L2Network, config: L2Config) -> torch.optim.Optimizer:
 class L2:
     """Serving side; read-only after construction, safe for threads.
 
-    user_features, note_features: the names, in order, of what `score` takes. heads: what it answers.
+    user_features, note_features: the names, in order, of what `score` takes. heads: what it answers. table_ND: float32 [N + 1,
+    D], the notes' embeddings in the order of `shape.words.note_ids`; row 0, of an unknown note, is zeros.
     """
 
     def __init__(self, network: L2Network, settings: dict):
@@ -297,7 +331,7 @@ class L2:
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
         self._attributes = AttributeInputs(shape.attributes)
         with torch.inference_mode():
-            self._table_ND = network.notes.table()
+            self.table_ND = network.notes.table()
 
     @torch.inference_mode()
     def score(
@@ -322,19 +356,26 @@ class L2:
             raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {note_1NI.shape[1]}")
         codes = [self._code_of.get(note_id, 0) for note_id in history_note_ids[-self.history_length :]][::-1]
         history_1L = torch.tensor([codes + [0] * (self.history_length - len(codes))], dtype=torch.int64)
-        place = self._surface_of.get(surface or "", self._default_surface)
-        attributes_1A = torch.from_numpy(self._attributes.encode([user_attributes]))
-        reader = self.network.read(user_1U, torch.tensor([place]), attributes_1A, history_1L, self._table_ND)
+        surface_1, attributes_A = torch.tensor([self.code_of_surface(surface)]), self.encoded_attributes(user_attributes)
+        reader = self.network.read(user_1U, surface_1, torch.from_numpy(attributes_A)[None], history_1L, self.table_ND)
         note_1N = torch.tensor([[self._code_of.get(note_id, 0) for note_id in note_ids]], dtype=torch.int64)
-        logits_KNT = self.network.logits(reader, note_1N, note_1NI, self._table_ND)[:, 0]
+        logits_KNT = self.network.logits(reader, note_1N, note_1NI, self.table_ND)[:, 0]
         return self._by_head(logits_KNT)
+
+    def code_of_surface(self, surface: str | None) -> int:
+        """Its row in the embedding; None and the unknown have that of the surface seen most in training."""
+        return self._surface_of.get(surface or "", self._default_surface)
+
+    def encoded_attributes(self, attributes: str | None) -> np.ndarray:
+        """float32 [A] of 0 and 1, from the JSON of `lake.users.attributes`."""
+        return self._attributes.encode([attributes])[0]
 
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Head -> float32 [len(rows)]: the export's rows, each as a request with one candidate."""
         inputs = inputs_of(examples, self.shape, self.history_length)
         parts = [
-            _logits_of_rows(self.network, inputs, some, self._table_ND) for some in torch.from_numpy(rows).split(batch_size)
+            _logits_of_rows(self.network, inputs, some, self.table_ND) for some in torch.from_numpy(rows).split(batch_size)
         ]
         return self._by_head(torch.cat(parts, dim=1))
 

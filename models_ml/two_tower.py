@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.sampled_softmax import sampled_softmax
 from models_ml import bundle
 from models_ml.examples import Examples, encode
 from models_ml.notes import NoteTower, NoteWords
@@ -47,12 +48,7 @@ def in_batch_softmax_loss(user_BD: Tensor, item_BD: Tensor, item_B: Tensor, log_
     sizes = len(user_BD), len(item_BD), len(item_B), len(log_q_B)
     if len(set(sizes)) != 1:
         raise ValueError(f"user_BD, item_BD, item_B and log_q_B must share one batch size, got {sizes}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    logits_BB = user_BD @ item_BD.T / temperature - log_q_B
-    same_BB = item_B[:, None] == item_B[None, :]
-    same_BB.fill_diagonal_(False)
-    return F.cross_entropy(logits_BB.masked_fill(same_BB, -torch.inf), torch.arange(len(user_BD)))
+    return sampled_softmax(user_BD, item_BD, item_BD, log_q_B, log_q_B, item_B, item_B, temperature).mean()
 
 
 class TwoTowerNetwork(nn.Module):

@@ -162,7 +162,7 @@ class Engine:
             store=store,
             catalogue=catalogue,
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
-            models=load_models(self.home, groups, catalogue),
+            models=load_models(self.home, groups, catalogue, self.settings.most_candidates),
         )
         self.forward_log = ForwardLog(
             lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
@@ -21,7 +22,8 @@ REMEDY = "run `headrace train all`"
 @dataclass(frozen=True)
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
-    model's vectors, -1 where the catalogue does not know the note."""
+    model's vectors, -1 where the catalogue does not know the note. vectors: those vectors on a GPU, where HEADRACE_DEVICE
+    names one; L1 and L2 are then there too."""
 
     item_to_item: Any
     two_tower: Any
@@ -29,6 +31,7 @@ class Models:
     l2: Any
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
+    vectors: VectorsOnDevice | None = None
 
 
 def missing_models(home: Home) -> list[str]:
@@ -36,8 +39,12 @@ def missing_models(home: Home) -> list[str]:
     return [f"model {name} is not published; {REMEDY}" for name in NAMES if not (home.models / name / "production").exists()]
 
 
-def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue) -> Models:
-    """The production versions. Raises HeadraceError if one is missing, damaged, or reads features that are not served."""
+def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int) -> Models:
+    """The production versions, on the device that HEADRACE_DEVICE names. most_candidates: of one request, on a GPU.
+
+    Raises HeadraceError if one is missing, damaged, or reads features that are not served, or if there is no such device.
+    """
+    device = device_from_env()
     registry = Registry(home.models)
     loaded, versions = {}, {}
     for name in NAMES:
@@ -60,4 +67,5 @@ def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catal
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
     rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
-    return Models(**loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64))
+    loaded, vectors = moved(loaded, device, most_candidates)
+    return Models(**loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), vectors=vectors)

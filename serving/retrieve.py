@@ -23,7 +23,7 @@ class Retrieval:
     """All that generators may look at."""
 
     catalogue: Catalogue
-    models: object  # with `.item_to_item` and `.two_tower`, as `serving.models.Models`
+    models: object  # with `.item_to_item`, `.two_tower`, `.rows_of_vectors` and `.vectors`, as `serving.models.Models`
     eligible_N: np.ndarray
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
@@ -84,10 +84,13 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     user_D = tower.user_vector(list(request.history))
     if not user_D.any():  # the model knows none of these notes: every product would be 0
         return np.empty(0, dtype=np.int64)
-    similarity_V = tower.note_vectors @ user_D
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
     usable_V = (rows_V >= 0) & request.eligible_N[rows_V]
-    best = _largest(np.where(usable_V, similarity_V, -np.inf), limit)
+    vectors = request.models.vectors  # type: ignore[attr-defined]
+    if vectors is not None:
+        return rows_V[vectors.best(user_D, usable_V, limit)]
+    # One query on a CPU: a product and a partition take a fifth of the time of `kernels.top_k` there.
+    best = _largest(np.where(usable_V, tower.note_vectors @ user_D, -np.inf), limit)
     return rows_V[best[usable_V[best]]]
 
 

@@ -46,6 +46,11 @@ class Settings:
         if unknown := sorted(set(self.generators) - set(GENERATORS)):
             raise HeadraceError(f"serving settings: {', '.join(unknown)} is no generator; there are {', '.join(GENERATORS)}")
 
+    @property
+    def most_candidates(self) -> int:
+        """Of one request to L1, however it comes."""
+        return max(self.max_candidates, sum(int(limit) for limit in self.generators.values()))
+
     @classmethod
     def load(cls, override: Path | None = None) -> "Settings":
         values = _read(DEFAULTS)

@@ -40,10 +40,10 @@ def mapped(arguments, change):
     return out
 
 
-def reference(arguments, num_heads, causal, attention):
+def reference(arguments, num_heads, causal, attention, form=(False, "relu")):
     return sequence_block_reference(
         arguments["tokens"], arguments["lengths"], arguments.get("candidates"), arguments.get("user_of_candidate"),
-        *arguments["weights"], num_heads, arguments["fusion"], causal, attention,
+        *arguments["weights"], num_heads, arguments["fusion"], causal, attention, *form,
     )  # fmt: skip
 
 
@@ -64,6 +64,22 @@ def test_without_fusion_it_is_pytorchs_own_encoder_layer(causal):
     expected = layer(tokens, src_mask=mask, src_key_padding_mask=padded).masked_fill(padded[:, :, None], 0)
     ours = sequence_block(tokens, lengths, BlockWeights.of(layer), 4, causal=causal)
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_norm_first_is_pytorchs_own_encoder_layer_too(activation):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 24, dropout=0.0, batch_first=True, dtype=torch.float64, norm_first=True, activation=activation
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens, lengths = torch.randn(3, 7, 16, dtype=torch.float64), torch.tensor([7, 3, 1])
+    padded = torch.arange(7) >= lengths[:, None]
+    expected = layer(tokens, src_key_padding_mask=padded).masked_fill(padded[:, :, None], 0)
+    layer.norm_first, layer.activation = False, torch.relu  # the weights are the same whichever way they are used
+    weights = BlockWeights.of(layer)
+    torch.testing.assert_close(sequence_block(tokens, lengths, weights, 4, norm_first=True, activation=activation), expected)
 
 
 def test_early_fusion_equals_sequences_extended_by_hand():
@@ -135,6 +151,19 @@ def test_kernel_is_as_accurate_as_torch(shape, num_heads, causal, attention, dty
     out = sequence_block(**on_device, num_heads=num_heads, causal=causal, attention=attention)
     assert out.dtype == dtype
     assert_as_accurate(out, plain, exact, dtype)
+
+
+@pytest.mark.parametrize("form", [(True, "gelu"), (True, "relu"), (False, "gelu")])
+@pytest.mark.parametrize(("shape", "num_heads", "causal"), [SHAPES[1], SHAPES[4], SHAPES[6]], ids=lambda value: str(value))
+def test_kernel_with_norms_first_or_gelu_is_as_accurate_as_torch(
+    shape, num_heads, causal, form, triton_backend, guard, assert_as_accurate
+):
+    arguments = problem(**shape, dtype=torch.bfloat16)
+    exact = reference(in_float64(arguments), num_heads, causal, "softmax", form)
+    plain = reference(arguments, num_heads, causal, "softmax", form)
+    on_device = mapped(arguments, lambda t: guard(t.to(triton_backend), float("nan") if t.is_floating_point() else 2**40))
+    out = sequence_block(**on_device, num_heads=num_heads, causal=causal, norm_first=form[0], activation=form[1])
+    assert_as_accurate(out, plain, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -224,6 +253,7 @@ def test_the_operator_compiles_exports_and_passes_opcheck():
     [
         ({"fusion": "middle"}, ValueError, "fusion must be one of none, early, late, got 'middle'"),
         ({"attention": "relu"}, ValueError, "attention must be one of softmax, silu, got 'relu'"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of relu, gelu, got 'tanh'"),
         ({"causal": True}, ValueError, "causal has no meaning with late fusion"),
         ({"num_heads": 3}, ValueError, "num_heads must divide the layer's width 8, got 3"),
         ({"lengths": torch.tensor([9, 1])}, IndexError, r"lengths must lie in 0 \.\. 5, got 1 \.\. 9"),

@@ -1,9 +1,12 @@
 """L1 and L2: what holds for both, then what only L2 has."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from models_ml import l1, l2, metrics
 from models_ml.l1 import L1Config
@@ -130,6 +133,32 @@ def test_threads_get_the_scores_that_one_thread_gets(name, loaded, models):
         together = list(threads.map(lambda request: _score(models[name], *request), requests * 3))
     for place, scores in enumerate(together):
         assert np.array_equal(scores, alone[place % len(alone)])
+
+
+def test_the_fused_score_of_l1_is_that_of_the_network_that_was_trained(loaded, models):
+    user, notes = _request(loaded)
+    model = models["l1"]
+    surface = torch.tensor([model.code_of_surface("tab_0")])
+    with torch.inference_mode():
+        logits_1NT = model.network(torch.from_numpy(user)[None], surface, torch.from_numpy(notes)[None])
+    expected = torch.sigmoid(logits_1NT[0]) @ model.weights_T
+    assert np.abs(model.score(user, notes, surface="tab_0") - expected.numpy()).max() <= 1e-6
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_fused_history_of_l2_is_that_of_the_network_that_was_trained(layers, loaded):
+    config = replace(SMALL_L2, layers=layers, epochs=1)
+    model = l2.train(loaded, config, 0, lambda done, total: None)
+    inputs = l2.inputs_of(loaded, model.shape, config.history_length)
+    inputs.history_RL[::2, ::3] = 0  # unknown notes leave holes
+    inputs.history_RL[::5] = 0
+    rows = torch.arange(400)
+    network = copy.deepcopy(model.network)
+    network.config = replace(config, dropout=0.0, id_dropout=0.0, attribute_dropout=0.0)
+    with torch.inference_mode():
+        logits = [l2._logits_of_rows(network.train(training), inputs, rows, model.table_ND) for training in (True, False)]
+    assert not torch.equal(*logits) or layers == 0
+    assert (torch.sigmoid(logits[0]) - torch.sigmoid(logits[1])).abs().max() <= 1e-5
 
 
 def test_l2_takes_an_empty_history_and_unknown_notes(loaded, models):

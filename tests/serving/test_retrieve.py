@@ -4,7 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from models_ml.on_device import VectorsOnDevice
 from serving.catalogue import Catalogue
 from serving.retrieve import Retrieval, _largest, retrieve
 from warehouse.landing import NOTES_SCHEMA
@@ -51,11 +53,12 @@ class TwoVectors:
         return np.array([0.0, 1.0], dtype=np.float32)
 
 
-def request(seen=(), **changes):
+def request(seen=(), vectors=None, **changes):
     notes = catalogue()
     eligible_N = notes.exists_at(NOON)
     eligible_N[[notes.row_of[note_id] for note_id in seen]] = False
-    models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=np.array([3, -1, 1]))
+    rows = np.array([3, -1, 1])
+    models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=rows, vectors=vectors)
     settings = {
         "trending_rows": np.array([2, 4, 0]),
         "seeds": ["n1"],
@@ -86,6 +89,13 @@ def test_each_generator_gives_its_notes_best_first(generator, expected):
     assert found(generator, limit=1) == expected[:1]
     assert found(generator, limit=0) == []
     assert found(generator, seen=["n1", "n2"]) == [note_id for note_id in expected if note_id not in ("n1", "n2")]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 10])
+def test_the_search_on_a_device_finds_what_numpy_finds(limit):
+    vectors = VectorsOnDevice(TwoVectors.note_vectors, torch.device("cpu"))
+    for seen in ([], ["n1"], ["n1", "n3"]):
+        assert found("two_tower", limit, vectors=vectors, seen=seen) == found("two_tower", limit, seen=seen)
 
 
 def test_a_reader_without_a_past_gets_nothing_from_generators_that_need_one():
