@@ -4,7 +4,7 @@
     y        = norm1(x + attended @ out_weight.T + out_bias)
     out      = norm2(y + relu(y @ ff1_weight.T + ff1_bias) @ ff2_weight.T + ff2_bias)
 
-which is nn.TransformerEncoderLayer (post-norm, relu, no dropout). With `norm_first` the norms stand before the attention and the
+which is nn.TransformerEncoderLayer (post-norm, relu, no dropout). With `norm_first` the norms stand before attention and
 feed-forward instead; gelu may take the place of relu. Masks are computed from lengths, never read. Three forms:
 
     fusion none    tokens attend to the tokens of their own sequence                      -> [U, S, D]
@@ -412,9 +412,8 @@ def sequence_block(
     tokens [U, S, E], lengths i64 [U] in 0 .. S: positions from a sequence's length on are never attended to, and zero in the
     result. candidates [B, C] with user_of_candidate i64 [B], rows of `tokens`, for early (E + C = D) and late (E = C = D)
     fusion; on a GPU late fusion is fast when candidates of one user stand together. `causal`: a position attends to itself and
-    to those before it; not with late fusion. attention "softmax" or "silu". norm_first: the norms stand before the attention, of
-    candidates and tokens alike, and before the feed-forward. activation "relu" or "gelu" (exact). An empty sequence contributes
-    nothing.
+    to those before it; not with late fusion. attention "softmax" or "silu". norm_first: the norms stand before attention (of
+    candidates and tokens alike) and feed-forward. activation "relu" or "gelu" (exact). An empty sequence contributes nothing.
 
     All floating tensors share one type: fp32, bf16, fp16 or fp64. The kernel takes bf16 and fp16 up to D = 128 with heads of at
     most 64; all else takes the reference. Differentiable; a gradient through the kernel computes the reference again.

@@ -124,8 +124,10 @@ class HistoryLayer(nn.Module):
         return places_BLD + self.network(self.network_norm(places_BLD))
 
     def infer(self, places_BLD: Tensor, num_there_B: Tensor) -> Tensor:
-        """The same in one operation, for inference. The first `num_there_B` places are the filled ones; zeros come after them."""
+        """The same in one operation, for inference. The first `num_there_B` places are the filled ones; zeros come after."""
         first, second = self.network[0], self.network[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
         weights = BlockWeights(
             self.query_key_value.weight, self.query_key_value.bias, self.out.weight, self.out.bias,
             self.attention_norm.weight, self.attention_norm.bias, first.weight, first.bias, second.weight, second.bias,
@@ -180,6 +182,7 @@ class L2Network(nn.Module):
             places_BLD = places_BLD.gather(1, order_BL[:, :, None].expand_as(places_BLD))
             num_there_B = is_there_BL.sum(1)
             for layer in self.history_layers:
+                assert isinstance(layer, HistoryLayer)
                 places_BLD = layer.infer(places_BLD, num_there_B)
         places_BLD = self.history_norm(places_BLD)
         values_BLD = self.value(places_BLD)

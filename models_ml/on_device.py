@@ -1,9 +1,9 @@
 """The rankers and the two-tower search on a GPU: one copy in, one captured graph, one copy out.
 
 On a CPU the models score faster by themselves; all this runs there too, without the graph, and comes to the same. A request's
-features and raw 64-bit ids are packed into one pinned buffer, so that the driver is called once; embedding rows are found by hash
-on the device. A ranker is captured at bucketed numbers of candidates (`kernels.graphed`), and called plainly where it cannot be.
-One request at a time: replays share their tensors.
+features and raw 64-bit ids are packed into one pinned buffer, so that the driver is called once; embedding rows are found by
+hash there. A ranker is captured at bucketed numbers of candidates (`kernels.graphed`) and called plainly where it cannot
+be. One request at a time: replays share their tensors.
 N candidates, L places of a history (newest first), D width, V vectors.
 """
 
