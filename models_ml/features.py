@@ -88,20 +88,19 @@ class FeatureInputs(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         raw = values.float()
         scaled = self._scaled(raw)
-        parts = [scaled, raw.isnan() * self.is_masked_F]
+        parts = [scaled, raw.isnan().float() * self.is_masked_F]
         if self.bins:
             coded = (scaled.unsqueeze(-1) - self.bin_start_ZB) * self.bin_scale_ZB
             parts.append(coded.clamp(0.0, 1.0).flatten(-2))
         return torch.cat(parts, dim=-1)
 
     def _scaled(self, raw: Tensor) -> Tensor:
-        # in place: no gradient goes to a raw value, and fresh memory costs as much as the arithmetic
-        return self._unscaled(raw).sub_(self.mean_Z).mul_(self.scale_Z).nan_to_num_(0.0).clamp_(-_CUT, _CUT)
+        return ((self._unscaled(raw) - self.mean_Z) * self.scale_Z).nan_to_num(0.0).clamp(-_CUT, _CUT)
 
     def _unscaled(self, raw: Tensor) -> Tensor:
         """[..., F + P * strengths], NaN where the raw value is NULL."""
         # a blend by a 0/1 row, and index_select: where() and fancy indexing take several times as long on 2,000 candidates
-        shaped = raw.clamp(min=0.0).log1p_().mul_(1.0 - self.is_ratio_F).add_(raw * self.is_ratio_F)
+        shaped = torch.log1p(raw.clamp(min=0.0)) * (1.0 - self.is_ratio_F) + raw * self.is_ratio_F
         known = raw.nan_to_num(0.0)
         positives, views = known.index_select(-1, self.positives_P), known.index_select(-1, self.views_P)
         rates = [(positives + strength * self.prior_P) / (views + strength) for strength in STRENGTHS]
