@@ -46,8 +46,8 @@ def test_the_demo_ends_well_and_every_served_value_agrees_with_the_lake(first, c
     home, finished = first
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("feed of user") == 3
-    assert re.search(r"user_num_clicks_1d of user \S+, in the very next request: \S+ → \S+", finished.stdout)
-    assert re.search(r"note_num_clicks_1h of note \S+, at the next tick: \S+ → \S+", finished.stdout)
+    assert re.search(r"user_num_clicks_\w+ of user \S+, in the very next request: \S+ → \S+", finished.stdout)
+    assert re.search(r"note_num_clicks_\w+ of note \S+, at the next tick: \S+ → \S+", finished.stdout)
     parity = check_parity(Lake.open(Home(home)))
     with capsys.disabled():
         print(f"\n{parity.as_text()}")
