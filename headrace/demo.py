@@ -27,6 +27,7 @@ from rich.table import Table
 from warehouse.errors import HeadraceError
 from warehouse.home import REPOSITORY, Home, data_root
 from warehouse.lake import Lake
+from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 
 SMALLEST_DISK_BYTES = 2 * 2**30
 SCRIPTED_USERS = 40
@@ -219,10 +220,11 @@ class _Demo:
         self._must_grow(
             "user_num_clicks", f"user {user}, in the very next request", before["userFeatures"], after["userFeatures"]
         )
+        known_us = floor_5m(_in_us(after["requestTs"])) + FIVE_MINUTES_US  # the click's own block has ended there
         deadline = time.monotonic() + 60
-        while _call(f"{self.url}/v1/status")["tick"] <= after["featureWatermark"]:
+        while _in_us(_call(f"{self.url}/v1/status")["tick"]) < known_us:
             if time.monotonic() > deadline:
-                raise HeadraceError(f"no tick closed within a minute after {after['featureWatermark']}")
+                raise HeadraceError(f"the tick after {after['requestTs']} did not close within a minute")
             time.sleep(0.25)
         told = self._features_of_note(note["noteId"])
         was = before["candidates"][0]["features"]
@@ -272,6 +274,11 @@ class _Demo:
         for what, seconds in self.steps:
             table.add_row(what, f"{seconds:.1f}")
         self.console.print(table)
+
+
+def _in_us(instant: str) -> int:
+    """`2022-05-05T16:10:00.000000Z` in microseconds since 1970-01-01 UTC."""
+    return round(datetime.fromisoformat(instant).timestamp() * 1_000_000)
 
 
 def _run(command: list[str], environment: dict[str, str], check: bool) -> int:
