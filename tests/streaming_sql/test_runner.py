@@ -15,7 +15,7 @@ from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, partition_of
 from warehouse.features.declarations import load_groups
-from warehouse.features.render import block_sql, staging_sql
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, land_records, landed_position
@@ -229,8 +229,10 @@ def build_blocks(lake, through_us):
     """What dbt does: blocks of every tick up to `through_us` from the lake's events, and the property that says so."""
     with lake.duckdb() as connection:
         connection.execute(f"create view staged as {staging_sql('lake.events')}")
+        connection.execute(f"create view retractions as {retractions_sql('lake.events')}")
+        connection.execute(f"create view retracted as {retracted_sql('staged', 'retractions')}")
         for name, group in GROUPS.items():
-            sql = f"select * from ({block_sql(group, 'staged')}) where known_at <= make_timestamptz({through_us})"
+            sql = f"select * from ({block_sql(group, 'staged', 'retracted')}) where known_at <= make_timestamptz({through_us})"
             rows = connection.execute(sql).to_arrow_table()
             lake.create(f"features.{name}", rows.schema)
             lake.append(f"features.{name}", rows)

@@ -30,6 +30,8 @@ GROUPS = ("note_engagement", "author_engagement", "user_activity", "user_author_
 MODELS = {
     "staging.stg_engagements",
     "staging.stg_shadowed_arrivals",
+    "staging.stg_retractions",
+    "staging.stg_retracted_events",
     *(f"features.{group}{granularity}" for group in GROUPS for granularity in ("", "_1h", "_1d")),
     "training.impressions",
     "training.impression_labels",
