@@ -38,8 +38,8 @@ class Entries:
 
     @classmethod
     def of(cls, table: pa.Table, n: int) -> "Entries":
-        """table: ENTRY_SCHEMA. The newest n of each block are kept. Not of each row: a retraction of one of them brings back the
-        one before."""
+        """table: ENTRY_SCHEMA. The newest n of each block are kept. Not of each row: retracting one of
+        them brings back the one before."""
         ordered = table.take(pc.sort_indices(table, [(name, "ascending") for name in ("row", "event_ts", "event_id")]))
         place = _places(ordered["row"].to_numpy(), ordered["event_ts"].to_numpy())
         newer = np.searchsorted(place, place, side="right") - np.arange(len(place))  # 1 for the newest of its block
@@ -231,8 +231,8 @@ class BlockLayer:
         )
 
     def without(self, plan: GroupPlan, row: np.ndarray, block_start: np.ndarray) -> "BlockLayer":
-        """The layer with some blocks emptied: what a reader gets for them is the empty value. row, block_start: int64 [E], E blocks
-        that need not be here. Copies what it changes; `self` when nothing does."""
+        """The layer with some blocks emptied: what a reader gets for them is the empty value. Copies what it
+        changes; `self` when nothing does. row, block_start: int64 [E], E blocks that need not be here."""
         run = self.runs_of(row)
         wanted = (run[run >= 0].astype(np.int64) << _RUN_SHIFT) + block_start[run >= 0] // FIVE_MINUTES_US
         found = np.searchsorted(self.place, wanted)

@@ -1,5 +1,5 @@
-"""Records in, store moved: admits arrivals, fills the head, closes ticks by the log, turns what a tick knows into blocks, takes out
-what was retracted.
+"""Records in, store moved: admits arrivals, fills the head, closes ticks by the log, turns what a tick knows into blocks, and
+takes out what was retracted.
 
 Deterministic: the same records in any batching lead to the same store. Knows nothing of where records come from.
 """
@@ -42,9 +42,7 @@ class Feed:
     """The state between records and blocks: duplicate and retraction memory, events of open ticks, how far each partition was
     read."""
 
-    def __init__(
-        self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...], history: History
-    ):
+    def __init__(self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...], history: History):
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
         self._batch, self._history = MicroBatch(groups), history
         self._keys = [group.keys for group in groups.values()]
@@ -124,8 +122,8 @@ class Feed:
         return heads
 
     def _blocks(self, tick_us: int) -> dict[str, pa.Table]:
-        """The block rows that a new tick adds to those of the store's: of the events that it knows first, and of blocks that its
-        retractions rebuild."""
+        """The block rows that a new tick adds to those of the store's: of the events that it knows first, and of blocks that
+        its retractions rebuild."""
         after_us = self.store.tick_us
         due = self._due(tick_us)
         targets = {retraction.retracts for retraction in self.retractions.take_due(tick_us)}
@@ -139,8 +137,8 @@ class Feed:
         return self._batch.standing_blocks(pa.concat_tables([due, held]), retracted, after_us, tick_us)
 
     def _withdrawn(self, tick_us: int) -> dict[str, pa.Table]:
-        """The blocks of a tick from which retractions take events that are read but wait for a later tick: rebuilt without them,
-        for event-fresh measures."""
+        """The blocks of a tick that hold targets of retractions which are read but wait for a later tick: rebuilt without
+        them, for event-fresh measures."""
         targets = {retraction.retracts for retraction in self.retractions.waiting() if retraction.tick_us > tick_us}
         if not targets or not self._has_fresh:
             return {}

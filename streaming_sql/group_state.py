@@ -52,7 +52,8 @@ class GroupState:
     layers: tuple[BlockLayer, ...]
     head: Head
     fresh_layers: tuple[BlockLayer, ...] | None = None
-    """What event-fresh measures read instead of `layers`, where the view's position knows retractions that its tick does not."""
+    """What event-fresh measures read instead of `layers`, where the view's position knows
+    retractions that its tick does not."""
 
     def layers_of(self, family: str) -> tuple[BlockLayer, ...]:
         return self.layers if family != "event" or self.fresh_layers is None else self.fresh_layers

@@ -14,6 +14,7 @@ from streaming_sql.key_index import Key
 from streaming_sql.retractions import Place, Retraction, is_below
 from warehouse.features.declarations import FeatureGroup, Measure
 
+
 @dataclass(slots=True)
 class HeadEvent:
     """One event of one key. `values` has one item per fresh measure: None where the event is not in its set."""
@@ -94,7 +95,8 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
     known = " and ".join(f"{key} is not null" for key in group.keys)
     return (
         f"select {keys}, epoch_us(event_ts) as head_event_ts, event_id as head_event_id, epoch_us(known_at) as head_known_at, "
-        f"epoch_us(landed_at) as head_landed_at, log_partition as head_partition, log_offset as head_offset, {', '.join(items)} "
+        f"epoch_us(landed_at) as head_landed_at, log_partition as head_partition, log_offset as head_offset, "
+        f"{', '.join(items)} "
         f"from {events} where {known} and ({' or '.join(f'coalesce({one}, false)' for one in conditions)})"
     )
 

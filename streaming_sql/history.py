@@ -1,7 +1,7 @@
 """Arrivals that were read long ago: what a retraction needs to know of its target's block, looked up where it is kept.
 
-The store holds blocks, not events, so to take an event out of one it must read the block's events again: from the lake, and from the
-log what has not landed there yet. Knows nothing of ticks or the store.
+The store holds blocks, not events, so to take an event out of one it must read the block's events again: from the lake, and
+from the log what has not landed there yet. Knows nothing of ticks or the store.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,8 +25,8 @@ class History(Protocol):
     def around(self, event_ids: Iterable[str], keys: Sequence[tuple[str, ...]], position: Position, since_us: int) -> pa.Table:
         """Every arrival below the position, EVENTS_SCHEMA, that may decide a block which one of the events is in.
 
-        Those are the events, all that share one of `keys` (columns) and a 5-minute block with one, what retracts any of these, and
-        every further arrival of their ids. Blocks before since_us (microseconds) may be left out.
+        Those are the events, all that share one of `keys` (columns) and a 5-minute block with one, what retracts any of these,
+        and every further arrival of their ids. Blocks before since_us (microseconds) may be left out.
         """
 
 

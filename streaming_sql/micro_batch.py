@@ -62,8 +62,8 @@ class MicroBatch:
         return self._connection.execute(self._staging).to_arrow_table()
 
     def stage_with_retractions(self, arrivals: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Arrivals (EVENTS_SCHEMA, duplicates and retractions among them) as rows of the staging model, and those of its rows that
-        were retracted, with `retracted_at`."""
+        """Arrivals (EVENTS_SCHEMA, duplicates and retractions among them) as rows of the staging model, and those of its rows
+        that were retracted, with `retracted_at`."""
         staged = self.stage(arrivals)
         self._connection.register("staged", staged)
         self._connection.execute(f"create or replace temp table retractions as {retractions_sql('arrived')}")
@@ -93,8 +93,8 @@ class MicroBatch:
         return rows
 
     def blocks_as_if_known(self, staged: pa.Table, retracted: pa.Table, tick_us: int) -> dict[str, pa.Table]:
-        """The rebuilt block rows of every group as if the tick knew every retraction already: of the staged events only those that
-        it holds count."""
+        """The rebuilt block rows of every group as if the tick knew every retraction already: of the staged events only those
+        that it holds count."""
         self._connection.register("retracted_later", retracted)
         now = f"make_timestamptz({tick_us + FIVE_MINUTES_US})"
         clamped = self._connection.execute(

@@ -106,9 +106,10 @@ class OnlineStore:
     ) -> None:
         """Moves to a log position and, with `tick_us`, to a newer tick; readers see all of it at once.
 
-        head: new events of each fresh group; superseded: (loser, winner) places; retractions: those read since; withdrawn: rebuilt
-        rows of `features.<group>` that event-fresh measures read in place of the tick's (None: as before); blocks: the rows of
-        `features.<group>` that the tick adds, rebuilt ones in place of what there is. Raises ValueError if the tick is not newer.
+        head: new events of each fresh group; superseded: (loser, winner) places; retractions: those read since; withdrawn:
+        rebuilt rows of `features.<group>` that event-fresh measures read in place of the tick's (None: as before); blocks: the
+        rows of `features.<group>` that the tick adds, rebuilt ones in place of what there is. Raises ValueError if the tick is
+        not newer.
         """
         view = self._view
         if tick_us is not None and tick_us <= view.tick_us:

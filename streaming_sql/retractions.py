@@ -1,7 +1,7 @@
 """Retractions that are remembered, by the event_id they retract: what the head asks when it decides whether an event counts.
 
-A retraction is remembered for H after it landed; a target that lands later than that counts. Like an event it may be superseded, by
-an earlier arrival of its own id that a lagging partition delivers later. Knows nothing of blocks.
+A retraction is remembered for H after it landed; a target that lands later than that counts. Like an event it may be
+superseded, by an earlier arrival of its own id that a lagging partition delivers later. Knows nothing of blocks.
 """
 
 from collections import deque
@@ -100,8 +100,8 @@ class Retractions:
         return [retraction for retraction in self._waiting if retraction.superseded_by is None]
 
     def forget_before(self, read_through_us: int) -> None:
-        """Drops what holds for nothing that may still come or waits for its tick. read_through_us: every partition was read past
-        it."""
+        """Drops what holds for nothing that may still come or waits for its tick. Every partition was read past
+        read_through_us."""
         oldest_us = read_through_us - DUPLICATE_MEMORY_US - HOUR_US
         while self._by_age and self._by_age[0].landed_us < oldest_us:
             gone = self._by_age.popleft()

@@ -125,10 +125,11 @@ class Runner:
                     yield pa.Table.from_batches([batch]).cast(schema)
 
             since, held = (f"make_timestamptz({max(instant, 0)})" for instant in (held_us - DUPLICATE_MEMORY_US, held_us))
-            (total,) = connection.execute(f"select count(*) from lake.events where landed_at >= {since}").fetchall()[0]
             # a retraction's own id may have arrived first before that, and then the retraction is none
             retracting = f"select event_id from lake.events where event_type = 'retraction' and landed_at >= {since}"
-            for records in batches(REMEMBERED, f"(landed_at >= {since} or event_id in ({retracting})) and landed_at < {held}"):
+            wanted = f"(landed_at >= {since} or event_id in ({retracting}))"
+            (total,) = connection.execute(f"select count(*) from lake.events where {wanted}").fetchall()[0]
+            for records in batches(REMEMBERED, f"{wanted} and landed_at < {held}"):
                 self._feed.remember(records)
                 done = _told(progress, done + records.num_rows, total + num_in_log)
             for records in batches(EVENTS_SCHEMA.names, f"landed_at >= {held}"):

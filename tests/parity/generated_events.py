@@ -1,6 +1,6 @@
 """Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null,
-out of order, on a boundary, retracted (before and after, twice, in the other partition, never seen), and two log partitions, one of
-which lags.
+out of order, on a boundary, retracted (before and after, twice, in the other partition, never seen), and two log partitions, one
+of which lags.
 
 Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges and do not miss them.
 Hypothesis draws the seed; `random.Random` draws the rows.
@@ -115,7 +115,9 @@ def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> lis
     found = []
     for n in range(number):
         target = random.choice(rows)
-        retracts = target["event_id"] if random.random() < 0.9 else random.choice(("nobody", f"r{random.randrange(number)}", None))
+        retracts = (
+            target["event_id"] if random.random() < 0.9 else random.choice(("nobody", f"r{random.randrange(number)}", None))
+        )
         event_id = f"r{n if random.random() < 0.8 else random.randrange(number)}"
         if random.random() < 0.1:
             event_id = random.choice(rows)["event_id"]

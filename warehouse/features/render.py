@@ -53,8 +53,8 @@ def render_macro(macro: str, *arguments: Any, dialect: str = "duckdb", **keyword
 
 
 def block_sql(group: FeatureGroup, events: str, retracted: str, dialect: str = "duckdb") -> str:
-    """`select` of the group's 5-minute block rows from a relation with the columns of its staging model and the retracted of its
-    rows (`retracted_sql`)."""
+    """`select` of the group's 5-minute block rows from a relation with the columns of its staging model and those of its rows
+    that were retracted (`retracted_sql`)."""
     return render_macro("block_rows", group.as_meta(), events, retracted, dialect=dialect)
 
 
