@@ -1,6 +1,6 @@
 """Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null,
-out of order, on a boundary, retracted (before and after, twice, in the other partition, never seen), and two log partitions, one
-of which lags.
+out of order, on a boundary, retracted (before and after, twice, in the other partition, never seen), and two log partitions,
+one of which lags.
 
 Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges and do not miss them.
 Hypothesis draws the seed; `random.Random` draws the rows.
