@@ -32,20 +32,24 @@ class History(Protocol):
 
 def around_sql(keys: Sequence[tuple[str, ...]]) -> str:
     """DuckDB `select` of `History.around` from the relations `history` (EVENTS_SCHEMA) and `asked` (event_id)."""
-    block = f"epoch_us({{}}.event_ts) // {FIVE_MINUTES_US}"
+    names = ", ".join(sorted({column for columns in keys for column in columns}))
     neighbours = [
-        "select other.event_id from history as other inner join targets on "
-        + "".join(f"other.{key} = targets.{key} and " for key in columns)
-        + f"{block.format('other')} = {block.format('targets')}"
+        "select near.event_id from near inner join targets on "
+        + "".join(f"near.{key} = targets.{key} and " for key in columns)
+        + "near.block = targets.block"
         for columns in sorted(set(keys))
     ]
     return f"""
-        with targets as materialized (select * from history where event_id in (select event_id from asked)),
+        with targets as materialized (
+            select epoch_us(event_ts) // {FIVE_MINUTES_US} as block, {names} from history
+            where event_id in (select event_id from asked)
+        ),
+        near as materialized (
+            select event_id, event_type, retracts, epoch_us(event_ts) // {FIVE_MINUTES_US} as block, {names} from history
+            where event_type = 'retraction' or epoch_us(event_ts) // {FIVE_MINUTES_US} in (select block from targets)
+        ),
         wanted as materialized (select event_id from asked union {" union ".join(neighbours)}),
-        retracting as materialized (
-            select event_id from history
-            where event_type = 'retraction' and retracts in (select event_id from wanted)
-        )
+        retracting as (select event_id from near where event_type = 'retraction' and retracts in (select event_id from wanted))
         select {", ".join(EVENTS_SCHEMA.names)} from history
         where event_id in (select event_id from wanted union select event_id from retracting)
     """

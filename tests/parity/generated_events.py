@@ -68,8 +68,11 @@ IDS = ("1", "12", "é")
 WINDOWS_US = (FIVE_MINUTES_US, 2 * FIVE_MINUTES_US, HOUR_US, DAY_US, 7 * DAY_US, 30 * DAY_US)
 
 
-def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
-    """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing."""
+def event_log(random: Random, num_events: int = 80, num_retractions: int | None = None) -> list[dict[str, Any]]:
+    """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing.
+
+    num_retractions: by default a quarter as many as there are events, which leaves no key untouched.
+    """
     lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
     rows = []
     for number in range(num_events):
@@ -100,7 +103,7 @@ def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
         ago = random.choice((DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
         again = {"impression_id": f"again-{row['impression_id']}", "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US}
         rows.append({**row, **again, "landed_at": row["landed_at"] + ago})
-    rows += _retractions(random, rows, num_events // 4)
+    rows += _retractions(random, rows, num_events // 4 if num_retractions is None else num_retractions)
     rows.sort(key=lambda row: row["landed_at"])
     next_offset = [0, 0]
     for row in rows:

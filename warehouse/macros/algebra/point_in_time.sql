@@ -87,24 +87,12 @@ finalized as (
         {%- endfor %}
     from spine
     {%- for family in families %}
-    inner join {{ family.name }}_reads
-        on {% for key in keys %}spine.{{ key }} is not distinct from {{ family.name }}_reads.{{ key }} and {% endfor -%}
-        spine.feature_watermark = {{ family.name }}_reads.feature_watermark
-        and spine.known_at = {{ family.name }}_reads.known_at
-        and {{ 'spine.feature_watermark' if family.name == 'tick' else 'spine.request_tick' }} = {{ family.name }}_reads.anchor
-    {%- if family.name == 'event' %}
-    left join event_opened on spine.row_id = event_opened.row_id
-    {%- endif %}
+    inner join {{ family.name }}_readers on spine.row_id = {{ family.name }}_readers.row_id
     {%- for part in part_names(family).split(',') %}
     {%- if part == family.name ~ '_head' %}
     left join {{ part }} on spine.row_id = {{ part }}.row_id
     {%- else %}
-    left join {{ part }}
-        on
-            {{ family.name }}_reads.read_id = {{ part }}.read_id
-            {%- if family.name == 'event' %}
-            and event_opened.row_id is null
-            {%- endif %}
+    left join {{ part }} on {{ family.name }}_readers.read_id = {{ part }}.read_id
     {%- endif %}
     {%- endfor %}
     {%- endfor %}
@@ -389,6 +377,25 @@ event_head as (
     group by spine_row_id
 ),
 {% endif %}
+{#- the read whose blocks a row of the spine takes; none where it is opened (not a condition of the joins: those would be nested loops) -#}
+{{ name }}_readers as (
+    select
+        spine.row_id,
+        {%- if name == 'event' %}
+        case when event_opened.row_id is null then reads.read_id end as read_id
+        {%- else %}
+        reads.read_id
+        {%- endif %}
+    from spine
+    inner join {{ name }}_reads as reads
+        on {% for key in keys %}spine.{{ key }} is not distinct from reads.{{ key }} and {% endfor -%}
+        spine.feature_watermark = reads.feature_watermark
+        and spine.known_at = reads.known_at
+        and {{ 'spine.feature_watermark' if name == 'tick' else 'spine.request_tick' }} = reads.anchor
+    {%- if name == 'event' %}
+    left join event_opened on spine.row_id = event_opened.row_id
+    {%- endif %}
+),
 {%- endmacro %}
 
 {# Whether a row of the spine knows an arrival; a duplicate counts only while no earlier arrival of its id is known. DuckDB. #}
