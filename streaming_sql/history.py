@@ -55,6 +55,10 @@ def around_sql(keys: Sequence[tuple[str, ...]]) -> str:
     """
 
 
+def asked(event_ids: Iterable[str]) -> pa.Table:
+    return pa.table({"event_id": pa.array(list(event_ids), pa.string())})
+
+
 def oldest_landing_us(since_us: int) -> int:
     """No arrival that landed before this decides a block that starts at since_us or later: an event is at most F ahead of its
     landing, its retraction at most H before it, and either may be a duplicate of what landed H before."""
@@ -79,8 +83,11 @@ class LakeAndLog:
         connection = self._connection
         landed = landed_position(self._lake)
         in_lake = tuple(min(pair) for pair in zip(landed, position, strict=True))
-        connection.register("asked", pa.table({"event_id": pa.array(list(event_ids), pa.string())}))
-        connection.register("in_log", self._not_landed(landed, position))
+        # tables of DuckDB's own: its joins push filters down that scans of Arrow tables do not know
+        for name, rows in (("asked", asked(event_ids)), ("in_log", self._not_landed(landed, position))):
+            connection.register("given", rows)
+            connection.execute(f"create or replace temp table {name} as select * from given")
+            connection.unregister("given")
         names = ", ".join(EVENTS_SCHEMA.names)
         connection.execute(
             f"create or replace temp view history as "

@@ -46,7 +46,7 @@ class MicroBatch:
                 f"{group.source}: feature group {group.name} reads {group.events}; the embedded runner stages "
                 f"{STAGING_MODEL} only"
             )
-        self._connection.register("staged", self.nothing)
+        self._put("staged", self.nothing)
         for measure in self._plans[group.name].fresh:
             if measure.of and measure.type == "bigint" and measure.aggregation != "count":
                 (found,) = self._connection.sql(f"select {measure.of} as value from staged").types
@@ -55,6 +55,12 @@ class MicroBatch:
                         f"{group.source}: measure {measure.name}: {measure.of} is {found}, declared bigint; sums of rounded "
                         "values differ from rounded sums: declare type double, or cast in `of`"
                     )
+
+    def _put(self, name: str, rows: pa.Table) -> None:
+        """A table of DuckDB's own: its joins push filters down that scans of Arrow tables do not know."""
+        self._connection.register("given", rows)
+        self._connection.execute(f"create or replace temp table {name} as select * from given")
+        self._connection.unregister("given")
 
     def stage(self, events: pa.Table) -> pa.Table:
         """First arrivals (EVENTS_SCHEMA) as rows of the staging model: typed, with `known_at`."""
@@ -65,14 +71,14 @@ class MicroBatch:
         """Arrivals (EVENTS_SCHEMA, duplicates and retractions among them) as rows of the staging model, and those of its rows
         that were retracted, with `retracted_at`."""
         staged = self.stage(arrivals)
-        self._connection.register("staged", staged)
+        self._put("staged", staged)
         self._connection.execute(f"create or replace temp table retractions as {retractions_sql('arrived')}")
         return staged, self._connection.execute(retracted_sql("staged", "retractions")).to_arrow_table()
 
     def blocks(self, staged: pa.Table) -> dict[str, pa.Table]:
         """The block rows of every group from staged events of which none is retracted."""
-        self._connection.register("staged", staged)
-        self._connection.register("retracted", self._nothing_retracted)
+        self._put("staged", staged)
+        self._put("retracted", self._nothing_retracted)
         return {name: self._connection.execute(sql).to_arrow_table() for name, sql in self._blocks.items()}
 
     def standing_blocks(self, staged: pa.Table, retracted: pa.Table, after_us: int, tick_us: int) -> dict[str, pa.Table]:
@@ -80,8 +86,8 @@ class MicroBatch:
 
         staged: the events that these ticks know first, and all events of blocks that they rebuild.
         """
-        self._connection.register("staged", staged)
-        self._connection.register("retracted", retracted)
+        self._put("staged", staged)
+        self._put("retracted", retracted)
         self._connection.execute(f"set variable tick = make_timestamptz({tick_us})")
         rows = {}
         for name, sql in self._blocks.items():
@@ -95,7 +101,7 @@ class MicroBatch:
     def blocks_as_if_known(self, staged: pa.Table, retracted: pa.Table, tick_us: int) -> dict[str, pa.Table]:
         """The rebuilt block rows of every group as if the tick knew every retraction already: of the staged events only those
         that it holds count."""
-        self._connection.register("retracted_later", retracted)
+        self._put("retracted_later", retracted)
         now = f"make_timestamptz({tick_us + FIVE_MINUTES_US})"
         clamped = self._connection.execute(
             f"select * replace (least(retracted_at, {now}) as retracted_at) from retracted_later"
@@ -107,7 +113,7 @@ class MicroBatch:
         """The head events of every group with fresh measures."""
         if staged.num_rows == 0:
             return {}
-        self._connection.register("staged", staged)
+        self._put("staged", staged)
         return {
             name: head_events(self._groups[name], self._connection.execute(sql).to_arrow_table())
             for name, sql in self._heads.items()

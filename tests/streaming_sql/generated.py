@@ -7,7 +7,7 @@ import orjson
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from streaming_sql.history import around_sql, below_sql, oldest_landing_us
+from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
 from streaming_sql.records import to_table
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import load_groups
@@ -84,10 +84,11 @@ class ListHistory:
         with duckdb.connect(config={"threads": 1}) as connection:
             connection.execute("set TimeZone = 'UTC'")
             connection.register("records", as_table(alive(self.records)))
-            connection.register("asked", pa.table({"event_id": pa.array(list(event_ids), pa.string())}))
+            connection.register("ids", asked(event_ids))
+            connection.execute("create temp table asked as select * from ids")
             oldest = oldest_landing_us(since_us)
             connection.execute(
-                f"create temp view history as select * from records "
+                f"create temp table history as select * from records "
                 f"where landed_at >= make_timestamptz({oldest}) and ({below_sql(position)})"
             )
             return connection.execute(around_sql(keys)).to_arrow_table().cast(EVENTS_SCHEMA)
