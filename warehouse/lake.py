@@ -5,8 +5,10 @@ described by its metadata file (docs/decisions/0002-reading-the-lake.md).
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
+from pyiceberg.io.pyarrow import _check_pyarrow_schema_compatible, _dataframe_to_data_files
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.transforms import parse_transform
@@ -169,6 +172,24 @@ class Lake:
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
         return connection
+
+
+def append_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Table]) -> None:
+    """Adds the rows in one snapshot of the commit under way; each chunk's files are written before the next chunk is asked for.
+
+    (pyiceberg appends a stream to unpartitioned tables only: apache/iceberg-python#2152.) Without rows there is no snapshot.
+    """
+    numbers, write_uuid = itertools.count(), uuid.uuid4()
+    files = []
+    for chunk in chunks:
+        metadata = transaction.table_metadata
+        _check_pyarrow_schema_compatible(metadata.schema(), chunk.schema, format_version=metadata.format_version)
+        if chunk.num_rows:
+            files += _dataframe_to_data_files(metadata, chunk, table.io, write_uuid, numbers)
+    if files:
+        with transaction.update_snapshot().fast_append() as append:
+            for file in files:
+                append.append_data_file(file)
 
 
 def _duckdb_type(field: Any) -> str:

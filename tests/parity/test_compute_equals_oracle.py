@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.generated_events import START_US, as_table, event_log, some_reads
+from tests.parity.generated_events import START_US, as_table, event_log, some_reads, spine_table
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build
 from warehouse.events import TIMESTAMP
 from warehouse.features import compute_arrays
 from warehouse.features.compute_engine import Engine, Relations, Source
+from warehouse.features.compute_model import model_chunks
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_spine import Span, Spine
 from warehouse.features.declarations import FeatureGroup
@@ -127,6 +128,38 @@ def test_sql_equals_the_equation_at_a_spines_t_and_k(name, seed):
     with duckdb.connect() as connection:
         build(connection, group, as_table(events))
         assert_answers(group, events, questions, answers(connection, group, questions, arrays=False, chunk=20))
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**32))
+def test_a_models_rows_equal_the_equation_at_any_t_k_and_log_position(name, seed):
+    random, group = Random(seed), GROUPS[name]
+    events = event_log(random)
+    questions = some_reads(random, group, events)
+    with duckdb.connect() as connection:
+        build(connection, group, as_table(events))
+        connection.register("given", spine_table(group, questions))
+        connection.execute("create table model as select *, -row_id as label from given")
+        chunks = list(model_chunks(connection, "from model", group, RELATIONS, order_by="label", rows=7))
+    assert [chunk.num_rows for chunk in chunks] == [7, 7, 7, 7, 7, 5]
+    found = pa.concat_tables(chunks)
+    assert found.column_names[:2] == ["row_id", "label"]
+    assert found["row_id"].to_pylist() == list(reversed(range(len(questions))))
+    assert_answers(group, events, questions[::-1], found.to_pylist())
+
+
+def test_a_model_without_rows_has_its_columns_and_types():
+    group = GROUPS["everything"]
+    events = event_log(Random(1))
+    with duckdb.connect() as connection:
+        build(connection, group, as_table(events))
+        connection.register("given", spine_table(group, some_reads(Random(1), group, events)))
+        connection.execute("create table model as from given")
+        rows = pa.concat_tables(model_chunks(connection, "from model", group, RELATIONS, order_by="row_id"))
+        [empty] = model_chunks(connection, "from model where false", group, RELATIONS, order_by="row_id")
+    assert empty.num_rows == 0
+    assert empty.schema == rows.schema
 
 
 @settings(max_examples=5)
