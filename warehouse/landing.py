@@ -80,7 +80,7 @@ def landed_position_of(table: Table) -> str | None:
         if parent is None and (snapshot.sequence_number or 0) > 1 and ".".join(table.name()) == EVENTS:
             raise HeadraceError(
                 f"{EVENTS} does not say how far the log has landed: the snapshots before {snapshot.snapshot_id} are gone. "
-                "Restore the table's metadata; and expire snapshots with `headrace lake expire`, which keeps the one that says it"
+                "Restore the table's metadata; expire snapshots with `headrace lake expire`, which keeps the one that says it"
             )
         snapshot = parent
     return None
