@@ -40,7 +40,7 @@ from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, Measure
-from warehouse.features.render import block_sql, point_in_time_sql, roll_up_sql, staging_sql
+from warehouse.features.render import block_sql, point_in_time_sql, retractions_sql, roll_up_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, GRACE_US, HOUR_US, MINUTE_US, parse_window
@@ -194,12 +194,16 @@ def build_lake(home: Home, log: pa.Table, repeat: int, report: Report | None, si
         connection.register("log", log)
         dedup, staged = timed(lambda: connection.execute(staging_sql("log")).to_arrow_table(), 1)
         store("staging.stg_engagements", staged)
-        shadowed = staged.slice(0, 0).append_column("shadowed_by", pa.array([], pa.list_(pa.int64())))
+        shadowed = staged.slice(0, 0).append_column("retracts", pa.array([], pa.string()))
+        shadowed = shadowed.append_column("shadowed_by", pa.array([], pa.list_(pa.int64())))
         store("staging.stg_shadowed_arrivals", shadowed)
         names = Relations.of(GROUP)
+        store(names.retractions, connection.execute(retractions_sql("log")).to_arrow_table())
+        retracted = "staging.stg_retracted_events"
+        store(retracted, staged.slice(0, 0).append_column("retracted_at", pa.array([], staged["known_at"].type)))
 
         def build_blocks() -> None:
-            store(names.blocks, select(block_sql(GROUP, names.events)))
+            store(names.blocks, select(block_sql(GROUP, names.events, retracted)))
 
         ours, _ = timed(build_blocks, repeat)
         connection.execute("create table events as select note_id, event_type, event_ts, watch_ms from staged")

@@ -43,7 +43,7 @@ class Catalogue:
                 """
                 select note_id, min(epoch_us(event_ts)) as first_seen_us
                 from lake.events
-                where note_id is not null
+                where note_id is not null and event_type <> 'retraction'
                 group by note_id
                 """
             ).to_arrow_table()

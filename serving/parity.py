@@ -25,6 +25,7 @@ from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 
 TOLERANCE = 1e-9
 FIRST_DIFFERENCES = 10
+RETRACTIONS = "staging.stg_retractions"
 _SPINE_TIMES = pa.schema(
     [
         pa.field("row_id", pa.int64()),
@@ -153,7 +154,8 @@ class _Here:
             return None
         if any(known > there for known, there in zip(request["known_position"], self.landed, strict=True)):
             return "events they had seen are not in the lake yet; a running server lands them within a minute"
-        if self.built_until_us[f"staging.{group.events}"] <= floor_5m(to_us(request["request_ts"])) + FIVE_MINUTES_US:
+        staged_until_us = min(self.built_until_us[name] for name in (f"staging.{group.events}", RETRACTIONS))
+        if staged_until_us <= floor_5m(to_us(request["request_ts"])) + FIVE_MINUTES_US:
             return f"{group.events} is not built past their request; run `dbt build` once the next tick is closed"
         return None
 
@@ -161,6 +163,7 @@ class _Here:
 def _built_until(lake: Lake, groups: Mapping[str, FeatureGroup]) -> dict[str, int]:
     """Of every table that recomputing reads: rows known before this are in it, microseconds; 0 if it is not there."""
     names = {f"features.{group.name}" for group in groups.values()} | {f"staging.{group.events}" for group in groups.values()}
+    names.add(RETRACTIONS)
     there = {name: lake.table(name).properties.get(BUILT_UNTIL) for name in names if lake.exists(name)}
     return {name: to_us(text) if (text := there.get(name)) else 0 for name in names}
 

@@ -6,6 +6,7 @@ Knows nothing of features: it only decides which notes may be shown and whose no
 import threading
 from collections.abc import Iterable, Mapping
 
+from warehouse.events import RETRACTION
 from warehouse.lake import Lake
 
 FOLLOW = "follow"
@@ -17,7 +18,7 @@ class Readers:
     def __init__(self, seen_per_user: int):
         self._seen_per_user = seen_per_user
         self._seen: dict[str, dict[str, None]] = {}  # insertion order is age: the newest is last
-        self._follows: dict[str, dict[str, None]] = {}
+        self._follows: dict[str, dict[str, set[str]]] = {}  # user -> author -> the events that say so
         self._histories: dict[str, list[str]] = {}
         self._attributes: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -33,7 +34,9 @@ class Readers:
                 from (
                     select user_id, note_id, max(epoch_us(event_ts)) as last_us
                     from lake.events
-                    where user_id is not null and note_id is not null and epoch_us(event_ts) < $t_us
+                    where
+                        user_id is not null and note_id is not null and epoch_us(event_ts) < $t_us
+                        and event_type <> 'retraction'
                     group by user_id, note_id
                     qualify row_number() over (partition by user_id order by last_us desc, note_id desc) <= $seen_per_user
                 )
@@ -43,15 +46,19 @@ class Readers:
             ).fetchall()
             follows = connection.execute(
                 """
-                select user_id, list(distinct author_id order by author_id) as author_ids
+                select user_id, author_id, list(event_id) as event_ids
                 from lake.events
-                where event_type = 'follow' and user_id is not null and author_id is not null and epoch_us(event_ts) < $t_us
-                group by user_id
+                where
+                    event_type = 'follow' and user_id is not null and author_id is not null and epoch_us(event_ts) < $t_us
+                    and event_id not in (select retracts from lake.events where retracts is not null)
+                group by user_id, author_id
+                order by user_id, author_id
                 """,
                 {"t_us": t_us},
             ).fetchall()
         readers._seen = {user_id: dict.fromkeys(note_ids) for user_id, note_ids in seen}
-        readers._follows = {user_id: dict.fromkeys(author_ids) for user_id, author_ids in follows}
+        for user_id, author_id, event_ids in follows:
+            readers._follows.setdefault(user_id, {})[author_id] = set(event_ids)
         columns = ("user_id", "history_note_ids", "attributes")
         users = lake.scan("lake.users", columns=columns)
         for user_id, history, attributes in zip(*(users[name].to_pylist() for name in columns), strict=True):
@@ -62,20 +69,30 @@ class Readers:
         return readers
 
     def note_events(self, events: Iterable[Mapping]) -> None:
-        """Events that the log has accepted; `user_id`, `note_id`, `author_id`, `event_type` of each are looked at."""
+        """Events that the log has accepted; `user_id`, `note_id`, `author_id`, `event_type`, `event_id`, `retracts` of each are
+        looked at."""
         with self._lock:
             for event in events:
                 user_id, note_id, author_id = event.get("user_id"), event.get("note_id"), event.get("author_id")
                 if user_id is None:
                     continue
-                if note_id is not None:
+                if note_id is not None and event.get("event_type") != RETRACTION:
                     seen = self._seen.setdefault(user_id, {})
                     seen.pop(note_id, None)
                     seen[note_id] = None
                     if len(seen) > self._seen_per_user:
                         del seen[next(iter(seen))]
                 if event.get("event_type") == FOLLOW and author_id is not None:
-                    self._follows.setdefault(user_id, {})[author_id] = None
+                    self._follows.setdefault(user_id, {}).setdefault(author_id, set()).add(event.get("event_id", ""))
+                if event.get("event_type") == RETRACTION:
+                    self._unfollow(user_id, event.get("retracts", ""))
+
+    def _unfollow(self, user_id: str, event_id: str) -> None:
+        follows = self._follows.get(user_id, {})
+        for author_id, event_ids in list(follows.items()):
+            event_ids.discard(event_id)
+            if not event_ids:
+                del follows[author_id]
 
     def seen(self, user_id: str) -> list[str]:
         """The reader's notes, the longest ago first; empty for a reader never met."""

@@ -7,7 +7,7 @@ from pydantic.alias_generators import to_camel
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
 FeedType = Literal["EXPLORE", "FOLLOW", "NEARBY"]
-EventType = Literal["view", "click", "long_view", "like", "comment", "share", "follow", "hide", "watch"]
+EventType = Literal["view", "click", "long_view", "like", "comment", "share", "follow", "hide", "watch", "retraction"]
 
 
 class Wire(BaseModel):
@@ -127,6 +127,9 @@ class EventIn(Wire):
     request_id: Id | None = None
     impression_id: Id | None = Field(None, description="Of the feed's answer, so that actions are joined to what was shown")
     watch_ms: int | None = Field(None, ge=0, le=86_400_000, description="Of a `watch`: milliseconds played")
+    retracts: Id | None = Field(
+        None, description="Of a `retraction`: the eventId that it takes back; it need not have come yet"
+    )
     properties: dict[str, Any] | None = Field(None, description="Anything else, at most 8 KiB as JSON")
 
     @model_validator(mode="after")
@@ -135,7 +138,11 @@ class EventIn(Wire):
             raise ValueError("a watch needs watchMs, the milliseconds played")
         if self.event_type != "watch" and self.watch_ms is not None:
             raise ValueError(f"watchMs belongs to a watch, not to a {self.event_type}")
-        if self.event_type != "follow" and self.note_id is None:
+        if self.event_type == "retraction" and self.retracts is None:
+            raise ValueError("a retraction needs retracts, the eventId that it takes back")
+        if self.event_type != "retraction" and self.retracts is not None:
+            raise ValueError(f"retracts belongs to a retraction, not to a {self.event_type}")
+        if self.event_type not in ("follow", "retraction") and self.note_id is None:
             raise ValueError(f"a {self.event_type} needs noteId")
         if self.event_type == "follow" and self.note_id is None and self.author_id is None:
             raise ValueError("a follow needs authorId, or noteId whose author is followed")

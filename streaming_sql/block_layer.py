@@ -2,14 +2,15 @@
 
 A group's state is a short tuple of layers (the bulk, then newer and smaller ones): a tick adds one, readers add up what each
 layer answers, and layers of like size are merged now and then. Late rows need no special case: combining is associative and
-commutative, so a block may be spread over layers.
+commutative, so a block may be spread over layers. A rebuilt block is the exception: `without` empties it in the layers that are
+there, and the new layer brings it whole.
 
 Shape letters: R blocks, K runs (keys present here), M sum columns of a family, N keys asked for, W windows, E list entries.
 Knows nothing of ticks' meaning, events or the lake.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ ENTRY_SCHEMA = pa.schema([("row", pa.int64()), ("event_ts", pa.int64()), ("event
 
 @dataclass(frozen=True)
 class Entries:
-    """The lists of one last_n measure, laid end to end: by (row, event_ts, event_id), at most n per row."""
+    """The lists of one last_n measure, laid end to end: by (row, event_ts, event_id), at most n per block."""
 
     row: np.ndarray
     event_ts: np.ndarray
@@ -37,16 +38,25 @@ class Entries:
 
     @classmethod
     def of(cls, table: pa.Table, n: int) -> "Entries":
-        """table: ENTRY_SCHEMA. The newest n of each row are kept: windows end at the tick, so no older one is ever read."""
+        """table: ENTRY_SCHEMA. The newest n of each block are kept. Not of each row: retracting one of
+        them brings back the one before."""
         ordered = table.take(pc.sort_indices(table, [(name, "ascending") for name in ("row", "event_ts", "event_id")]))
-        row = ordered["row"].to_numpy()
-        newer = np.searchsorted(row, row, side="right") - np.arange(len(row))  # 1 for the newest of its row
+        place = _places(ordered["row"].to_numpy(), ordered["event_ts"].to_numpy())
+        newer = np.searchsorted(place, place, side="right") - np.arange(len(place))  # 1 for the newest of its block
         ordered = ordered.filter(pa.array(newer <= n)).combine_chunks()
         row, event_ts, event_id, value = (_one_array(column) for column in ordered.columns)
         return cls(row.to_numpy(), event_ts.to_numpy(), event_id, value)
 
     def table(self) -> pa.Table:
         return pa.table([self.row, self.event_ts, self.event_id, self.value], schema=ENTRY_SCHEMA)
+
+    def without(self, emptied: np.ndarray) -> "Entries":
+        """Less the entries of some blocks. emptied: int64, their `_places`."""
+        gone = np.isin(_places(self.row, self.event_ts), emptied)
+        if not gone.any():
+            return self
+        kept = pa.array(~gone)
+        return Entries(self.row[~gone], self.event_ts[~gone], self.event_id.filter(kept), self.value.filter(kept))
 
     def newest(self, row: int, lower_us: int, upper_us: int, n: int) -> list[tuple[int, str, str]]:
         """Up to n entries of the row with lower_us <= event_ts < upper_us, ascending."""
@@ -105,6 +115,11 @@ def _flatten(row: np.ndarray, lists: pa.ChunkedArray) -> pa.Table:
     event_ts = pc.struct_field(structs, "event_ts").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
     event_id, value = (pc.struct_field(structs, name).cast(pa.string()) for name in ("event_id", "value"))
     return pa.table([row[owner], event_ts, event_id, value], schema=ENTRY_SCHEMA)
+
+
+def _places(row: np.ndarray, instant_us: np.ndarray) -> np.ndarray:
+    """One int64 per (row, block), ascending in that order."""
+    return (row.astype(np.int64) << _RUN_SHIFT) + instant_us // FIVE_MINUTES_US
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -214,6 +229,31 @@ class BlockLayer:
                 entries,
             ),
         )
+
+    def without(self, plan: GroupPlan, row: np.ndarray, block_start: np.ndarray) -> "BlockLayer":
+        """The layer with some blocks emptied: what a reader gets for them is the empty value. Copies what it
+        changes; `self` when nothing does. row, block_start: int64 [E], E blocks that need not be here."""
+        run = self.runs_of(row)
+        wanted = (run[run >= 0].astype(np.int64) << _RUN_SHIFT) + block_start[run >= 0] // FIVE_MINUTES_US
+        found = np.searchsorted(self.place, wanted)
+        inside = found < len(self.place)
+        blocks = np.unique(found[inside][self.place[found[inside]] == wanted[inside]])
+        if not len(blocks):
+            return self
+        ends = self.run_offsets.numpy()[(self.place[blocks] >> _RUN_SHIFT) + 1].tolist()
+        prefix = {}
+        for family, sums in self.prefix.items():
+            values = sums.numpy().copy()
+            for block, end in zip(blocks.tolist(), ends, strict=True):
+                opens = block == 0 or self.place[block - 1] >> _RUN_SHIFT != self.place[block] >> _RUN_SHIFT
+                values[block:end] -= values[block] if opens else values[block] - values[block - 1]
+            prefix[family] = torch.from_numpy(values)
+        covers = {name: values.copy() for name, values in self.covers.items()}
+        for name, cover in plan.covers.items():
+            covers[name][blocks] = cover.identity
+        emptied = _places(row, block_start)
+        entries = {name: lists.without(emptied) for name, lists in self.entries.items()}
+        return replace(self, prefix=prefix, covers=covers, entries=entries)
 
     def runs_of(self, row: np.ndarray) -> np.ndarray:
         """int64 [N]: the run of each row id here, -1 where it has none."""

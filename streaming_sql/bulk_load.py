@@ -8,23 +8,24 @@ from streaming_sql.plan import GroupPlan, columns_of
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.render import standing_sql
 from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.landing import EVENTS
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 
 
 def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int, dict[str, pa.Table]]:
-    """The newest tick that every group's table holds in full and the log had closed, and the rows known by it that some
-    window can still reach. Tick 0 and nothing where a table is missing or unbuilt: then everything is replayed."""
+    """The newest tick that every group's table holds in full and the log had closed, and the rows that stand at it and
+    some window can still reach. Tick 0 and nothing where a table is missing or unbuilt: then everything is replayed."""
     tick_us = min([*(_built_through(lake, group) for group in groups.values()), _closed(lake)])
     if tick_us <= 0:
         return 0, {}
     blocks = {}
     with lake.duckdb() as connection:
         for name, group in groups.items():
+            standing = standing_sql(group, f'features."{name}"', "make_timestamptz($tick_us)")
             blocks[name] = connection.execute(
-                f'select * from features."{name}" where known_at <= make_timestamptz($tick_us) '
-                "and block_start >= make_timestamptz($from_us)",
+                f"select * from ({standing}) as standing where block_start >= make_timestamptz($from_us)",
                 {"tick_us": tick_us, "from_us": tick_us - GroupPlan.of(group).keep_us},
             ).to_arrow_table()
     return tick_us, blocks
@@ -40,6 +41,7 @@ def _built_through(lake: Lake, group: FeatureGroup) -> int:
         *group.keys,
         "block_start",
         "known_at",
+        "is_rebuilt",
         *(column for measure in group.measures for column in columns_of(measure)),
     ]
     if missing := [column for column in declared if column not in columns]:

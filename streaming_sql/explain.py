@@ -16,7 +16,8 @@ class Explanation:
     """One key of one group as a request at t_us reads it; instants in microseconds.
 
     known_at_us: K of block-fresh measures (the tick). position: K of event-fresh ones. blocks: by block_start, each with the
-    latest arrival tick combined into it and its representations (lists: newest n of the key, not of the block).
+    latest arrival tick combined into it and its numbers. A group with event-fresh measures shows the blocks that those read:
+    less what a retraction took out that the position knows and the tick does not.
     """
 
     group: str
@@ -41,7 +42,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
     oldest_us = min(at.bounds(family.name, plan.keep_us)[0] for family in plan.families)
     (row,) = state.index.find([key]).tolist()
     blocks = []
-    for layer in state.layers if row >= 0 else ():
+    for layer in state.layers_of("event" if plan.fresh else "tick") if row >= 0 else ():
         (run,) = layer.runs_of(np.array([row])).tolist()
         if run < 0:
             continue

@@ -1,4 +1,5 @@
-"""Records in, store moved: admits arrivals, fills the head, closes ticks by the log, turns what a tick knows into blocks.
+"""Records in, store moved: admits arrivals, fills the head, closes ticks by the log, turns what a tick knows into blocks, and
+takes out what was retracted.
 
 Deterministic: the same records in any batching lead to the same store. Knows nothing of where records come from.
 """
@@ -9,16 +10,19 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from streaming_sql.arrivals import Arrivals
+from streaming_sql.arrivals import Admission, Arrivals
 from streaming_sql.block_layer import instants
-from streaming_sql.head import Place
+from streaming_sql.head import HeadEvent
+from streaming_sql.history import History
+from streaming_sql.key_index import Key
 from streaming_sql.micro_batch import MicroBatch
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.retractions import Place, Retraction, Retractions, split
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 
-REMEMBERED = ("event_id", "event_type", "event_ts", "landed_at", "log_partition", "log_offset")
+REMEMBERED = ("event_id", "event_type", "event_ts", "landed_at", "log_partition", "log_offset", "retracts")
 
 
 @dataclass
@@ -30,14 +34,20 @@ class Taken:
     num_dead: int = 0
     num_late: int = 0
     """Events that arrived after their block's own tick: rows of a later tick."""
+    num_retractions: int = 0
     closed_tick_us: int | None = None
 
 
 class Feed:
-    """The state between records and blocks: duplicate memory, events of open ticks, how far each partition was read."""
+    """The state between records and blocks: duplicate and retraction memory, events of open ticks, how far each partition was
+    read."""
 
-    def __init__(self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...]):
-        self.store, self.arrivals, self._batch = store, Arrivals(), MicroBatch(groups)
+    def __init__(self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...], history: History):
+        self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
+        self._batch, self._history = MicroBatch(groups), history
+        self._keys = [group.keys for group in groups.values()]
+        self._keep_us = max(plan.keep_us for plan in store.plans.values())
+        self._has_fresh = any(plan.fresh for plan in store.plans.values())
         self.position = position
         self.read_through_us = [0] * len(position)
         self._pending: list[pa.Table] = []
@@ -46,14 +56,16 @@ class Feed:
     def take(self, records: pa.Table, is_history: bool = False) -> Taken:
         """Takes records (EVENTS_SCHEMA, each partition in order of offset) and moves the store.
 
-        is_history: events that the store's blocks already hold may be among them; they only refresh the duplicate memory.
+        is_history: events that the store's blocks already hold may be among them; they only refresh the memories.
         """
         self._read_past(records)
         admission = self.arrivals.admit(records)
-        staged = self._batch.stage(admission.events)
+        events, retractions = self._remember_retractions(admission)
+        staged = self._batch.stage(events)
         due_from_us = self.store.tick_us
         known_at = instants(staged["known_at"])
-        if (known_at <= due_from_us).any():
+        num_held = len(self.retractions.take_due(due_from_us)) + int((known_at <= due_from_us).sum())
+        if num_held:
             if not is_history:
                 raise HeadraceError(
                     f"an event that tick {due_from_us} should know arrived after it was closed: the log's landed_at fell, or "
@@ -61,30 +73,80 @@ class Feed:
                 )
             staged = staged.filter(pa.array(known_at > due_from_us))
         num_late = int((instants(staged["known_at"]) - instants(staged["event_ts"]) > FIVE_MINUTES_US).sum())
-        taken = Taken(staged.num_rows, admission.num_duplicates, admission.num_dead, num_late)
+        taken = Taken(staged.num_rows, admission.num_duplicates, admission.num_dead, num_late, len(retractions))
         if staged.num_rows:
             self._pending.append(staged)
         self._superseded.update(loser for loser, _ in admission.superseded)
         tick_us = closed_tick(self.read_through_us)
-        if all(self.read_through_us) and tick_us is not None and tick_us > self.store.tick_us:
-            fresh = staged.filter(pa.array(instants(staged["known_at"]) > tick_us))
+        if all(self.read_through_us) and tick_us is not None and tick_us > due_from_us:
             self.store.advance(
-                self.position, self._batch.heads(fresh), admission.superseded, tick_us, self._batch.blocks(self._due(tick_us))
+                self.position,
+                self._heads(staged.filter(pa.array(instants(staged["known_at"]) > tick_us))),
+                admission.superseded,
+                retractions,
+                self._withdrawn(tick_us),
+                tick_us,
+                self._blocks(tick_us),
             )
             self.arrivals.forget_before(min(self.read_through_us))
+            self.retractions.forget_before(min(self.read_through_us))
             taken.closed_tick_us = tick_us
         elif records.num_rows:
-            self.store.advance(self.position, self._batch.heads(staged), admission.superseded)
+            changed = bool(retractions or admission.superseded)
+            withdrawn = self._withdrawn(due_from_us) if changed else None
+            self.store.advance(self.position, self._heads(staged), admission.superseded, retractions, withdrawn)
         return taken
 
     def remember(self, records: pa.Table) -> None:
-        """Reads past records that the store's blocks are known to hold: only the duplicate memory learns of them.
+        """Reads past records that the store's blocks are known to hold: only the memories learn of them.
 
         records: the columns of EVENTS_SCHEMA that say what arrived, when and where (`REMEMBERED`).
         """
         self._read_past(records)
-        self.arrivals.admit(records)
+        self._remember_retractions(self.arrivals.admit(records))
+        self.retractions.take_due(self.store.tick_us)
         self.store.advance(self.position, {})
+
+    def _remember_retractions(self, admission: Admission) -> tuple[pa.Table, list[Retraction]]:
+        events, retractions = split(admission.events)
+        self.retractions.add(retractions)
+        for loser, winner in admission.superseded:
+            self.retractions.supersede(loser, winner)
+        return events, retractions
+
+    def _heads(self, staged: pa.Table) -> dict[str, list[tuple[Key, HeadEvent]]]:
+        heads = self._batch.heads(staged)
+        if len(self.retractions):
+            for _, event in (item for items in heads.values() for item in items):
+                event.retractions = self.retractions.of(event.event_id, event.landed_us)
+        return heads
+
+    def _blocks(self, tick_us: int) -> dict[str, pa.Table]:
+        """The block rows that a new tick adds to those of the store's: of the events that it knows first, and of blocks that
+        its retractions rebuild."""
+        after_us = self.store.tick_us
+        due = self._due(tick_us)
+        targets = {retraction.retracts for retraction in self.retractions.take_due(tick_us)}
+        if len(self.retractions) and due.num_rows:
+            arrived = zip(due["event_id"].to_pylist(), instants(due["landed_at"]).tolist(), strict=True)
+            targets |= {event_id for event_id, landed_us in arrived if self.retractions.of(event_id, landed_us)}
+        if not targets:
+            return self._batch.blocks(due)
+        staged, retracted = self._staged_around(targets, tick_us)
+        held = staged.filter(pa.array(instants(staged["known_at"]) <= after_us))
+        return self._batch.standing_blocks(pa.concat_tables([due, held]), retracted, after_us, tick_us)
+
+    def _withdrawn(self, tick_us: int) -> dict[str, pa.Table]:
+        """The blocks of a tick that hold targets of retractions which are read but wait for a later tick: rebuilt without
+        them, for event-fresh measures."""
+        targets = {retraction.retracts for retraction in self.retractions.waiting() if retraction.tick_us > tick_us}
+        if not targets or not self._has_fresh:
+            return {}
+        return self._batch.blocks_as_if_known(*self._staged_around(targets, tick_us), tick_us)
+
+    def _staged_around(self, event_ids: set[str], tick_us: int) -> tuple[pa.Table, pa.Table]:
+        arrivals = self._history.around(sorted(event_ids), self._keys, self.position, tick_us - self._keep_us)
+        return self._batch.stage_with_retractions(arrivals)
 
     def _read_past(self, records: pa.Table) -> None:
         position = list(self.position)

@@ -51,17 +51,23 @@ class GroupState:
     index: KeyIndex
     layers: tuple[BlockLayer, ...]
     head: Head
+    fresh_layers: tuple[BlockLayer, ...] | None = None
+    """What event-fresh measures read instead of `layers`, where the view's position knows
+    retractions that its tick does not."""
+
+    def layers_of(self, family: str) -> tuple[BlockLayer, ...]:
+        return self.layers if family != "event" or self.fresh_layers is None else self.fresh_layers
 
     def assemble(self, keys: Sequence[Key], at: Instant) -> FeatureMatrix:
         """All features of the group for the keys (unknown keys get the empty values)."""
         rows = self.index.find(keys)
-        runs = [layer.runs_of(rows) for layer in self.layers]
         heads: list[list] = [[]] * len(keys)
         if self.plan.fresh and len(self.head):
             heads = [self.head.visible(tuple(key), at.position, at.t_us) for key in keys]
         values: dict[str, np.ndarray] = {}
         sequences: dict[str, list[list[str]]] = {}
         for family in self.plan.families:
+            runs = [layer.runs_of(rows) for layer in self.layers_of(family.name)]
             sums = self._sums(family, runs, len(keys), at)
             for measure in family.measures:
                 if measure.is_sequence:
@@ -92,7 +98,7 @@ class GroupState:
         bounds = [at.bounds(family.name, length) for length in family.lengths_us]
         lower = np.tile(np.array([low for low, _ in bounds], dtype=np.int64), (num_keys, 1))
         upper = np.full(num_keys, at.tick_us, dtype=np.int64)
-        for layer, run in zip(self.layers, runs, strict=True):
+        for layer, run in zip(self.layers_of(family.name), runs, strict=True):
             out += layer.windowed_sums(family.name, run, lower, upper)
         return out
 
@@ -113,7 +119,7 @@ class GroupState:
         cover = cover_of(measure)
         lower, upper = at.bounds(family.name, window.length_us)
         out = np.full(num_keys, cover.identity)
-        for layer, run in zip(self.layers, runs, strict=True):
+        for layer, run in zip(self.layers_of(family.name), runs, strict=True):
             out = cover.combine(out, layer.covered(column, cover, run, lower, upper))
         return out
 
@@ -141,7 +147,7 @@ class GroupState:
         for n, row in enumerate(rows.tolist()):
             entries: list[tuple[int, str, Any]] = []
             if row >= 0:
-                for layer in self.layers:
+                for layer in self.layers_of(family):
                     entries += layer.entries[measure.name].newest(row, lower, upper, measure.n)
             if family == "event":
                 entries += [

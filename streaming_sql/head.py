@@ -5,16 +5,14 @@ tick share a head, and a request sees exactly one K. Knows nothing of blocks.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from streaming_sql.key_index import Key
+from streaming_sql.retractions import Place, Retraction, is_below
 from warehouse.features.declarations import FeatureGroup, Measure
-
-Place = tuple[int, int]
-"""(log_partition, log_offset)."""
 
 
 @dataclass(slots=True)
@@ -24,16 +22,21 @@ class HeadEvent:
     event_ts: int
     event_id: str
     known_at: int
+    landed_us: int
     log_partition: int
     log_offset: int
     values: tuple[Any, ...]
     superseded_by: Place | None = None
     """Where an earlier arrival of the same event_id was read later (a lagging partition): views that know it see it instead."""
+    retractions: list[Retraction] = field(default_factory=list)
+    """Those that hold for this arrival: views that know one of them do not see it."""
 
     def is_visible(self, position: Sequence[int]) -> bool:
-        if self.log_offset >= position[self.log_partition]:
+        if not is_below((self.log_partition, self.log_offset), position):
             return False
-        return self.superseded_by is None or self.superseded_by[1] >= position[self.superseded_by[0]]
+        if self.superseded_by is not None and is_below(self.superseded_by, position):
+            return False
+        return not any(retraction.is_known(position) for retraction in list(self.retractions))
 
 
 class Head:
@@ -42,6 +45,7 @@ class Head:
     def __init__(self, events: Iterable[tuple[Key, HeadEvent]] = ()):
         self._of_key: dict[Key, list[HeadEvent]] = {}
         self._at: dict[Place, tuple[Key, HeadEvent]] = {}
+        self._of_id: dict[str, list[HeadEvent]] = {}
         for key, event in events:
             self.add(key, event)
 
@@ -51,11 +55,18 @@ class Head:
     def add(self, key: Key, event: HeadEvent) -> None:
         self._of_key.setdefault(key, []).append(event)
         self._at[event.log_partition, event.log_offset] = (key, event)
+        self._of_id.setdefault(event.event_id, []).append(event)
 
     def supersede(self, loser: Place, winner: Place) -> None:
         """The event at `loser` counts only for views that do not know `winner`."""
         if loser in self._at:
             self._at[loser][1].superseded_by = winner
+
+    def retract(self, retraction: Retraction) -> None:
+        """Arrivals of its target that are here, and that it holds for, count only for views that do not know it."""
+        for event in self._of_id.get(retraction.retracts, ()):
+            if retraction.holds_for(event.landed_us):
+                event.retractions.append(retraction)
 
     def after(self, tick_us: int) -> "Head":
         """A new head without what the blocks of `tick_us` hold; views of this one keep theirs."""
@@ -84,7 +95,8 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
     known = " and ".join(f"{key} is not null" for key in group.keys)
     return (
         f"select {keys}, epoch_us(event_ts) as head_event_ts, event_id as head_event_id, epoch_us(known_at) as head_known_at, "
-        f"log_partition as head_partition, log_offset as head_offset, {', '.join(items)} "
+        f"epoch_us(landed_at) as head_landed_at, log_partition as head_partition, log_offset as head_offset, "
+        f"{', '.join(items)} "
         f"from {events} where {known} and ({' or '.join(f'coalesce({one}, false)' for one in conditions)})"
     )
 
@@ -95,10 +107,10 @@ def head_events(group: FeatureGroup, rows: pa.Table) -> list[tuple[Key, HeadEven
         return []
     columns = [column.to_pylist() for column in rows.columns]
     num_keys = len(group.keys)
-    keys, facts, values = columns[:num_keys], columns[num_keys : num_keys + 5], columns[num_keys + 5 :]
+    keys, facts, values = columns[:num_keys], columns[num_keys : num_keys + 6], columns[num_keys + 6 :]
     return [
-        (key, HeadEvent(event_ts, event_id, known_at, partition, offset, measured))
-        for key, (event_ts, event_id, known_at, partition, offset), measured in zip(
+        (key, HeadEvent(event_ts, event_id, known_at, landed_us, partition, offset, measured))
+        for key, (event_ts, event_id, known_at, landed_us, partition, offset), measured in zip(
             zip(*keys, strict=True), zip(*facts, strict=True), zip(*values, strict=True), strict=True
         )
     ]

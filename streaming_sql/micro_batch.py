@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from streaming_sql.head import HeadEvent, head_events, head_sql
 from streaming_sql.key_index import Key
@@ -14,7 +15,8 @@ from streaming_sql.plan import GroupPlan
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import FeatureGroup
-from warehouse.features.render import block_sql, staging_sql
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql, standing_sql
+from warehouse.time_algebra import FIVE_MINUTES_US
 
 STAGING_MODEL = "stg_engagements"
 _INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT", "HUGEINT", "UBIGINT", "UINTEGER", "USMALLINT", "UTINYINT")
@@ -30,9 +32,11 @@ class MicroBatch:
         self._connection = duckdb.connect(config={"threads": 1})
         self._connection.execute("set TimeZone = 'UTC'")
         self._staging = staging_sql("arrived")
-        self._blocks = {name: block_sql(group, "staged") for name, group in groups.items()}
+        self._blocks = {name: block_sql(group, "staged", "retracted") for name, group in groups.items()}
+        self._standing = {name: standing_sql(group, "rows_of_ticks", "getvariable('tick')") for name, group in groups.items()}
         self._heads = {name: head_sql(groups[name], plan.fresh, "staged") for name, plan in self._plans.items() if plan.fresh}
         self.nothing = self.stage(EVENTS_SCHEMA.empty_table())
+        self._nothing_retracted = self.stage_with_retractions(EVENTS_SCHEMA.empty_table())[1]
         for group in groups.values():
             self._check(group)
 
@@ -42,7 +46,7 @@ class MicroBatch:
                 f"{group.source}: feature group {group.name} reads {group.events}; the embedded runner stages "
                 f"{STAGING_MODEL} only"
             )
-        self._connection.register("staged", self.nothing)
+        self._put("staged", self.nothing)
         for measure in self._plans[group.name].fresh:
             if measure.of and measure.type == "bigint" and measure.aggregation != "count":
                 (found,) = self._connection.sql(f"select {measure.of} as value from staged").types
@@ -52,21 +56,64 @@ class MicroBatch:
                         "values differ from rounded sums: declare type double, or cast in `of`"
                     )
 
+    def _put(self, name: str, rows: pa.Table) -> None:
+        """A table of DuckDB's own: its joins push filters down that scans of Arrow tables do not know."""
+        self._connection.register("given", rows)
+        self._connection.execute(f"create or replace temp table {name} as select * from given")
+        self._connection.unregister("given")
+
     def stage(self, events: pa.Table) -> pa.Table:
         """First arrivals (EVENTS_SCHEMA) as rows of the staging model: typed, with `known_at`."""
         self._connection.register("arrived", events)
         return self._connection.execute(self._staging).to_arrow_table()
 
+    def stage_with_retractions(self, arrivals: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Arrivals (EVENTS_SCHEMA, duplicates and retractions among them) as rows of the staging model, and those of its rows
+        that were retracted, with `retracted_at`."""
+        staged = self.stage(arrivals)
+        self._put("staged", staged)
+        self._connection.execute(f"create or replace temp table retractions as {retractions_sql('arrived')}")
+        return staged, self._connection.execute(retracted_sql("staged", "retractions")).to_arrow_table()
+
     def blocks(self, staged: pa.Table) -> dict[str, pa.Table]:
-        """The block rows of every group from staged events."""
-        self._connection.register("staged", staged)
+        """The block rows of every group from staged events of which none is retracted."""
+        self._put("staged", staged)
+        self._put("retracted", self._nothing_retracted)
         return {name: self._connection.execute(sql).to_arrow_table() for name, sql in self._blocks.items()}
+
+    def standing_blocks(self, staged: pa.Table, retracted: pa.Table, after_us: int, tick_us: int) -> dict[str, pa.Table]:
+        """The block rows of every group that the ticks after after_us and up to tick_us bring, as they stand at tick_us.
+
+        staged: the events that these ticks know first, and all events of blocks that they rebuild.
+        """
+        self._put("staged", staged)
+        self._put("retracted", retracted)
+        self._connection.execute(f"set variable tick = make_timestamptz({tick_us})")
+        rows = {}
+        for name, sql in self._blocks.items():
+            self._connection.execute(
+                f"create or replace temp table rows_of_ticks as select * from ({sql}) as made "
+                f"where known_at > make_timestamptz({after_us}) and known_at <= getvariable('tick')"
+            )
+            rows[name] = self._connection.execute(self._standing[name]).to_arrow_table()
+        return rows
+
+    def blocks_as_if_known(self, staged: pa.Table, retracted: pa.Table, tick_us: int) -> dict[str, pa.Table]:
+        """The rebuilt block rows of every group as if the tick knew every retraction already: of the staged events only those
+        that it holds count."""
+        self._put("retracted_later", retracted)
+        now = f"make_timestamptz({tick_us + FIVE_MINUTES_US})"
+        clamped = self._connection.execute(
+            f"select * replace (least(retracted_at, {now}) as retracted_at) from retracted_later"
+        ).to_arrow_table()
+        held = staged.filter(pc.less_equal(staged["known_at"].cast(pa.int64()), tick_us))
+        return self.standing_blocks(held, clamped, tick_us, tick_us + FIVE_MINUTES_US)
 
     def heads(self, staged: pa.Table) -> dict[str, list[tuple[Key, HeadEvent]]]:
         """The head events of every group with fresh measures."""
         if staged.num_rows == 0:
             return {}
-        self._connection.register("staged", staged)
+        self._put("staged", staged)
         return {
             name: head_events(self._groups[name], self._connection.execute(sql).to_arrow_table())
             for name, sql in self._heads.items()

@@ -13,9 +13,10 @@ from streaming_sql.block_layer import BlockLayer, Blocks
 from streaming_sql.bulk_load import blocks_in_lake
 from streaming_sql.explain import Explanation, explain_key
 from streaming_sql.group_state import FeatureMatrix, GroupState, Instant
-from streaming_sql.head import Head, HeadEvent, Place
+from streaming_sql.head import Head, HeadEvent
 from streaming_sql.key_index import Key, KeyIndex
 from streaming_sql.plan import GroupPlan
+from streaming_sql.retractions import Place, Retraction
 from warehouse.errors import HeadraceError
 from warehouse.events import NUM_PARTITIONS
 from warehouse.features.declarations import FeatureGroup
@@ -98,13 +99,17 @@ class OnlineStore:
         position: tuple[int, ...],
         head: Mapping[str, Sequence[tuple[Key, HeadEvent]]],
         superseded: Sequence[tuple[Place, Place]] = (),
+        retractions: Sequence[Retraction] = (),
+        withdrawn: Mapping[str, pa.Table] | None = None,
         tick_us: int | None = None,
         blocks: Mapping[str, pa.Table] | None = None,
     ) -> None:
         """Moves to a log position and, with `tick_us`, to a newer tick; readers see all of it at once.
 
-        head: new events of each fresh group; superseded: (loser, winner) places; blocks: the rows of `features.<group>`
-        that the tick adds. Raises ValueError if the tick is not newer.
+        head: new events of each fresh group; superseded: (loser, winner) places; retractions: those read since; withdrawn:
+        rebuilt rows of `features.<group>` that event-fresh measures read in place of the tick's (None: as before); blocks: the
+        rows of `features.<group>` that the tick adds, rebuilt ones in place of what there is. Raises ValueError if the tick is
+        not newer.
         """
         view = self._view
         if tick_us is not None and tick_us <= view.tick_us:
@@ -113,13 +118,18 @@ class OnlineStore:
         for name, events in head.items():
             for key, event in events:
                 states[name].head.add(key, event)
-        for loser, winner in superseded:
-            for state in states.values():
+        for state in states.values():
+            for retraction in retractions:
+                state.head.retract(retraction)
+            for loser, winner in superseded:
                 state.head.supersede(loser, winner)
         if tick_us is not None:
             for name, state in states.items():
                 layers = _with_blocks(state, (blocks or {}).get(name), tick_us)
-                states[name] = replace(state, layers=layers, head=state.head.after(tick_us))
+                states[name] = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
+        if withdrawn is not None:
+            for name, state in states.items():
+                states[name] = replace(state, fresh_layers=_without_withdrawn(state, withdrawn.get(name)))
         next_view = StoreView(view.tick_us if tick_us is None else tick_us, position, states)
         if tick_us is not None:
             self._previous = view
@@ -134,10 +144,10 @@ class OnlineStore:
 
 
 def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int) -> tuple[BlockLayer, ...]:
-    """The group's layers with one more, merged where sizes have come close."""
+    """The group's layers with one more, emptied of what it rebuilds, and merged where sizes have come close."""
     if rows is None or rows.num_rows == 0:
         return state.layers
-    layers = [*state.layers, BlockLayer.build(state.plan, Blocks.of(state.plan, state.index.add(rows), rows))]
+    layers = _with_layer(state, rows)
     first = len(layers) - 1
     size = layers[-1].num_blocks
     while first > 0 and size * _MERGE_FACTOR >= layers[first - 1].num_blocks:
@@ -146,3 +156,20 @@ def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int) -> tupl
     if first < len(layers) - 1:
         layers[first:] = [BlockLayer.merge(state.plan, layers[first:], tick_us - state.plan.keep_us)]
     return tuple(layers)
+
+
+def _without_withdrawn(state: GroupState, rows: pa.Table | None) -> tuple[BlockLayer, ...] | None:
+    """What event-fresh measures read in place of the group's layers; None where that is the layers."""
+    if rows is None or rows.num_rows == 0 or not state.plan.fresh:
+        return None
+    return tuple(_with_layer(state, rows))
+
+
+def _with_layer(state: GroupState, rows: pa.Table) -> list[BlockLayer]:
+    blocks = Blocks.of(state.plan, state.index.add(rows), rows)
+    is_rebuilt = rows["is_rebuilt"].to_numpy()
+    layers = state.layers
+    if is_rebuilt.any():
+        emptied = blocks.row[is_rebuilt], blocks.block_start[is_rebuilt]
+        layers = tuple(layer.without(state.plan, *emptied) for layer in layers)
+    return [*layers, BlockLayer.build(state.plan, blocks)]

@@ -11,7 +11,7 @@ import orjson
 import pyarrow as pa
 
 from warehouse.errors import HeadraceError
-from warehouse.events import EVENTS_SCHEMA, HEARTBEAT
+from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, RETRACTION
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LOG_FIELDS = ("landed_at", "log_partition", "log_offset", "landing")
@@ -72,8 +72,10 @@ def to_row(event: Mapping[str, Any]) -> tuple:
             raise ValueError(f"{name} is missing")
     if event["event_type"] == HEARTBEAT:
         raise ValueError(f"event_type {HEARTBEAT!r} is written by the log alone")
-    if event.get("retracts") is not None:
-        raise ValueError("retracts: retractions are not supported yet")
+    if event["event_type"] == RETRACTION and event.get("retracts") in (None, ""):
+        raise ValueError("retracts is missing: a retraction names the event_id that it takes back")
+    if event["event_type"] != RETRACTION and event.get("retracts") is not None:
+        raise ValueError(f"retracts belongs to a {RETRACTION}, not to a {event['event_type']}")
     row = []
     for name in ROW_FIELDS:
         value = event.get(name)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from streaming_sql.event_log import EventLog
 from streaming_sql.feed import REMEMBERED, Feed, Taken
+from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.status import write_runner_status
@@ -76,7 +77,7 @@ class Runner:
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        self._feed = Feed(store, groups, (0,) * log.num_partitions)
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log))
         self._lander = Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -124,8 +125,11 @@ class Runner:
                     yield pa.Table.from_batches([batch]).cast(schema)
 
             since, held = (f"make_timestamptz({max(instant, 0)})" for instant in (held_us - DUPLICATE_MEMORY_US, held_us))
-            (total,) = connection.execute(f"select count(*) from lake.events where landed_at >= {since}").fetchall()[0]
-            for records in batches(REMEMBERED, f"landed_at >= {since} and landed_at < {held}"):
+            # a retraction's own id may have arrived first before that, and then the retraction is none
+            retracting = f"select event_id from lake.events where event_type = 'retraction' and landed_at >= {since}"
+            wanted = f"(landed_at >= {since} or event_id in ({retracting}))"
+            (total,) = connection.execute(f"select count(*) from lake.events where {wanted}").fetchall()[0]
+            for records in batches(REMEMBERED, f"{wanted} and landed_at < {held}"):
                 self._feed.remember(records)
                 done = _told(progress, done + records.num_rows, total + num_in_log)
             for records in batches(EVENTS_SCHEMA.names, f"landed_at >= {held}"):
@@ -167,6 +171,7 @@ class Runner:
         self.totals.num_duplicates += taken.num_duplicates
         self.totals.num_dead += taken.num_dead
         self.totals.num_late += taken.num_late
+        self.totals.num_retractions += taken.num_retractions
 
     def flush(self) -> int:
         """Lands everything in the log now; returns the number of records landed."""

@@ -180,7 +180,9 @@ judged as (
             when event_type is null or event_type = '' then 'event_type is missing'
             when event_ts is null then 'event_ts is missing or not a time with a zone'
             when event_type = 'heartbeat' then 'event_type heartbeat is reserved for the log'
-            when retracts is not null then 'retractions are not supported yet'
+            when event_type = 'retraction' and (retracts is null or retracts = '')
+                then 'retracts is missing: a retraction names the event_id that it takes back'
+            when event_type <> 'retraction' and retracts is not null then 'retracts belongs to event_type retraction'
             when properties is not null and json_valid(properties) is not true then 'properties is not valid JSON'
             when properties is not null and json_type(properties) <> 'OBJECT' then 'properties is not a JSON object'
         end as broken

@@ -1,6 +1,7 @@
 {# The newest n events of each last_n measure of a group, one row per key and measure, oldest first: the top-N pattern that
-   RisingWave keeps incrementally. Runs on PostgreSQL and DuckDB too. #}
-{% macro newest_events(features, events) -%}
+   RisingWave keeps incrementally. `retracted`: the events that no longer count, open ticks included. Runs on PostgreSQL and DuckDB
+   too. #}
+{% macro newest_events(features, events, retracted) -%}
 {%- set keys = features['keys'] | join(', ') -%}
 {%- set sequences = features['measures'] | selectattr('aggregation', 'equalto', 'last_n') | list -%}
 {%- for measure in sequences %}
@@ -17,7 +18,15 @@ from (
         event_id,
         cast({{ measure.of }} as varchar) as item,
         row_number() over (partition by {{ keys }} order by event_ts desc, event_id desc) as place
-    from {{ events }}
+    from (
+        select came.*
+        from {{ events }} as came
+        left join {{ retracted }} as retracted
+            on
+                came.log_partition = retracted.log_partition
+                and came.log_offset = retracted.log_offset
+        where retracted.retracted_at is null
+    ) as standing_events
     where
         ({{ measure.of }}) is not null
         {%- if measure.where %}

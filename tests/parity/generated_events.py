@@ -1,5 +1,6 @@
 """Event logs with every mess that the algebra must survive: late, early, duplicated (also with another payload), tied, null,
-out of order, on a boundary, and two log partitions, one of which lags.
+out of order, on a boundary, retracted (before and after, twice, in the other partition, never seen), and two log partitions,
+one of which lags.
 
 Dense on purpose: a few keys, and times on a coarse grid around a few ticks, so that reads meet the edges and do not miss them.
 Hypothesis draws the seed; `random.Random` draws the rows.
@@ -11,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
+from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.oracle import Read
 from warehouse.time_algebra import (
@@ -43,14 +44,35 @@ DELAYS_US = (
     -MINUTE_US,
     -8 * MINUTE_US,
 )
+RETRACTED_AFTER_US = (
+    0,
+    1,
+    -1,
+    SECOND_US,
+    GRACE_US,
+    2 * MINUTE_US,
+    FIVE_MINUTES_US,
+    -2 * MINUTE_US,
+    -FIVE_MINUTES_US,
+    HOUR_US,
+    25 * HOUR_US,
+    -26 * HOUR_US,
+    -DUPLICATE_MEMORY_US,
+    -DUPLICATE_MEMORY_US - 1,
+    DUPLICATE_MEMORY_US + DAY_US,
+)
+"""How long after its target a retraction lands."""
 EVENT_TYPES = ("view", "click", "like", "watch")
 IDS = ("1", "12", "é")
 """Ids that collide when composite keys are concatenated, and one that is not ASCII."""
 WINDOWS_US = (FIVE_MINUTES_US, 2 * FIVE_MINUTES_US, HOUR_US, DAY_US, 7 * DAY_US, 30 * DAY_US)
 
 
-def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
-    """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing."""
+def event_log(random: Random, num_events: int = 80, num_retractions: int | None = None) -> list[dict[str, Any]]:
+    """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing.
+
+    num_retractions: by default a quarter as many as there are events, which leaves no key untouched.
+    """
     lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
     rows = []
     for number in range(num_events):
@@ -81,12 +103,41 @@ def event_log(random: Random, num_events: int = 80) -> list[dict[str, Any]]:
         ago = random.choice((DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
         again = {"impression_id": f"again-{row['impression_id']}", "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US}
         rows.append({**row, **again, "landed_at": row["landed_at"] + ago})
+    rows += _retractions(random, rows, num_events // 4 if num_retractions is None else num_retractions)
     rows.sort(key=lambda row: row["landed_at"])
     next_offset = [0, 0]
     for row in rows:
         row["log_offset"] = next_offset[row["log_partition"]]
         next_offset[row["log_partition"]] += 1
     return rows
+
+
+def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Events that take others of `rows` back. They carry keys and values, which must count nowhere, and some take the id of an
+    event, of a duplicate or of one another."""
+    found = []
+    for n in range(number):
+        target = random.choice(rows)
+        retracts = (
+            target["event_id"] if random.random() < 0.9 else random.choice(("nobody", f"r{random.randrange(number)}", None))
+        )
+        event_id = f"r{n if random.random() < 0.8 else random.randrange(number)}"
+        if random.random() < 0.1:
+            event_id = random.choice(rows)["event_id"]
+        landed_at = target["landed_at"] + random.choice(RETRACTED_AFTER_US)
+        found.append(
+            {
+                **target,
+                "event_id": event_id,
+                "event_type": RETRACTION,
+                "impression_id": None,
+                "event_ts": landed_at - random.choice((0, SECOND_US, HOUR_US)),
+                "landed_at": landed_at,
+                "log_partition": random.randrange(2),
+                "retracts": retracts,
+            }
+        )
+    return found
 
 
 def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], number: int = 40) -> list[Read]:

@@ -23,14 +23,16 @@ def build(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, events: pa
     connection.register("events", events)
     connection.execute(f"create or replace table staged as {render.staging_sql('events')}")
     connection.execute(f"create or replace table shadowed as {render.shadowed_sql('events')}")
-    connection.execute(f"create or replace table blocks as {render.block_sql(group, 'staged')}")
+    connection.execute(f"create or replace table retractions as {render.retractions_sql('events')}")
+    connection.execute(f"create or replace table retracted as {render.retracted_sql('staged', 'retractions')}")
+    connection.execute(f"create or replace table blocks as {render.block_sql(group, 'staged', 'retracted')}")
     connection.execute(f"create or replace table hours as {render.roll_up_sql(group, 'blocks', 60)}")
     connection.execute(f"create or replace table days as {render.roll_up_sql(group, 'hours', 1440)}")
 
 
 def read_batch(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, questions: list[Read]) -> list[dict]:
     connection.register("spine", spine_table(group, questions))
-    sql = render.point_in_time_sql(group, "spine", "blocks", "hours", "days", "staged", "shadowed")
+    sql = render.point_in_time_sql(group, "spine", "blocks", "hours", "days", "staged", "shadowed", "retractions")
     return sorted(connection.execute(sql).to_arrow_table().to_pylist(), key=lambda row: row["row_id"])
 
 

@@ -20,7 +20,7 @@ from warehouse.features.declarations import FeatureGroup
 from warehouse.features.oracle import Read, values
 from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, HOUR_US, newest_tick
 
-RELATIONS = Relations("blocks", "hours", "days", "staged", "shadowed")
+RELATIONS = Relations("blocks", "hours", "days", "staged", "shadowed", "retractions")
 
 
 def spine_of(group: FeatureGroup, questions: list[Read]) -> pa.Table:
@@ -84,7 +84,18 @@ def test_arrays_take_every_measure_but_sums_of_doubles():
     assert {measure.name for measure in group.measures} - suitable == {"sum_double"}
 
 
-@pytest.mark.parametrize("column", ["rebuilt", "is_rebuilt", "retracted_at"])
+def test_only_reads_of_keys_that_a_retraction_touches_go_by_the_sql():
+    group = GROUPS["everything"]
+    events = event_log(Random(1), num_retractions=0)
+    target = next(event for event in events if event["note_id"] == "12")
+    back = {**target, "event_id": "r", "event_type": "retraction", "retracts": target["event_id"], "log_offset": 10_000}
+    with duckdb.connect() as connection:
+        build(connection, group, as_table([*events, back]))
+        span = Span(START_US, START_US + DAY_US, START_US + DAY_US)
+        assert Source(connection, group, RELATIONS, span).touched_keys().to_pylist() == [{"note_id": "12"}]
+
+
+@pytest.mark.parametrize("column", ["rebuilt", "is_erased", "retracted_at"])
 def test_arrays_leave_blocks_with_a_column_they_do_not_know_to_the_sql(column):
     group = GROUPS["everything"]
     with duckdb.connect() as connection:
@@ -99,7 +110,7 @@ def test_arrays_leave_blocks_with_a_column_they_do_not_know_to_the_sql(column):
 @given(seed=st.integers(0, 2**32))
 def test_arrays_equal_the_equation(name, seed):
     random, group = Random(seed), GROUPS[name]
-    events = event_log(random)
+    events = event_log(random, num_retractions=random.choice((0, 1, 2, 20)))
     questions = as_spines_ask(random, some_reads(random, group, events))
     with duckdb.connect() as connection:
         build(connection, group, as_table(events))
@@ -122,7 +133,7 @@ def test_sql_equals_the_equation_at_a_spines_t_and_k(name, seed):
 @given(seed=st.integers(0, 2**32))
 def test_laying_out_few_pairs_at_a_time_changes_nothing(seed):
     random, group = Random(seed), GROUPS["everything"]
-    events = event_log(random)
+    events = event_log(random, num_retractions=1)
     questions = as_spines_ask(random, some_reads(random, group, events))
     with duckdb.connect() as connection, pytest.MonkeyPatch.context() as patch:
         build(connection, group, as_table(events))
@@ -137,8 +148,8 @@ def test_many_late_events_of_one_key_over_weeks_equal_the_sql(seed):
     """Hundreds of blocks per key, a third of the events minutes to days late: range minima span chunks, edges cut arrivals in
     flight. Too many for the oracle; the SQL is held to it above."""
     random, group = Random(seed), GROUPS["everything"]
-    events = event_log(random, num_events=60)
-    for number, row in enumerate(many := event_log(random, num_events=1500)):
+    events = event_log(random, num_events=60, num_retractions=0)
+    for number, row in enumerate(many := event_log(random, num_events=1500, num_retractions=0)):
         event_us = START_US + random.randrange(20 * DAY_US // FIVE_MINUTES_US) * FIVE_MINUTES_US + random.randrange(3)
         delay_us = random.choice((0, 0, 1, random.randrange(HOUR_US), random.randrange(DAY_US), random.randrange(6 * DAY_US)))
         row |= {"event_id": f"m{number}", "event_ts": event_us, "landed_at": event_us + delay_us, "note_id": "1"}

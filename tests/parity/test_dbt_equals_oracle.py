@@ -9,17 +9,23 @@ from tests.parity.generated_events import as_table, event_log, heartbeats
 from tests.parity.test_batch_equals_oracle import assert_equal
 from tests.warehouse.dbt_command import dbt
 from warehouse.features.declarations import load_groups
-from warehouse.features.oracle import Read, first_arrivals, values
+from warehouse.features.oracle import Read, first_arrivals, standing, values
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import land_records
-from warehouse.time_algebra import DAY_US, HOUR_US, newest_tick
+from warehouse.time_algebra import DAY_US, FURTHEST_AHEAD_US, HOUR_US, arrival_tick, known_at, newest_tick
 
 OUTCOMES = ("click", "long_view", "like", "comment", "share", "follow", "hide")
 
 
 def in_us(instant: datetime) -> int:
     return round(instant.timestamp() * 1_000_000)
+
+
+def known_when_labels_are_final(rows: list[dict], view: dict) -> list[dict]:
+    """The events that stand, of everything that has arrived by the tick at which the view's outcomes are final."""
+    final_us = max(known_at(view["event_ts"], view["landed_at"]), arrival_tick(view["event_ts"] + HOUR_US + FURTHEST_AHEAD_US))
+    return standing(first_arrivals([row for row in rows if arrival_tick(row["landed_at"]) <= final_us]))
 
 
 def land(lake: Lake, rows: list[dict]) -> None:
@@ -54,7 +60,9 @@ def test_every_training_example_equals_the_equation(built):
     lake, rows = built
     with lake.duckdb() as connection:
         examples = connection.execute("select * from training.training_examples").to_arrow_table().to_pylist()
-    expected = {row["impression_id"]: row for row in first_arrivals(rows) if row["event_type"] == "view"}
+    views = [row for row in first_arrivals(rows) if row["event_type"] == "view"]
+    expected = {row["impression_id"]: row for row in views if row in known_when_labels_are_final(rows, row)}
+    assert len(expected) < len(views)  # some were taken back in time
     assert {example["impression_id"] for example in examples} == set(expected)
     for example in examples:
         view = expected[example["impression_id"]]
@@ -72,16 +80,20 @@ def test_every_label_is_an_outcome_that_landed_in_time(built):
     lake, rows = built
     with lake.duckdb() as connection:
         examples = connection.execute("select * from training.training_examples").to_arrow_table().to_pylist()
-    first = first_arrivals(rows)
+    views = {row["impression_id"]: row for row in first_arrivals(rows) if row["event_type"] == "view"}
     assert sum(example["label_click"] for example in examples) > 0
+    num_taken_back = 0
     for example in examples:
         until_us = in_us(example["request_ts"]) + HOUR_US
-        came = {
-            row["event_type"]
-            for row in first
-            if row["impression_id"] == example["impression_id"] and row["landed_at"] < until_us
-        }
-        assert {name for name in OUTCOMES if example[f"label_{name}"]} == came & set(OUTCOMES)
+
+        def outcomes(events, impression_id=example["impression_id"], until_us=until_us):
+            mine = [row for row in events if row["impression_id"] == impression_id and row["landed_at"] < until_us]
+            return {row["event_type"] for row in mine} & set(OUTCOMES)
+
+        stands = outcomes(known_when_labels_are_final(rows, views[example["impression_id"]]))
+        assert {name for name in OUTCOMES if example[f"label_{name}"]} == stands
+        num_taken_back += stands != outcomes(first_arrivals(rows))
+    assert num_taken_back > 0
 
 
 def test_building_in_steps_repairing_and_building_at_once_give_the_same_tables(built, tmp_path):

@@ -25,7 +25,7 @@ from models_ml.train import Configs, train
 from warehouse.datasets.base import Dataset
 from warehouse.datasets.simulator import simulate
 from warehouse.features.declarations import load_groups
-from warehouse.features.render import block_sql, roll_up_sql, shadowed_sql, staging_sql
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, roll_up_sql, shadowed_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS, land_dataset
@@ -71,8 +71,10 @@ def build_features(lake: Lake) -> None:
 
         put("staging.stg_engagements", staging_sql(EVENTS))
         put("staging.stg_shadowed_arrivals", shadowed_sql(EVENTS))
+        put("staging.stg_retractions", retractions_sql(EVENTS))
+        connection.execute(f"create view retracted as {retracted_sql('staging.stg_engagements', 'staging.stg_retractions')}")
         for name, group in load_groups().items():
-            put(f"features.{name}", block_sql(group, "staging.stg_engagements"))
+            put(f"features.{name}", block_sql(group, "staging.stg_engagements", "retracted"))
             put(f"features.{name}_1h", roll_up_sql(group, f"features.{name}", 60))
             put(f"features.{name}_1d", roll_up_sql(group, f"features.{name}_1h", 1440))
 

@@ -31,8 +31,16 @@ def test_a_click_becomes_a_row_with_the_servers_time_and_the_notes_author(catalo
         "request_id": None,
         "impression_id": None,
         "event_ts": NOW,
+        "retracts": None,
         "properties": None,
     }
+
+
+def test_a_retraction_names_the_event_that_it_takes_back_and_needs_no_note(catalogue):
+    event = {"eventId": "r1", "eventType": "retraction", "userId": "u1", "retracts": "e1"}
+    (checked,) = check([event], catalogue, NOW)
+    assert checked.error is None
+    assert (checked.row["event_type"], checked.row["retracts"], checked.row["note_id"]) == ("retraction", "e1", None)
 
 
 def test_an_authors_own_id_and_time_are_kept_and_played_time_goes_into_properties(catalogue):
@@ -68,7 +76,9 @@ def test_an_authors_own_id_and_time_are_kept_and_played_time_goes_into_propertie
         ({"properties": [1]}, "properties: Input should be a valid dictionary"),
         ({"properties": {"watch_ms": 4}}, "milliseconds played go into watchMs"),
         ({"user_id": "u1"}, "user_id: is not a field here; names are camelCase"),
-        ({"retracts": "e0"}, "retracts: is not a field here"),
+        ({"retracts": "e0"}, "retracts belongs to a retraction, not to a click"),
+        ({"eventType": "retraction"}, "a retraction needs retracts"),
+        ({"eventType": "retraction", "retracts": ""}, "retracts: String should have at least 1 character"),
     ],
 )
 def test_what_is_wrong_with_an_event_is_said_in_a_sentence(catalogue, change, said):

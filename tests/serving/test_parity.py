@@ -15,7 +15,8 @@ from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, SECOND_US
 
 @pytest.fixture(scope="module")
 def served(server, clock, readers):
-    """Feeds of busy and new readers between their own events, over two ticks; then everything landed and built."""
+    """Feeds of busy and new readers between their own events, some taken back at once and some a tick later, over two ticks;
+    then everything landed and built."""
     number = 0
     for _ in range(2):
         for reader in (*readers[10:12], "parity-newcomer"):
@@ -25,6 +26,10 @@ def served(server, clock, readers):
                     number += 1
                     event = {"eventId": f"parity-{number}", "eventType": event_type, "userId": reader, "noteId": note["noteId"]}
                     answer = server.post("/v1/events", event | ({"watchMs": 900 + number} if event_type == "watch" else {}))
+                    assert answer.status_code == 202
+                for retracted in (number, number - 20):
+                    back = {"eventId": f"parity-{number}-back-{retracted}", "eventType": "retraction", "userId": reader}
+                    answer = server.post("/v1/events", back | {"retracts": f"parity-{retracted}"})
                     assert answer.status_code == 202
             clock.advance_us(30 * SECOND_US)
             server.feed(reader)

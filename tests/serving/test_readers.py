@@ -69,6 +69,25 @@ def test_follows_come_from_the_lake_and_from_events_since(tmp_path):
     assert readers.follows("nobody") == []
 
 
+def test_a_follow_that_was_taken_back_is_none(tmp_path):
+    events = [("follow", "u1", None, "b", NOW - 3), ("follow", "u1", None, "a", NOW - 2), ("follow", "u1", None, "a", NOW - 1)]
+    lake = lake_with(tmp_path, events)
+    readers = Readers.from_lake(lake, 10, NOW)
+
+    def take_back(event_id):
+        readers.note_events([{"event_type": "retraction", "user_id": "u1", "note_id": "n7", "retracts": event_id}])
+        return readers.follows("u1")
+
+    assert take_back("e1") == ["a", "b"]  # e2 still says so
+    assert take_back("e2") == ["b"]
+    assert take_back("e0") == []
+    assert readers.seen("u1") == []
+    row = lake.scan(EVENTS, "event_id = 'e0'").to_pylist()[0]
+    row |= {"event_id": "r", "event_type": "retraction", "retracts": "e0", "author_id": None, "log_offset": 3}
+    lake.append(EVENTS, pa.Table.from_pylist([row], schema=EVENTS_SCHEMA))
+    assert Readers.from_lake(lake, 10, NOW).follows("u1") == ["a"]
+
+
 def test_the_history_before_the_log_comes_with_the_reader(tmp_path):
     user = {
         "user_id": "u2",

@@ -1,11 +1,13 @@
-"""Generated event logs: late, early, dead, duplicated, tied, null, on edges, with heartbeats, in two partitions."""
+"""Generated event logs: late, early, dead, duplicated, retracted, tied, null, on edges, with heartbeats, in two partitions."""
 
 from pathlib import Path
 
+import duckdb
 import orjson
 import pyarrow as pa
 from hypothesis import strategies as st
 
+from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
 from streaming_sql.records import to_table
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import load_groups
@@ -49,10 +51,14 @@ def logs(draw, max_size=40):
             event_ts = event_ts // FIVE_MINUTES_US * FIVE_MINUTES_US  # on an edge, and often tied
         watch = draw(st.sampled_from(WATCH))
         event_id = f"e{number}" if draw(st.integers(0, 4)) else f"e{draw(st.integers(0, number))}"
+        event_type = draw(
+            st.sampled_from(["view", "click", "click", "long_view", "like", "watch", "heartbeat", "retraction", "retraction"])
+        )
         records.append(
             {
                 "event_id": event_id,
-                "event_type": draw(st.sampled_from(["view", "click", "click", "long_view", "like", "watch", "heartbeat"])),
+                "event_type": event_type,
+                "retracts": f"e{draw(st.integers(max(0, number - 6), number + 2))}" if event_type == "retraction" else None,
                 "user_id": draw(st.sampled_from(USERS)),
                 "note_id": draw(st.sampled_from(NOTES)),
                 "author_id": draw(st.sampled_from(AUTHORS)),
@@ -66,6 +72,26 @@ def logs(draw, max_size=40):
         )
         offsets[partition] += 1
     return records
+
+
+class ListHistory:
+    """A history over records in memory: the lake and the log of a test."""
+
+    def __init__(self):
+        self.records = []
+
+    def around(self, event_ids, keys, position, since_us):
+        with duckdb.connect(config={"threads": 1}) as connection:
+            connection.execute("set TimeZone = 'UTC'")
+            connection.register("records", as_table(alive(self.records)))
+            connection.register("ids", asked(event_ids))
+            connection.execute("create temp table asked as select * from ids")
+            oldest = oldest_landing_us(since_us)
+            connection.execute(
+                f"create temp table history as select * from records "
+                f"where landed_at >= make_timestamptz({oldest}) and ({below_sql(position)})"
+            )
+            return connection.execute(around_sql(keys)).to_arrow_table().cast(EVENTS_SCHEMA)
 
 
 def as_table(records: list[dict]) -> pa.Table:

@@ -13,6 +13,6 @@ FUNCTIONS = {
     "coalesce", "nullif", "greatest", "least", "abs", "sqrt", "ln", "floor", "ceil", "round",
     "date_bin", "date_trunc", "extract", "to_timestamp", "now", "jsonb_build_object", "cast",
 }  # fmt: skip
-KEYWORDS = {"as", "and", "or", "not", "in", "from", "where", "by", "filter", "over", "when", "then", "on", "select"}
+KEYWORDS = {"as", "and", "or", "not", "in", "from", "where", "by", "filter", "over", "when", "then", "on", "select", "join"}
 """Words that may stand before a parenthesis without being a function."""
 OPERATORS = {"->>", "->", "~"}

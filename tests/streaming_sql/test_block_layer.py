@@ -22,7 +22,7 @@ TICK_US = 1_651_766_400_000_000
 def block(note_id, minutes_before, late_by=0, **measures):
     """A block that started so long before the tick; zeros and NULL where not given."""
     start = TICK - timedelta(minutes=minutes_before)
-    row = {"note_id": note_id, "block_start": start, "known_at": start + timedelta(minutes=5 + late_by)}
+    row = {"note_id": note_id, "block_start": start, "known_at": start + timedelta(minutes=5 + late_by), "is_rebuilt": False}
     for family in NOTES.families:
         row |= dict.fromkeys(family.sum_columns, 0)
     return row | dict.fromkeys(NOTES.covers) | measures
@@ -64,6 +64,21 @@ def test_averages_maxima_and_ratios_of_blocks_and_of_nothing():
     assert (of_n1["note_avg_watch_ms_1d"], of_n1["note_max_watch_ms_1d"], of_n1["note_ctr_1d"]) == (1.2, 7, 0.5)
     assert (of_nobody["note_num_views_1d"], of_nobody["note_total_watch_ms_1d"]) == (0, 0)
     assert all(np.isnan(of_nobody[name]) for name in ("note_avg_watch_ms_1d", "note_max_watch_ms_1d", "note_ctr_1d"))
+
+
+def test_a_rebuilt_block_takes_the_place_of_its_rows_in_every_older_layer():
+    common = {"avg_watch_ms__sum": 4, "avg_watch_ms__n": 1}
+    store = store_with(
+        [block("n1", 40, num_views=1, max_watch_ms=3), block("n1", 30, num_views=2, max_watch_ms=9, **common)],
+        [block("n1", 30, late_by=20, num_views=8), block("n1", 20, num_views=16), block("n2", 30, num_views=64)],
+        [block("n1", 30, late_by=25, num_views=7, is_rebuilt=True, max_watch_ms=None)],
+    )
+    of_n1 = values(store, "n1")
+    assert (of_n1["note_num_views_1h"], of_n1["note_max_watch_ms_1d"]) == (1 + 7 + 16, 3)
+    assert np.isnan(of_n1["note_avg_watch_ms_1d"])
+    assert values(store, "n2")["note_num_views_1h"] == 64
+    blocks = store.view().explain("note_engagement", ("n1",), TICK_US).blocks
+    assert sum(one["num_views"] for one in blocks) == 24
 
 
 def test_a_late_row_of_a_later_tick_adds_to_its_block_and_explain_names_both_arrivals():

@@ -150,7 +150,9 @@ def test_a_file_that_is_no_log_is_named(tmp_path, clock):
         ({"note_id": 5}, "note_id must be a string, got int"),
         ({"note_id": "\ud800"}, "lone surrogate"),
         ({"landed_at": START_US}, "unknown fields"),
-        ({"retracts": "e0"}, "not supported yet"),
+        ({"retracts": "e0"}, "retracts belongs to a retraction"),
+        ({"event_type": "retraction"}, "names the event_id that it takes back"),
+        ({"event_type": "retraction", "retracts": 5}, "retracts must be a string"),
     ],
 )
 def test_one_bad_event_stops_its_batch_and_is_named(log, bad, said):

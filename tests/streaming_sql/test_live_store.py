@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streaming_sql.feed import Feed
 from streaming_sql.online_store import OnlineStore
-from tests.streaming_sql.generated import AUTHORS, GROUPS, NOTES, USERS, alive, as_table, logs, typed
+from tests.streaming_sql.generated import AUTHORS, GROUPS, NOTES, USERS, ListHistory, alive, as_table, logs, typed
 from warehouse.features.oracle import Read, values
 from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US, closed_tick, floor_5m
 
@@ -72,9 +72,11 @@ def test_every_value_equals_the_oracle_whatever_the_order_of_delivery(delivery, 
     events = [typed(record) for record in alive(records)]
     starts = tuple(min((r["log_offset"] for r in records if r["log_partition"] == p), default=0) for p in (0, 1))
     store = OnlineStore(GROUPS, position=starts)
-    feed = Feed(store, GROUPS, starts)
+    history = ListHistory()
+    feed = Feed(store, GROUPS, starts, history)
     held, seen = [], []
     for piece in pieces:
+        history.records += piece
         feed.take(as_table(piece))
         seen += piece
         view = store.view()

@@ -17,14 +17,15 @@ from sqlglot import expressions as exp
 from tests.streaming_sql.generated import as_table
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS, OPERATORS
-from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA
+from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA, RETRACTION
 from warehouse.features.declarations import load_groups
-from warehouse.features.render import block_sql, staging_sql
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.home import REPOSITORY
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, SECOND_US, closed_tick
 
 GROUPS = load_groups()
-VIEWS = ["arrivals", "closed_tick", "stg_engagements", *GROUPS, "user_sequences"]
+STAGING = ["stg_engagements", "stg_retractions", "stg_retracted_events"]
+VIEWS = ["arrivals", "closed_tick", *STAGING, *GROUPS, "user_sequences"]
 START_US = 1_651_766_400_000_000
 
 
@@ -79,7 +80,7 @@ def test_the_events_table_is_append_only_over_kafka_with_the_logs_own_time_and_p
 
 
 def a_log(seed, size=2500):
-    """Late, dead, duplicated, tied and null events and heartbeats in two partitions."""
+    """Late, dead, duplicated, retracted, tied and null events and heartbeats in two partitions."""
     rng = np.random.default_rng(seed)
     now_us, offsets, records = START_US, [0, 0], []
     ages = [0, 0, 1, SECOND_US, FIVE_MINUTES_US, 3 * DAY_US, DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1]
@@ -89,10 +90,12 @@ def a_log(seed, size=2500):
         partition = int(rng.integers(2))
         watch = [None, 5, -3, "12", "x", True][rng.integers(6)]
         event_ts = now_us - int(rng.choice(ages))
+        event_type = str(rng.choice([*EVENT_TYPES, "heartbeat", "click", "click", "click", RETRACTION]))
         records.append(
             {
                 "event_id": f"e{number if rng.random() < 0.8 else rng.integers(number + 1)}",
-                "event_type": str(rng.choice([*EVENT_TYPES, "heartbeat", "click"])),
+                "event_type": event_type,
+                "retracts": f"e{rng.integers(max(number - 100, 0), number + 20)}" if event_type == RETRACTION else None,
                 "user_id": [None, "u1", "u2", "ü3"][rng.integers(4)],
                 "note_id": [None, "n1", "n2", "N1"][rng.integers(4)],
                 "author_id": [None, "a1", "a2"][rng.integers(3)],
@@ -152,19 +155,23 @@ def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled,
     batch.register("events", events)
     batch.execute(f"create table landed as select * from events where {alive}")
     batch.execute(f"create table staged as {staging_sql('landed')}")
+    batch.execute(f"create table retractions as {retractions_sql('landed')}")
+    batch.execute(f"create table retracted as {retracted_sql('staged', 'retractions')}")
     with postgres("dev") as stream:
         load_into_postgres(stream, events)
         for name in VIEWS:
             kind = "view" if name == "arrivals" else "materialized view"
             stream.execute(f"create {kind} {name} as {compiled[name]}")
 
-        staged = comparable(rows_of(batch.execute("select * from staged")))
-        assert comparable(rows_of(stream.execute("select * from stg_engagements"))) == staged
-        assert len(staged) > 200
+        for mine, name, least in zip(STAGING, ("staged", "retractions", "retracted"), (200, 50, 20), strict=True):
+            expected = comparable(rows_of(batch.execute(f"from {name}")))
+            assert comparable(rows_of(stream.execute(f"select * from {mine}"))) == expected, mine
+            assert len(expected) > least, mine
         for name, group in GROUPS.items():
-            expected = comparable(rows_of(batch.execute(block_sql(group, "staged"))))
+            expected = comparable(rows_of(batch.execute(block_sql(group, "staged", "retracted"))))
             assert comparable(rows_of(stream.execute(f"select * from {name}"))) == expected, name
             assert len(expected) > 100
+            assert any(row["is_rebuilt"] for row in expected)
 
         [tick] = rows_of(stream.execute("select * from closed_tick"))
         newest = [instant_us(max(r["landed_at"] for r in events.to_pylist() if r["log_partition"] == p)) for p in (0, 1)]
@@ -172,8 +179,8 @@ def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled,
 
         for row in rows_of(stream.execute("select * from user_sequences")):
             expected = batch.execute(
-                "select event_ts, event_id, note_id from staged where user_id = ? and event_type = 'click' "
-                "and note_id is not null order by event_ts, event_id",
+                "select event_ts, event_id, note_id from staged anti join retracted using (log_partition, log_offset) "
+                "where user_id = ? and event_type = 'click' and note_id is not null order by event_ts, event_id",
                 [row["user_id"]],
             ).fetchall()[-50:]
             assert list(zip(row["event_ts"], row["event_ids"], row["items"], strict=True)) == expected

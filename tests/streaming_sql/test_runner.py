@@ -15,7 +15,7 @@ from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, partition_of
 from warehouse.features.declarations import load_groups
-from warehouse.features.render import block_sql, staging_sql
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, land_records, landed_position
@@ -174,7 +174,8 @@ def test_two_landers_share_the_work_and_land_nothing_twice(world):
 
 
 def traffic(world, rng, rounds):
-    """Clicks and watches of a few users; some late, some repeated, some in quiet spells."""
+    """Clicks and watches of a few users; some late, some repeated, some retracted after or before, some in quiet spells."""
+    posted = []
     for _ in range(rounds):
         world.clock.advance_us(int(rng.choice([1_000_000, 40_000_000, 200_000_000])))
         number, events = world.clock.now_us(), []
@@ -186,6 +187,10 @@ def traffic(world, rng, rounds):
             if kind == "watch":
                 event["properties"] = {"watch_ms": int(rng.integers(0, 1000))}
             events.append(event)
+            posted.append(event["event_id"])
+            if rng.random() < 0.2:
+                target = posted[rng.integers(len(posted))] if rng.random() < 0.8 else f"{number}-{i + 1}"
+                events.append({**event, "event_id": f"r{number}-{i}", "event_type": "retraction", "retracts": target})
         if events and rng.random() < 0.3:
             events.append({**events[0], "note_id": "n9"})
         world.post(*events)
@@ -229,13 +234,80 @@ def build_blocks(lake, through_us):
     """What dbt does: blocks of every tick up to `through_us` from the lake's events, and the property that says so."""
     with lake.duckdb() as connection:
         connection.execute(f"create view staged as {staging_sql('lake.events')}")
+        connection.execute(f"create view retractions as {retractions_sql('lake.events')}")
+        connection.execute(f"create view retracted as {retracted_sql('staged', 'retractions')}")
         for name, group in GROUPS.items():
-            sql = f"select * from ({block_sql(group, 'staged')}) where known_at <= make_timestamptz({through_us})"
+            sql = f"select * from ({block_sql(group, 'staged', 'retracted')}) where known_at <= make_timestamptz({through_us})"
             rows = connection.execute(sql).to_arrow_table()
             lake.create(f"features.{name}", rows.schema)
             lake.append(f"features.{name}", rows)
             with lake.transaction(f"features.{name}") as transaction:
                 transaction.set_properties({"headrace.built_until": iso(through_us + FIVE_MINUTES_US)})
+
+
+def retraction(event_id, retracts, **fields):
+    return {"event_id": event_id, "event_type": "retraction", "retracts": retracts, "user_id": "u1", **fields}
+
+
+def test_a_retraction_is_seen_by_fresh_features_at_once_and_by_the_others_at_its_tick(world):
+    world.post(click("c1", note_id="n1"), click("c2", note_id="n2"))
+    world.runner.step()
+    world.post(retraction("r1", "c2"))
+    world.runner.step()
+    fresh = world.values("user_activity", ("u1",))
+    assert (fresh["user_num_clicks_1h"], fresh["user_last_clicks_30d"]) == (1, ["n1"])  # out of the head
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("note_engagement", ("n2",))["note_num_clicks_1h"] == 0  # and never in a block
+    assert world.values("note_engagement", ("n1",))["note_num_clicks_1h"] == 1
+    world.runner.flush()  # c1 is in the lake and in the blocks by now
+    world.post(retraction("r2", "c1"))
+    world.runner.step()
+    view = world.runner.store.view()
+    fresh = world.values("user_activity", ("u1",))
+    assert (fresh["user_num_clicks_1h"], fresh["user_last_clicks_30d"]) == (0, [])
+    assert world.values("note_engagement", ("n1",))["note_num_clicks_1h"] == 1
+    world.clock.advance_us(2 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("note_engagement", ("n1",))["note_num_clicks_1h"] == 0
+    assert world.values("user_activity", ("u1",))["user_num_clicks_1h"] == 0
+    assert world.runner.totals.num_retractions == 2
+    before = view.assemble("user_activity", [("u1",)], world.clock.now_us())
+    assert before.sequences["user_last_clicks_30d"] == [[]]  # a view is a snapshot
+
+
+def test_a_retraction_comes_before_its_target_twice_or_for_nothing_and_changes_what_it_should(world):
+    world.post(retraction("r1", "c1"), retraction("r2", "c1"), retraction("r3", "never"), retraction("r4", "r3"))
+    world.runner.step()
+    world.post(click("c1"), click("c2"))
+    world.runner.step()
+    assert world.values("user_activity", ("u1",))["user_num_clicks_1h"] == 1
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("note_engagement", ("n1",))["note_num_clicks_1h"] == 1
+    world.post(retraction("r5", "c1"))
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("note_engagement", ("n1",))["note_num_clicks_1h"] == 1
+
+
+def test_the_click_before_comes_back_into_a_full_list(world):
+    world.post(*(click(f"c{i}", note_id=f"n{i}", event_ts=START_US + i) for i in range(52)))
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.post(click("c52", note_id="n52"))
+    world.runner.step()
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("user_activity", ("u1",))["user_last_clicks_30d"] == [f"n{i}" for i in range(3, 53)]
+    world.post(retraction("r1", "c52"), retraction("r2", "c10"))
+    world.runner.step()
+    expected = [f"n{i}" for i in range(1, 52) if i != 10]
+    assert world.values("user_activity", ("u1",))["user_last_clicks_30d"] == expected
+    world.clock.advance_us(3 * FIVE_MINUTES_US)
+    world.runner.step()
+    assert world.values("user_activity", ("u1",))["user_last_clicks_30d"] == expected
 
 
 def test_bulk_loaded_blocks_and_a_replay_of_everything_give_the_same_values(world):

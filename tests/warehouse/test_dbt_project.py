@@ -30,6 +30,8 @@ GROUPS = ("note_engagement", "author_engagement", "user_activity", "user_author_
 MODELS = {
     "staging.stg_engagements",
     "staging.stg_shadowed_arrivals",
+    "staging.stg_retractions",
+    "staging.stg_retracted_events",
     *(f"features.{group}{granularity}" for group in GROUPS for granularity in ("", "_1h", "_1d")),
     "training.impressions",
     "training.impression_labels",
@@ -143,7 +145,8 @@ def test_a_build_of_history_passes_every_test_and_fills_every_table(home, built)
     assert "WARN=0 ERROR=0 SKIP=0" in built
     lake = Lake.open(home)
     rows = {name: lake.scan(name).num_rows for name in MODELS}
-    assert {name for name, count in rows.items() if count == 0} == {"staging.stg_shadowed_arrivals"}
+    empty = {"staging.stg_shadowed_arrivals", "staging.stg_retractions", "staging.stg_retracted_events"}
+    assert {name for name, count in rows.items() if count == 0} == empty
     views = lake.scan("lake.events", "event_type = 'view'", columns=("event_id",))["event_id"]
     assert rows["training.training_examples"] <= len(views.unique())
     assert rows["training.training_examples"] == rows["training.impressions"] > len(views.unique()) * 0.8

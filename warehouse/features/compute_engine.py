@@ -1,7 +1,8 @@
 """Answers reads for a plan: every measure by SQL or by arrays, then the derived features.
 
 Arrays take exact sums (count, sum and avg of integers), min, max and last_n; sums of doubles, which are covered and never
-subtracted, and whatever a relation holds that arrays do not know, go through the SQL of `point_in_time`.
+subtracted, and whatever a relation holds that arrays do not know, go through the SQL of `point_in_time`. So do the reads of
+keys that a retraction has touched: they are few, and what it did to their blocks the SQL knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
 
 STAGING = "staging"
 SHADOWED = f"{STAGING}.stg_shadowed_arrivals"
+RETRACTIONS = f"{STAGING}.stg_retractions"
 STAGED_COLUMNS = frozenset(("event_ts", "event_id", "landed_at", "known_at"))
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
@@ -42,14 +44,15 @@ class Relations:
     days: str
     events: str
     shadowed: str
+    retractions: str
 
     @classmethod
     def of(cls, group: FeatureGroup) -> "Relations":
         blocks = f"features.{group.name}"
-        return cls(blocks, f"{blocks}_1h", f"{blocks}_1d", f"{STAGING}.{group.events}", SHADOWED)
+        return cls(blocks, f"{blocks}_1h", f"{blocks}_1d", f"{STAGING}.{group.events}", SHADOWED, RETRACTIONS)
 
     def names(self) -> tuple[str, ...]:
-        return (self.blocks, self.hours, self.days, self.events, self.shadowed)
+        return (self.blocks, self.hours, self.days, self.events, self.shadowed, self.retractions)
 
 
 class Engine:
@@ -73,8 +76,8 @@ class Engine:
         """The plan's features for each read, in the plan's order and types."""
         found: dict[str, pa.Array] = {}
         for group in self._groups:
-            found |= group.columns(reads)
-        return {name: _cast(found[name], of) for name, of in self._types.items()}
+            found |= group.columns(reads, self._types)
+        return {name: found[name] for name in self._types}
 
 
 def _cast(values: pa.Array | pa.ChunkedArray, of: pa.DataType) -> pa.Array:
@@ -99,9 +102,26 @@ class _GroupEngine:
         if windows := [measure for measure in by_arrays if not measure.is_sequence]:
             self._parts.append(_Windows(source, windows))
         self._parts += [_Sequence(source, measure) for measure in by_arrays if measure.is_sequence]
+        self._touched, self._of_touched = None, None
+        if self._parts and (touched := source.touched_keys()).num_rows:
+            self._touched = KeyCodes(touched.columns)
+            self._of_touched = _GroupEngine(connection, group, relations, span, arrays=False)
 
-    def columns(self, reads: Reads) -> dict[str, pa.Array]:
-        """Features by full name."""
+    def columns(self, reads: Reads, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+        """Features by full name; those that `types` names are of its types."""
+        found = self._columns(reads)
+        found = {name: _cast(values, types[name]) for name, values in found.items() if name in types}
+        if self._touched is None or self._of_touched is None:
+            return found
+        rows = np.flatnonzero(self._touched.look_up([reads.keys[key] for key in self._group.keys]) >= 0)
+        if not len(rows):
+            return found
+        instead = self._of_touched.columns(reads.take(rows), types)
+        place = np.arange(len(reads))
+        place[rows] = len(reads) + np.arange(len(rows))
+        return {name: pa.concat_arrays([values, instead[name]]).take(pa.array(place)) for name, values in found.items()}
+
+    def _columns(self, reads: Reads) -> dict[str, pa.Array]:
         plain: dict[str, pa.Array] = {}
         for part in self._parts:
             plain |= part.columns(reads)
@@ -131,6 +151,7 @@ class _GroupEngine:
             days=relations.days,
             events=relations.events,
             shadowed=relations.shadowed,
+            retractions=relations.retractions,
         )
         self._connection.register("compute_spine", spine)
         answers = self._connection.execute(
@@ -160,10 +181,16 @@ class Source:
         self._longest_us = max(window.length_us for measure in group.measures for window in measure.windows)
 
     def suitable(self) -> tuple[Measure, ...]:
-        """The measures that arrays can answer. None where a relation has columns that may give its rows a meaning (rebuilt,
-        retracted) that only the SQL knows."""
+        """The measures that arrays can answer, for keys that no retraction touches. None where a relation has columns that may
+        give its rows a meaning that only the SQL knows."""
         representations = {column for measure in self.group.measures for column in representation_columns(measure)}
-        blocks = self._columns(self.relations.blocks) - {*self.group.keys, "block_start", "known_at", *representations}
+        blocks = self._columns(self.relations.blocks) - {
+            *self.group.keys,
+            "block_start",
+            "known_at",
+            "is_rebuilt",
+            *representations,
+        }
         if any(column.startswith(("rebuilt", "is_", "retract")) for column in blocks):
             return ()
         of_blocks = [m for m in self.group.measures if m.freshness == "block" and (_is_extreme(m) or m.is_invertible)]
@@ -174,6 +201,16 @@ class Source:
         else:
             of_events = []
         return tuple(measure for measure in self.group.measures if measure in of_blocks or measure in of_events)
+
+    def touched_keys(self) -> pa.Table:
+        """The distinct keys of events that a retraction names: the only ones with rebuilt blocks, or with events that do not
+        count."""
+        keys = self.group.keys
+        return self.connection.execute(
+            f"select distinct {', '.join(keys)} from {self.relations.events} "
+            f"where event_id in (select retracts from {self.relations.retractions}) "
+            f"and {' and '.join(f'{key} is not null' for key in keys)}"
+        ).to_arrow_table()
 
     def _columns(self, relation: str) -> frozenset[str]:
         return frozenset(row[0] for row in self.connection.execute(f"describe {relation}").fetchall())

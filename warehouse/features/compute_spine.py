@@ -35,6 +35,11 @@ class Reads:
     def __len__(self) -> int:
         return len(self.request_us)
 
+    def take(self, rows: np.ndarray) -> "Reads":
+        """Some of the questions; rows: int64."""
+        keys = {name: values.take(pa.array(rows)) for name, values in self.keys.items()}
+        return Reads(keys, self.request_us[rows], self.tick_us[rows], self.known_us[rows])
+
 
 @dataclass(frozen=True)
 class Span:

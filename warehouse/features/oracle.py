@@ -2,6 +2,13 @@
 
     value(k, t, T, K) = finalize( combine over { map(e) : key(e) = k, p(e), lower <= event_ts(e) < upper, known(e) <= K } )
 
+A retraction is an event of type `retraction` that is in no feature's set itself. It takes its target out of the set for every
+reader that knows it, by the very rule by which that reader knows an event: for block freshness from the tick of its arrival,
+for event freshness from its position (or landing time) on, whether or not the blocks of T still hold the target. A target that
+is not known yet is not in the set anyway, so a retraction takes effect when both are known. It may come before its target and
+is remembered for H: a target that lands later than that counts again. Which retractions there are is decided as for any event:
+the first arrival of an id wins with its whole row. Nothing takes a retraction back.
+
 It shares no code with the executions beyond the clock arithmetic, and it is slow: one pass over all events per value.
 """
 
@@ -9,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from warehouse.events import RETRACTION
 from warehouse.features.declarations import FeatureGroup, Measure
 from warehouse.features.expressions import evaluate
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, GRACE_US, floor_5m, known_at
@@ -38,7 +46,7 @@ def values(group: FeatureGroup, events: Iterable[Event], read: Read) -> dict[str
     result: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for measure in group.measures:
-        first = first_arrivals([event for event in arrivals if _arrived(event, measure, read)])
+        first = standing(first_arrivals([event for event in arrivals if _arrived(event, measure, read)]))
         for window in measure.windows:
             lower, upper = _bounds(measure, window.length_us, read)
             chosen = [
@@ -73,6 +81,23 @@ def first_arrivals(arrivals: Sequence[Event]) -> list[Event]:
             kept.append(event)
         last_seen[event["event_id"]] = event["landed_at"]
     return kept
+
+
+def standing(accepted: Sequence[Event]) -> list[Event]:
+    """What is left of accepted events once the retractions among them have taken their targets out, and are out themselves.
+
+    A retraction holds for every arrival of its target's id up to H after its own landing, however old.
+    """
+    landed_of: dict[str, list[int]] = {}
+    for event in accepted:
+        if event["event_type"] == RETRACTION and event["retracts"] is not None:
+            landed_of.setdefault(event["retracts"], []).append(event["landed_at"])
+    return [
+        event
+        for event in accepted
+        if event["event_type"] != RETRACTION
+        and not any(event["landed_at"] <= landed + DUPLICATE_MEMORY_US for landed in landed_of.get(event["event_id"], []))
+    ]
 
 
 def _arrived(event: Event, measure: Measure, read: Read) -> bool:

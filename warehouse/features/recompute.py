@@ -28,6 +28,7 @@ def recompute(lake: Lake, group: FeatureGroup, spine: pa.Table) -> pa.Table:
         "days": f"features.{group.name}_1d",
         "events": f"{STAGING}.{group.events}",
         "shadowed": f"{STAGING}.stg_shadowed_arrivals",
+        "retractions": f"{STAGING}.stg_retractions",
     }
     for name in tables.values():
         if not lake.exists(name):

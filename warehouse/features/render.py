@@ -52,9 +52,15 @@ def render_macro(macro: str, *arguments: Any, dialect: str = "duckdb", **keyword
     return str(getattr(_macros(dialect), macro)(*arguments, **keywords)).strip()
 
 
-def block_sql(group: FeatureGroup, events: str, dialect: str = "duckdb") -> str:
-    """`select` of the group's 5-minute block rows from a relation with the columns of its staging model."""
-    return render_macro("block_rows", group.as_meta(), events, dialect=dialect)
+def block_sql(group: FeatureGroup, events: str, retracted: str, dialect: str = "duckdb") -> str:
+    """`select` of the group's 5-minute block rows from a relation with the columns of its staging model and those of its rows
+    that were retracted (`retracted_sql`)."""
+    return render_macro("block_rows", group.as_meta(), events, retracted, dialect=dialect)
+
+
+def standing_sql(group: FeatureGroup, rows: str, tick: str) -> str:
+    """`select` of the block rows that make up what is known at a tick (a SQL expression): none that a rebuilt row replaced."""
+    return render_macro("standing_rows", group.as_meta(), rows, tick)
 
 
 def roll_up_sql(group: FeatureGroup, child: str, minutes: int, dialect: str = "duckdb") -> str:
@@ -67,11 +73,23 @@ def staging_sql(events: str, dialect: str = "duckdb") -> str:
     return render_macro("first_arrivals", events, dialect=dialect)
 
 
+def retractions_sql(events: str, dialect: str = "duckdb") -> str:
+    """`select` of retractions, each event_id once, with the tick that first knows them, from rows of `lake.events`."""
+    return render_macro("accepted_retractions", events, dialect=dialect)
+
+
+def retracted_sql(events: str, retractions: str, dialect: str = "duckdb") -> str:
+    """`select` of the staged events that were retracted, with `retracted_at`, from `staging_sql` and `retractions_sql`."""
+    return render_macro("retracted_rows", events, retractions, dialect=dialect)
+
+
 def shadowed_sql(events: str) -> str:
     """`select` of duplicates that a lagging reader takes for the first, with the positions that shadow them."""
     return render_macro("shadowed_arrivals", events)
 
 
-def point_in_time_sql(group: FeatureGroup, spine: str, blocks: str, hours: str, days: str, events: str, shadowed: str) -> str:
+def point_in_time_sql(
+    group: FeatureGroup, spine: str, blocks: str, hours: str, days: str, events: str, shadowed: str, retractions: str
+) -> str:
     """`select` of one row per spine row with the group's features as known at the row's own T and K."""
-    return render_macro("point_in_time", group.as_meta(), spine, blocks, hours, days, events, shadowed)
+    return render_macro("point_in_time", group.as_meta(), spine, blocks, hours, days, events, shadowed, retractions)

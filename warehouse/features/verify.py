@@ -1,8 +1,9 @@
 """`headrace features verify`: the project's own declarations, batch SQL and `compute`, against the oracle on generated events.
 
-The events are late, early, duplicated (also with another payload, also after the duplicate memory), tied, null, out of order,
-on boundaries and in two log partitions, one of which lags. Keys and values come from the declared expressions, so that their
-conditions are met, missed and met by NULL. Nothing of the lake is read or written.
+The events are late, early, duplicated (also with another payload, also after the duplicate memory), retracted (also before they
+arrive, twice, and for nothing), tied, null, out of order, on boundaries and in two log partitions, one of which lags. Keys and
+values come from the declared expressions, so that their conditions are met, missed and met by NULL. Nothing of the lake is read
+or written.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from rich.table import Table
 from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
-from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
+from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
 from warehouse.features import render
-from warehouse.features.compute_engine import SHADOWED, STAGING, Engine, Relations
+from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, STAGING, Engine, Relations
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
@@ -43,12 +44,14 @@ from warehouse.time_algebra import (
 )
 
 STAGED = "stg_engagements"
+RETRACTED = f"{STAGING}.stg_retracted_events"
 START_US = 1_767_225_600_000_000
 """2026-01-01 00:00 UTC."""
 SPREAD_US = 3 * DAY_US
 EDGES_US = (0, 0, -1, 1, SECOND_US, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
 DELAYS_US = (0, 0, 1, SECOND_US, GRACE_US - 1, GRACE_US, GRACE_US + 1, 4 * MINUTE_US, 70 * MINUTE_US, 26 * HOUR_US, 6 * DAY_US)
 AHEAD_US = (MINUTE_US, 8 * MINUTE_US, FURTHEST_AHEAD_US)
+RETRACTED_AFTER_US = (0, SECOND_US, 2 * MINUTE_US, HOUR_US, 2 * DAY_US, 9 * DAY_US, -2 * MINUTE_US, -HOUR_US, -8 * DAY_US)
 IDS = ("1", "12", "23", "3", "é", "a b", *(f"k{number}" for number in range(10)))
 """Ids that collide when composite keys are concatenated ((1, 23) and (12, 3)), and some that are not plain ASCII."""
 READS_PER_GROUP = 30
@@ -140,6 +143,8 @@ def verify(
             connection.execute(f"create schema {schema}")
         connection.execute(f"create table {STAGING}.{STAGED} as {render.staging_sql('generated')}")
         connection.execute(f"create table {SHADOWED} as {render.shadowed_sql('generated')}")
+        connection.execute(f"create table {RETRACTIONS} as {render.retractions_sql('generated')}")
+        connection.execute(f"create table {RETRACTED} as {render.retracted_sql(f'{STAGING}.{STAGED}', RETRACTIONS)}")
         for name, group in groups.items():
             verdict = verdicts[name]
             if name in ours:
@@ -159,7 +164,7 @@ def _verify_group(
     seed: int,
 ) -> None:
     relations = Relations.of(group)
-    connection.execute(f"create table {relations.blocks} as {render.block_sql(group, relations.events)}")
+    connection.execute(f"create table {relations.blocks} as {render.block_sql(group, relations.events, RETRACTED)}")
     connection.execute(f"create table {relations.hours} as {render.roll_up_sql(group, relations.blocks, 60)}")
     connection.execute(f"create table {relations.days} as {render.roll_up_sql(group, relations.hours, 1440)}")
     reads = _reads(random, group, rows, num_reads)
@@ -236,9 +241,10 @@ def _is_same(got: Any, expected: Any) -> bool:
 
 
 def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> list[dict[str, Any]]:
-    """The rows that can bear on a key: every arrival of each event_id that ever came with it. The oracle looks at each row for
-    each value, and duplicates are a matter of one id, so the others change nothing."""
+    """The rows that can bear on a key: every arrival of each event_id that ever came with it, and of each that retracts one.
+    The oracle looks at each row for each value, and duplicates are a matter of one id, so the others change nothing."""
     ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.keys) == read.key}
+    ids |= {row["event_id"] for row in rows if row["retracts"] in ids}
     return [row for row in rows if row["event_id"] in ids]
 
 
@@ -268,12 +274,34 @@ def generated_events(random: Random, groups: Collection[FeatureGroup], number: i
     for row in random.sample(rows, number // 10):  # the same id again: just within the duplicate memory, and just after it
         ago_us = random.choice((SECOND_US, HOUR_US, DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
         rows.append({**row, "event_ts": row["event_ts"] + ago_us - MINUTE_US, "landed_at": row["landed_at"] + ago_us})
+    rows += _retractions(random, rows, number // 100)
     rows.sort(key=lambda row: row["landed_at"])
     next_offset = [0, 0]
     for row in rows:
         row["log_offset"] = next_offset[row["log_partition"]]
         next_offset[row["log_partition"]] += 1
     return rows
+
+
+def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Events that take others back, of a few ids only, so that other keys stay untouched."""
+    few = [row for row in rows if all(row[key] in IDS[:4] for key in ("user_id", "note_id", "author_id"))]
+    found = []
+    for at in range(number if few else 0):
+        target = random.choice(few)
+        landed_at = max(target["landed_at"] + random.choice(RETRACTED_AFTER_US), 0)
+        found.append(
+            {
+                **target,
+                "event_id": f"r{at if random.random() < 0.9 else random.randrange(number)}",
+                "event_type": RETRACTION,
+                "event_ts": landed_at - SECOND_US,
+                "landed_at": landed_at,
+                "log_partition": random.randrange(2),
+                "retracts": target["event_id"] if random.random() < 0.95 else "nobody",
+            }
+        )
+    return found
 
 
 def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:

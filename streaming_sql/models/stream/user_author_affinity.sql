@@ -2,4 +2,4 @@
    macro that builds them in batch. Rows of ticks that are not closed yet still grow: readers ask for known_at <= closed_tick. #}
 {{ config(materialized='materialized_view', indexes=[{'columns': ['user_id', 'author_id']}]) }}
 
-{{ block_rows(feature_group('user_author_affinity'), ref('stg_engagements')) }}
+{{ block_rows(feature_group('user_author_affinity'), ref('stg_engagements'), ref('stg_retracted_events')) }}

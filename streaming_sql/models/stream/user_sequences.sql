@@ -3,4 +3,4 @@
    window and t. #}
 {{ config(materialized='materialized_view', indexes=[{'columns': ['user_id']}]) }}
 
-{{ newest_events(feature_group('user_activity'), ref('stg_engagements')) }}
+{{ newest_events(feature_group('user_activity'), ref('stg_engagements'), ref('stg_retracted_events')) }}

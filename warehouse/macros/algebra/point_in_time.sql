@@ -3,12 +3,15 @@
    spine    row_id (unique), the keys, request_ts (t), feature_watermark (T), known_at (K of block features, most often T) and, for
             event-fresh measures, known_position (bigint[]: next offset per log partition) or null for `landed_at < t`
    blocks, hours, days   the group's rows of 5 minutes, 1 hour, 1 day
-   events, shadowed   the staging model and its shadowed arrivals (read only for event-fresh measures)
+   events, shadowed, retractions   the staging model, its shadowed arrivals and the retractions (read only for event-fresh measures)
 
    Sums and counts of integers are differences of prefix sums over on-time rows (one ASOF join per window edge: plain equalities and
-   one inequality, DuckDB has open faults with more), plus a join on late rows. What cannot be subtracted is combined over an exact
-   cover of days, hours and 5-minute blocks. Event-fresh measures add the head: known events that no block of tick T holds. #}
-{% macro point_in_time(features, spine, blocks, hours, days, events, shadowed) -%}
+   one inequality, DuckDB has open faults with more), plus a join on late rows. A rebuilt row is a late one; from its tick on, the
+   late rows that it replaces are left out and the on-time row that it replaces is taken off. What cannot be subtracted is combined
+   over an exact cover of days, hours and 5-minute blocks. Event-fresh measures add the head: known events that no block of tick T
+   holds. A row of the spine that knows a retraction whose target the blocks of T still hold is *opened*: it takes all its events one
+   by one, and none of its blocks. #}
+{% macro point_in_time(features, spine, blocks, hours, days, events, shadowed, retractions) -%}
 {%- set keys = features['keys'] -%}
 {%- set families = [] -%}
 {%- for name in ('tick', 'request', 'event') -%}
@@ -39,11 +42,34 @@ on_time as (
 ),
 
 late as (
-    select * from {{ blocks }}
+    select * from (
+{{ with_replacement(keys, blocks) }}
+    ) as late_rows
     where known_at > block_start + {{ seconds(300) }}
+    union all by name
+    select
+        {%- for key in keys %}
+        on_time.{{ key }},
+        {%- endfor %}
+        on_time.block_start,
+        replaced.replaced_at as known_at,
+        {%- for measure in features['measures'] %}
+        {%- if subtractable(measure) == 'yes' %}
+        {%- for column in representation_columns(measure).split(',') %}
+        -on_time.{{ column }} as {{ column }},
+        {%- endfor %}
+        {%- endif %}
+        {%- endfor %}
+    from on_time
+    inner join (
+{{ replacements(keys, blocks) }}
+    ) as replaced
+        on {% for key in keys %}on_time.{{ key }} = replaced.{{ key }} and {% endfor -%}
+        on_time.block_start = replaced.block_start
+        and on_time.known_at = replaced.known_at
 ),
 {% for family in families %}
-{{ family_reads(family, keys, blocks, hours, days, events, shadowed) }}
+{{ family_reads(family, keys, blocks, hours, days, events, shadowed, retractions) }}
 {%- endfor %}
 
 finalized as (
@@ -61,16 +87,12 @@ finalized as (
         {%- endfor %}
     from spine
     {%- for family in families %}
-    inner join {{ family.name }}_reads
-        on {% for key in keys %}spine.{{ key }} is not distinct from {{ family.name }}_reads.{{ key }} and {% endfor -%}
-        spine.feature_watermark = {{ family.name }}_reads.feature_watermark
-        and spine.known_at = {{ family.name }}_reads.known_at
-        and {{ 'spine.feature_watermark' if family.name == 'tick' else 'spine.request_tick' }} = {{ family.name }}_reads.anchor
+    inner join {{ family.name }}_readers on spine.row_id = {{ family.name }}_readers.row_id
     {%- for part in part_names(family).split(',') %}
     {%- if part == family.name ~ '_head' %}
     left join {{ part }} on spine.row_id = {{ part }}.row_id
     {%- else %}
-    left join {{ part }} on {{ family.name }}_reads.read_id = {{ part }}.read_id
+    left join {{ part }} on {{ family.name }}_readers.read_id = {{ part }}.read_id
     {%- endif %}
     {%- endfor %}
     {%- endfor %}
@@ -119,7 +141,7 @@ from finalized
 {%- endmacro %}
 
 {# The CTEs of one family: its distinct reads, then its parts. `anchor` is where windows hang: T, or floor_5m(t). #}
-{% macro family_reads(family, keys, blocks, hours, days, events, shadowed) -%}
+{% macro family_reads(family, keys, blocks, hours, days, events, shadowed, retractions) -%}
 {%- set name = family.name -%}
 {%- set subtracted = [] -%}
 {%- set covered = [] -%}
@@ -199,6 +221,7 @@ from finalized
     inner join late
         on {% for key in keys %}reads.{{ key }} = late.{{ key }} and {% endfor -%}
         late.known_at <= reads.blocks_known_at
+        and coalesce(late.replaced_at > reads.blocks_known_at, true)
         and late.block_start < reads.upper_edge
         and late.block_start >= least({% for window in edges %}reads.lower_{{ window }}{{ ', ' if not loop.last }}{% endfor %})
     group by reads.read_id
@@ -243,9 +266,12 @@ from finalized
         {%- endfor %}
         {%- endfor %}
     from {{ name }}_ranges as ranges
-    inner join {{ relation }} as rows_of
+    inner join (
+{{ with_replacement(keys, relation) }}
+    ) as rows_of
         on {% for key in keys %}ranges.{{ key }} = rows_of.{{ key }} and {% endfor -%}
         rows_of.known_at <= ranges.blocks_known_at
+        and coalesce(rows_of.replaced_at > ranges.blocks_known_at, true)
         and rows_of.block_start >= {{ 'ranges.first_' ~ first if first else 'ranges.lower_edge' }}
         and rows_of.block_start < {{ 'ranges.end_' ~ first if first else 'ranges.upper_edge' }}
         {%- if inner %}
@@ -270,7 +296,48 @@ from finalized
 ),
 {% endif %}
 {%- if name == 'event' %}
-{{ name }}_head as (
+{%- set windows = [] -%}
+{%- for measure in family.measures -%}{%- do windows.extend(measure.windows) -%}{%- endfor %}
+event_arrivals as (
+    select *, null as shadowed_by from {{ events }}
+    union all by name
+    select * exclude (retracts) from {{ shadowed }}
+    where event_type <> 'retraction'
+),
+
+{# per row of the spine, the events that a retraction takes out which is known at its K -#}
+event_withdrawn as (
+    select
+        spine.row_id,
+        arrived.log_partition,
+        arrived.log_offset,
+        bool_or(arrived.known_at <= spine.feature_watermark and retraction.known_at > spine.feature_watermark) as is_in_blocks
+    from (
+        select retracts, landed_at, log_partition, log_offset, known_at, null as shadowed_by from {{ retractions }}
+        union all by name
+        select retracts, landed_at, log_partition, log_offset, {{ arrival_tick('landed_at') }} as known_at, shadowed_by
+        from {{ shadowed }}
+        where event_type = 'retraction' and retracts is not null
+    ) as retraction
+    inner join event_arrivals as arrived
+        on
+            retraction.retracts = arrived.event_id
+            and arrived.landed_at <= retraction.landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+    inner join spine
+        on {% for key in keys %}arrived.{{ key }} = spine.{{ key }} and {% endfor -%}
+        arrived.event_ts < spine.request_ts
+        and arrived.event_ts >= spine.request_tick - greatest({% for window in windows %}{{ seconds(window_seconds(window)) }}{{ ', ' if not loop.last }}{% endfor %})
+        and {{ is_known_at_position('retraction') | indent(8) }}
+    group by spine.row_id, arrived.log_partition, arrived.log_offset
+),
+
+event_opened as (
+    select distinct row_id
+    from event_withdrawn
+    where is_in_blocks
+),
+
+event_head as (
     select
         spine_row_id as row_id,
         {%- for measure in family.measures %}
@@ -284,28 +351,64 @@ from finalized
             spine.request_tick,
             head.*
         from spine
-        inner join (
-            select *, null as shadowed_by from {{ events }}
-            union all by name
-            select * from {{ shadowed }}
-        ) as head
+        inner join event_arrivals as head
             on {% for key in keys %}spine.{{ key }} = head.{{ key }} and {% endfor -%}
             head.known_at > spine.feature_watermark
             and head.event_ts < spine.request_ts
-            and case
-                when spine.known_position is null then head.landed_at < spine.request_ts
-                else head.log_offset < spine.known_position[head.log_partition + 1]
-            end
-            {# a duplicate counts only while no earlier arrival of its id is known -#}
-            and (
-                head.shadowed_by is null
-                or spine.known_position is not null
-                and not list_contains(
-                    list_transform(list_zip(head.shadowed_by, spine.known_position), lambda pair: pair[1] < pair[2]), true
-                )
-            )
-    ) as head_events
+            and {{ is_known_at_position('head') | indent(12) }}
+        union all
+        select
+            spine.row_id as spine_row_id,
+            spine.request_tick,
+            opened.*
+        from event_opened
+        inner join spine on event_opened.row_id = spine.row_id
+        inner join event_arrivals as opened
+            on {% for key in keys %}spine.{{ key }} = opened.{{ key }} and {% endfor -%}
+            opened.known_at <= spine.feature_watermark
+            and opened.event_ts < spine.request_ts
+            and {{ is_known_at_position('opened') | indent(12) }}
+    ) as known_events
+    anti join event_withdrawn
+        on
+            known_events.spine_row_id = event_withdrawn.row_id
+            and known_events.log_partition = event_withdrawn.log_partition
+            and known_events.log_offset = event_withdrawn.log_offset
     group by spine_row_id
 ),
 {% endif %}
+{#- the read whose blocks a row of the spine takes; none where it is opened (not a condition of the joins: those would be nested loops) -#}
+{{ name }}_readers as (
+    select
+        spine.row_id,
+        {%- if name == 'event' %}
+        case when event_opened.row_id is null then reads.read_id end as read_id
+        {%- else %}
+        reads.read_id
+        {%- endif %}
+    from spine
+    inner join {{ name }}_reads as reads
+        on {% for key in keys %}spine.{{ key }} is not distinct from reads.{{ key }} and {% endfor -%}
+        spine.feature_watermark = reads.feature_watermark
+        and spine.known_at = reads.known_at
+        and {{ 'spine.feature_watermark' if name == 'tick' else 'spine.request_tick' }} = reads.anchor
+    {%- if name == 'event' %}
+    left join event_opened on spine.row_id = event_opened.row_id
+    {%- endif %}
+),
+{%- endmacro %}
+
+{# Whether a row of the spine knows an arrival; a duplicate counts only while no earlier arrival of its id is known. DuckDB. #}
+{% macro is_known_at_position(arrival) -%}
+case
+    when spine.known_position is null then {{ arrival }}.landed_at < spine.request_ts
+    else {{ arrival }}.log_offset < spine.known_position[{{ arrival }}.log_partition + 1]
+end
+and (
+    {{ arrival }}.shadowed_by is null
+    or spine.known_position is not null
+    and not list_contains(
+        list_transform(list_zip({{ arrival }}.shadowed_by, spine.known_position), lambda pair: pair[1] < pair[2]), true
+    )
+)
 {%- endmacro %}

@@ -1,4 +1,5 @@
-{# First arrivals: rows of the event log, typed, each event_id once, with the tick that first knows them.
+{# First arrivals: rows of the event log, typed, each event_id once, with the tick that first knows them. Retractions are no rows
+   here (`accepted_retractions` has them), but an id that one of them took is taken.
 
    An arrival is a duplicate if the same event_id arrived before it within the duplicate memory H, in the order (landed_at,
    log_partition, log_offset); the first wins with its whole row, before any filter. `arrived_from` and `arrived_until` (SQL
@@ -20,17 +21,77 @@ typed as (
         {{ typed_columns() }}
     from remembered
     where
-        previous_landed_at is null
-        or landed_at > previous_landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+        event_type <> 'retraction'
+        and {{ is_first_arrival() }}
 )
 
 select * from typed
 {%- endmacro %}
 
+{# Retractions, each event_id once like any event: which event they retract, and the tick that first knows them. #}
+{% macro accepted_retractions(events, arrived_from=none, arrived_until=none) -%}
+with arrivals as (
+{{ arrivals(events, arrived_from, arrived_until) }}
+),
+
+remembered as (
+    select
+        *,
+        lag(landed_at) over (partition by event_id order by landed_at, log_partition, log_offset) as previous_landed_at
+    from arrivals
+    where event_id in (select event_id from arrivals where event_type = 'retraction')
+),
+
+accepted as (
+    select
+        event_id,
+        retracts,
+        event_ts,
+        landed_at,
+        log_partition,
+        log_offset,
+        {{ arrival_tick('landed_at') }} as known_at
+    from remembered
+    where
+        event_type = 'retraction'
+        and retracts is not null
+        and {{ is_first_arrival() }}
+)
+
+select * from accepted
+{%- endmacro %}
+
+{# Staged events that were retracted: the staged row and `retracted_at`, the tick from which it no longer counts, the same as its
+   known_at if it never counted. The first of several retractions decides. A retraction holds for every arrival of its target's id
+   that lands up to H after it, however old. #}
+{% macro retracted_rows(events, retractions) -%}
+with earliest as (
+    select
+        events.log_partition,
+        events.log_offset,
+        min(greatest(events.known_at, retractions.known_at)) as retracted_at
+    from {{ events }} as events
+    inner join {{ retractions }} as retractions
+        on
+            events.event_id = retractions.retracts
+            and events.landed_at <= retractions.landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+    group by events.log_partition, events.log_offset
+)
+
+select
+    events.*,
+    earliest.retracted_at
+from {{ events }} as events
+inner join earliest
+    on
+        events.log_partition = earliest.log_partition
+        and events.log_offset = earliest.log_offset
+{%- endmacro %}
+
 {# Duplicates that a reader whose position lags in another partition still takes for the first: the rows that are first in their own
-   log partition but not in the whole log. `shadowed_by` holds, per partition, the smallest offset of an earlier arrival of the id
-   within the duplicate memory; the row counts at K exactly where none of those is below K. DuckDB; empty on a log that refuses
-   duplicates itself. #}
+   log partition but not in the whole log, retractions among them. `shadowed_by` holds, per partition, the smallest offset of an earlier
+   arrival of the id within the duplicate memory; the row counts at K exactly where none of those is below K. DuckDB; empty on a log
+   that refuses duplicates itself. #}
 {% macro shadowed_arrivals(events, arrived_from=none, arrived_until=none) -%}
 with arrivals as (
 {{ arrivals(events, arrived_from, arrived_until) }}
@@ -65,12 +126,20 @@ shadows as (
 typed as (
     select
         {{ typed_columns() }},
+        retracts,
         shadowed_by
     from repeated
     inner join shadows using (log_partition, log_offset)
 )
 
 select * from typed
+{%- endmacro %}
+
+{% macro is_first_arrival() -%}
+(
+            previous_landed_at is null
+            or landed_at > previous_landed_at + {{ seconds(var('duplicate_memory_seconds')) }}
+        )
 {%- endmacro %}
 
 {% macro arrivals(events, arrived_from, arrived_until) %}    select *

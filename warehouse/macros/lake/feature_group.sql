@@ -27,7 +27,12 @@
 {# The 5-minute blocks of a group, by its declaration. #}
 {% macro feature_blocks(group) -%}
     {%- set features = feature_group(group) -%}
-    {{ block_rows(features, ref(features['events']) if execute else ref('stg_engagements'), in_build_range('known_at')) }}
+    {{ block_rows(
+        features,
+        ref(features['events']) if execute else ref('stg_engagements'),
+        ref('stg_retracted_events'),
+        in_build_range('known_at')
+    ) }}
 {%- endmacro %}
 
 {# Hours (60) or days (1440) of a group, from the rows of a finer granularity. #}
@@ -38,6 +43,7 @@
 {# A group's features for each row of a spine, each at its own T and K. #}
 {% macro features_at(group, spine) -%}
     {{ point_in_time(
-        feature_group(group), spine, ref(group), ref(group ~ '_1h'), ref(group ~ '_1d'), ref('stg_engagements'), ref('stg_shadowed_arrivals')
+        feature_group(group), spine, ref(group), ref(group ~ '_1h'), ref(group ~ '_1d'),
+        ref('stg_engagements'), ref('stg_shadowed_arrivals'), ref('stg_retractions')
     ) }}
 {%- endmacro %}

@@ -1,4 +1,5 @@
-{# One row per impression: what came of it within the attribution window, 0 or 1. #}
+{# One row per impression: what came of it within the attribution window, 0 or 1. An outcome whose retraction is known when the
+   labels are final is none. #}
 {%- set outcomes = ['click', 'long_view', 'like', 'comment', 'share', 'follow', 'hide'] %}
 with spine as (
     select
@@ -11,11 +12,16 @@ with spine as (
 
 outcomes as (
     select
-        impression_id,
-        event_type,
-        landed_at
-    from {{ ref('stg_engagements') }}
-    where event_type in ('{{ outcomes | join("', '") }}')
+        came.impression_id,
+        came.event_type,
+        came.landed_at,
+        retracted.retracted_at
+    from {{ ref('stg_engagements') }} as came
+    left join {{ ref('stg_retracted_events') }} as retracted
+        on
+            came.log_partition = retracted.log_partition
+            and came.log_offset = retracted.log_offset
+    where came.event_type in ('{{ outcomes | join("', '") }}')
 ),
 
 attributed as (
@@ -24,7 +30,9 @@ attributed as (
         outcomes.event_type
     from spine
     inner join outcomes on spine.impression_id = outcomes.impression_id
-    where outcomes.landed_at < spine.request_ts + {{ seconds(var('attribution_seconds')) }}
+    where
+        outcomes.landed_at < spine.request_ts + {{ seconds(var('attribution_seconds')) }}
+        and (outcomes.retracted_at is null or outcomes.retracted_at > spine.labels_known_at)
 ),
 
 labels as (

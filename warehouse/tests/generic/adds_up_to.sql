@@ -1,5 +1,5 @@
-{# A roll-up holds exactly what its parts hold: every count and integer sum, per key, agrees between two granularities over the parents
-   that both have built. Returns the keys where one does not. #}
+{# A roll-up holds exactly what its parts hold: every count and integer sum of the rows that stand, per key, agrees between two
+   granularities over the parents that both have built. Returns the keys where one does not. #}
 {% test adds_up_to(model, parts, keys, columns, minutes) %}
 with parents as (
     select
@@ -8,7 +8,10 @@ with parents as (
         {%- for column in columns %}
         sum({{ column }}) as {{ column }},
         {%- endfor %}
-    from {{ model }}
+    from (
+{{ with_replacement(keys, model) }}
+    ) as rows_of_parents
+    where replaced_at is null
     group by {{ keys | join(', ') }}, block_start
 ),
 
@@ -19,8 +22,12 @@ children as (
         {%- for column in columns %}
         sum({{ column }}) as {{ column }},
         {%- endfor %}
-    from {{ parts }}
-    where {{ floor_minutes('block_start', minutes) }} + {{ seconds(minutes * 60) }} < (select max(built_until) from headrace.builds where name = '{{ model.schema }}.{{ model.identifier }}')
+    from (
+{{ with_replacement(keys, parts) }}
+    ) as rows_of_parts
+    where
+        replaced_at is null
+        and {{ floor_minutes('block_start', minutes) }} + {{ seconds(minutes * 60) }} < (select max(built_until) from headrace.builds where name = '{{ model.schema }}.{{ model.identifier }}')
     group by {{ keys | join(', ') }}, {{ floor_minutes('block_start', minutes) }}
 )
 
