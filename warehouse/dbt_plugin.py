@@ -10,8 +10,9 @@ import contextlib
 import fcntl
 import itertools
 import json
+import time
 from collections.abc import Generator, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,17 +30,24 @@ from dbt_common.invocation import get_invocation_id
 from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
 from pyiceberg.table import Table, Transaction
 
+from warehouse.builds import (
+    BUILD_SECONDS,
+    DEFINITION,
+    MEANINGS,
+    built_until_of,
+    closed_until,
+    known_meanings,
+    refuse_changed_meaning,
+)
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.declarations import load_groups
+from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
-from warehouse.lake import BUILT_UNTIL, Lake, append_chunks, prepare_connection
+from warehouse.lake import BUILT_UNTIL, Lake, append_files, prepare_connection, write_chunks
 from warehouse.landing import create_tables
-from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
-
-DEFINITION = "headrace.definition"
 
 
 @contextlib.contextmanager
@@ -79,7 +87,7 @@ class Plugin(BasePlugin):
         for name in self.lake.tables():
             self._note_build(conn, self.lake.table(name))
         conn.execute("create or replace table headrace.run (closed_until timestamptz, macros_digest varchar)")
-        conn.execute("insert into headrace.run values (?, ?)", [_closed_until(conn), macros_digest()])
+        conn.execute("insert into headrace.run values (?, ?)", [closed_until(conn), macros_digest()])
 
     @_said_by_dbt()
     def store(self, target_config: TargetConfig) -> None:
@@ -89,6 +97,8 @@ class Plugin(BasePlugin):
         name = f"{target_config.relation.schema}.{target_config.relation.identifier}"
         cursor = self.connection.cursor()
         cursor.execute("set TimeZone = 'UTC'")
+        if self.lake.exists(name) and not config["full_refresh"]:
+            self._refuse_changed_meaning(name, config["definition"])
         with contextlib.closing(self._chunks(cursor, config)) as chunks:
             self._commit(name, chunks, config)
         self.lake.create_view(cursor, name)
@@ -98,16 +108,24 @@ class Plugin(BasePlugin):
         """The rows of a model, at least one table; those of a spine with its group's features are never whole in memory."""
         if features_of := config.get("features_of"):
             group = self.groups[features_of]
-            yield from model_chunks(cursor, config["sql"], group, Relations.of(group), order_by=config["event_time"])
+            relations, scratch = Relations.of(group), self.lake.scratch
+            yield from model_chunks(cursor, config["sql"], group, relations, config["event_time"], scratch)
         else:
             yield cursor.execute(config["sql"]).to_arrow_table()
 
+    def _refuse_changed_meaning(self, name: str, definition: str) -> None:
+        table = self.lake.table(name)
+        if table.properties.get(DEFINITION) != definition:
+            before = known_meanings(table)
+            refuse_changed_meaning(name, before, table_meanings(name, list(before), self.groups))
+
     def _commit(self, name: str, chunks: Iterator[pa.Table], config: dict[str, Any]) -> None:
         """One commit of all chunks, of which there is at least one."""
+        started = time.perf_counter()
         start, end = datetime.fromisoformat(config["start"]), datetime.fromisoformat(config["end"])
         table = self.lake.table(name) if self.lake.exists(name) else None
         same = table is not None and table.properties.get(DEFINITION) == config["definition"]
-        built_until = _built_until(table) if table is not None and same else None
+        built_until = built_until_of(table) if table is not None and same else None
         self._refuse_gap(name, start, built_until)
         first = next(chunks)
         chunks = itertools.chain([first], chunks)
@@ -116,11 +134,18 @@ class Plugin(BasePlugin):
         with table.transaction() as transaction:
             if built_until is None:
                 _becomes(transaction, table, first.schema)
-            elif start < built_until:
-                transaction.delete(_between(config["event_time"], start, end))
-            append_chunks(transaction, table, chunks)
+            files = write_chunks(transaction, table, chunks)
+            beside = {BUILD_SECONDS: f"{time.perf_counter() - started:.3f}"}
+            replaced = AlwaysTrue() if built_until is None else _between(config["event_time"], start, end)
+            if table.current_snapshot() is not None and (built_until is None or start < built_until):
+                transaction.delete(replaced, snapshot_properties=beside)
+            if files or built_until is None or start < built_until:
+                append_files(transaction, files, beside)
             reached = max(end, built_until or end)
-            transaction.set_properties({BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"]})
+            meanings = table_meanings(name, first.column_names, self.groups)
+            transaction.set_properties(
+                {BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"], MEANINGS: json.dumps(meanings)}
+            )
 
     def _refuse_gap(self, name: str, start: datetime, built_until: datetime | None) -> None:
         if built_until is not None and start > built_until:
@@ -135,7 +160,7 @@ class Plugin(BasePlugin):
         name = ".".join(table.name())
         cursor.execute("delete from headrace.builds where name = ?", [name])
         cursor.execute(
-            "insert into headrace.builds values (?, ?, ?)", [name, _built_until(table), table.properties.get(DEFINITION)]
+            "insert into headrace.builds values (?, ?, ?)", [name, built_until_of(table), table.properties.get(DEFINITION)]
         )
 
 
@@ -167,33 +192,14 @@ def _log_to(path: Path) -> None:
     )
 
 
-def _built_until(table: Table) -> datetime | None:
-    text = table.properties.get(BUILT_UNTIL)
-    return datetime.fromisoformat(text) if text else None
-
-
 def _between(column: str, start: datetime, end: datetime) -> BooleanExpression:
     return And(GreaterThanOrEqual(column, start.isoformat()), LessThan(column, end.isoformat()))
 
 
 def _becomes(transaction: Transaction, table: Table, schema: pa.Schema) -> None:
-    """The table is of this schema and empty, in the commit under way."""
+    """The table is of this schema, in the commit under way."""
     gone = {field.name for field in table.schema().fields} - set(schema.names)
     with transaction.update_schema(allow_incompatible_changes=True) as update:
         update.union_by_name(schema)
         for column in sorted(gone):
             update.delete_column(column)
-    if table.current_snapshot() is not None:
-        transaction.delete(AlwaysTrue())
-
-
-def _closed_until(conn: duckdb.DuckDBPyConnection) -> datetime:
-    """The end (exclusive, on the grid of ticks) of what may be built: the last closed tick plus five minutes.
-
-    Every partition of the log must have spoken; until then nothing is closed.
-    """
-    read_through = conn.execute("select max(epoch_us(landed_at)) from lake.events group by log_partition").fetchall()
-    partitions = conn.execute("select max(log_partition) + 1 from lake.events").fetchall()[0][0] or 0
-    tick = closed_tick([row[0] for row in read_through]) if len(read_through) == partitions else None
-    until_us = 0 if tick is None else tick + FIVE_MINUTES_US
-    return datetime.fromtimestamp(until_us / 1_000_000, UTC)

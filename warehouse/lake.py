@@ -19,6 +19,7 @@ from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
 from pyiceberg.io.pyarrow import _check_pyarrow_schema_compatible, _dataframe_to_data_files
+from pyiceberg.manifest import DataFile
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.transforms import parse_transform
@@ -74,6 +75,11 @@ class Lake:
         except Exception as error:
             raise HeadraceError(f"cannot open the lake's catalogue in {folder}: {error}") from error
         return cls(catalogue, folder)
+
+    @property
+    def scratch(self) -> Path:
+        """The home's folder for files that live as long as a command."""
+        return Home(self.folder.parent).tmp
 
     def tables(self) -> list[str]:
         """Names of all tables, `namespace.table`, sorted."""
@@ -174,22 +180,25 @@ class Lake:
         return connection
 
 
-def append_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Table]) -> None:
-    """Adds the rows in one snapshot of the commit under way; each chunk's files are written before the next chunk is asked for.
+def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Table]) -> list[DataFile]:
+    """Writes the files of rows that the commit under way will add; of the chunks one is in memory at a time.
 
-    (pyiceberg appends a stream to unpartitioned tables only: apache/iceberg-python#2152.) Without rows there is no snapshot.
+    (pyiceberg appends a stream to unpartitioned tables only: apache/iceberg-python#2152.)
     """
-    numbers, write_uuid = itertools.count(), uuid.uuid4()
-    files = []
+    metadata, numbers, write_uuid = transaction.table_metadata, itertools.count(), uuid.uuid4()
+    files: list[DataFile] = []
     for chunk in chunks:
-        metadata = transaction.table_metadata
         _check_pyarrow_schema_compatible(metadata.schema(), chunk.schema, format_version=metadata.format_version)
         if chunk.num_rows:
             files += _dataframe_to_data_files(metadata, chunk, table.io, write_uuid, numbers)
-    if files:
-        with transaction.update_snapshot().fast_append() as append:
-            for file in files:
-                append.append_data_file(file)
+    return files
+
+
+def append_files(transaction: Transaction, files: Iterable[DataFile], properties: Mapping[str, str]) -> None:
+    """Adds files in one snapshot of the commit under way; `properties` go into its summary."""
+    with transaction.update_snapshot(snapshot_properties=dict(properties)).fast_append() as append:
+        for file in files:
+            append.append_data_file(file)
 
 
 def _duckdb_type(field: Any) -> str:

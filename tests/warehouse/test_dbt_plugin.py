@@ -9,6 +9,7 @@ import pytest
 from warehouse.dbt_plugin import BUILT_UNTIL, Plugin
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
+from warehouse.features.declarations import load_groups
 from warehouse.lake import Lake
 
 NAME = "features.clicks"
@@ -29,7 +30,7 @@ def plugin(home, lake) -> Plugin:
     """The plugin as it is once dbt has opened a connection; events landed from the second of January on."""
     plugin = Plugin.__new__(Plugin)
     plugin.lake = lake
-    plugin.first_arrival = day(2)
+    plugin.groups, plugin.first_arrival = load_groups(), day(2)
     return plugin
 
 

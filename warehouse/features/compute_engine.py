@@ -267,6 +267,11 @@ def representation_columns(measure: Measure) -> tuple[str, ...]:
     return (f"{measure.name}__sum", f"{measure.name}__n") if measure.aggregation == "avg" else (measure.name,)
 
 
+def state_columns(group: FeatureGroup) -> int:
+    """How many columns of the group's block rows are held while its features are computed."""
+    return sum(len(representation_columns(measure)) for measure in group.measures if not measure.is_sequence)
+
+
 def _is_extreme(measure: Measure) -> bool:
     return measure.aggregation in ("min", "max")
 

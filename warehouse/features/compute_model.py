@@ -6,13 +6,15 @@ other columns are carried along. Keys may be NULL: such a row has empty windows.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from warehouse.features.compute_engine import Engine, Relations
+from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import Plan, plan
+from warehouse.features.compute_spill import answers
 from warehouse.features.compute_spine import CHUNK_ROWS, REQUEST_TS, Reads, Span
 from warehouse.features.declarations import FeatureGroup
 
@@ -26,31 +28,40 @@ def model_chunks(
     group: FeatureGroup,
     relations: Relations,
     order_by: str,
+    scratch: Path,
     rows: int = CHUNK_ROWS,
 ) -> Iterator[pa.Table]:
     """The carried columns and one column per feature, ordered by a column, `rows` rows at a time; at least one table.
 
     connection: knows the group's relations, at the snapshots that are meant. The spine is kept in a temporary table of
-    its database, which spills to disk; of the answers one chunk is in memory.
+    its database, which spills to disk; of the answers one chunk is in memory. scratch: a folder for files of the time being.
     """
     what = plan({group.name: group}, group.keys, _as_in_sql(group))
     asked = {*group.keys, REQUEST_TS, WATERMARK, KNOWN_AT, KNOWN_POSITION}
-    with connection.cursor() as spine, connection.cursor() as engine_connection:
-        for cursor in (spine, engine_connection):
+    with connection.cursor() as spine, connection.cursor() as engine:
+        for cursor in (spine, engine):
             cursor.execute("set TimeZone = 'UTC'")
         spine.execute(f"create or replace temp table {_SPINE} as select * from (\n{sql}\n) as spine order by {order_by}")
+        edges = f"min({WATERMARK}), max({REQUEST_TS}), max({KNOWN_AT})"
+        span = Span(*_instants(spine.execute(f"select {edges} from {_SPINE}").to_arrow_table()))
+        num_rows = spine.execute(f"select count(*) from {_SPINE}").fetchall()[0][0]
+
+        def chunks() -> Iterator[pa.Table]:
+            for first in range(0, num_rows, rows):
+                yield spine.execute(f"from {_SPINE} where rowid >= {first} and rowid < {first + rows}").to_arrow_table()
+
+        def reads() -> Iterator[Reads]:
+            return (_reads(chunk, group) for chunk in chunks())
+
+        def with_carried(chunk: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+            return pa.table({name: chunk[name] for name in chunk.column_names if name not in asked} | columns)
+
         try:
-            edges = f"min({WATERMARK}), max({REQUEST_TS}), max({KNOWN_AT})"
-            span = Span(*_instants(spine.execute(f"select {edges} from {_SPINE}").to_arrow_table()))
-            engine = None
-            for batch in spine.execute(f"from {_SPINE}").to_arrow_reader(rows):
-                chunk = pa.Table.from_batches([batch])
-                carried = chunk.select([name for name in chunk.column_names if name not in asked])
-                engine = engine or Engine(engine_connection, {group.name: relations}, what, span)
-                yield _with(carried, engine.columns(_reads(chunk, group)))
-            if engine is None:
-                given = spine.execute(f"from {_SPINE}").to_arrow_table()
-                yield _with(given.select([name for name in given.column_names if name not in asked]), _no_answers(what))
+            found = answers(engine, {group.name: relations}, what, span, reads, scratch)
+            for chunk, columns in zip(chunks(), found, strict=True):
+                yield with_carried(chunk, columns)
+            if num_rows == 0:
+                yield with_carried(spine.execute(f"from {_SPINE}").to_arrow_table(), _no_answers(what))
         finally:
             spine.execute(f"drop table {_SPINE}")
 
@@ -84,7 +95,3 @@ def _reads(chunk: pa.Table, group: FeatureGroup) -> Reads:
 
 def _no_answers(what: Plan) -> dict[str, pa.Array]:
     return {name: pa.array([], of) for name, of in what.types().items()}
-
-
-def _with(carried: pa.Table, answers: dict[str, pa.Array]) -> pa.Table:
-    return pa.table({**dict(zip(carried.column_names, carried.columns, strict=True)), **answers})
