@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from serving.catalogue import Catalogue
 from serving.explain import Recent
+from serving.fetch import Fetcher
 from serving.forward_log import ForwardLog
 from serving.hydrate import check_groups
 from serving.models import load_models, missing_models
@@ -28,6 +29,7 @@ from streaming_sql.status import RUNNER_FILE
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import landed_position
@@ -54,8 +56,15 @@ def missing_parts(home: Home) -> list[str]:
 class Engine:
     """Use `start` and `stop` once each. `world` is None until everything is loaded."""
 
-    def __init__(self, home: Home, clock: Clock, settings: Settings, on_failure: Callable[[list[str]], None] | None = None):
-        self.home, self.clock, self.settings, self._on_failure = home, clock, settings, on_failure
+    def __init__(
+        self,
+        home: Home,
+        clock: Clock,
+        settings: Settings,
+        on_failure: Callable[[list[str]], None] | None = None,
+        kinds: Kinds | None = None,
+    ):
+        self.home, self.clock, self.settings, self._on_failure, self._kinds = home, clock, settings, on_failure, kinds
         self.world: World | None = None
         self.lake: Lake | None = None
         self.log: EventLog | None = None
@@ -117,6 +126,8 @@ class Engine:
                 log.exception("the stream had stopped early")
         if self.log is not None:
             self.log.close()
+        if self.world is not None and self.world.fetcher is not None:
+            self.world.fetcher.close()
         if self._lock_file is not None:
             self._lock_file.close()
 
@@ -140,7 +151,7 @@ class Engine:
             self._on_failure(self.missing())
 
     def _open(self) -> World:
-        groups = load_groups()
+        groups, kinds = load_groups(), self._kinds or load_kinds()
         check_groups(groups)
         lake = self.lake = Lake.open(self.home)
         start = landed_position(lake)
@@ -162,7 +173,9 @@ class Engine:
             store=store,
             catalogue=catalogue,
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
-            models=load_models(self.home, groups, catalogue, self.settings.most_candidates),
+            models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
+            kinds=kinds,
+            fetcher=Fetcher(kinds.http) if kinds.http else None,
         )
         self.forward_log = ForwardLog(
             lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s

@@ -13,6 +13,7 @@ from serving.catalogue import REQUEST_FEATURES, Catalogue
 from streaming_sql.online_store import StoreView
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.kinds.declared import Kinds
 
 KEY_COLUMNS = ("user_id", "note_id", "author_id")
 
@@ -61,11 +62,11 @@ def check_groups(groups: Mapping[str, FeatureGroup]) -> None:
             )
 
 
-def available_names(groups: Mapping[str, FeatureGroup]) -> tuple[set[str], set[str]]:
+def available_names(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> tuple[set[str], set[str]]:
     """(names a model may ask for of the reader, of a candidate)."""
     of_user = {name for group in groups.values() if group.keys == ("user_id",) for name in group.feature_names}
     of_candidate = {name for group in groups.values() if group.keys != ("user_id",) for name in group.feature_names}
-    return of_user, of_candidate | set(REQUEST_FEATURES)
+    return of_user | set(kinds.served_inputs), of_candidate | set(REQUEST_FEATURES)
 
 
 def hydrate_user(view: StoreView, groups: Mapping[str, FeatureGroup], user_id: str, t_us: int) -> UserFeatures:

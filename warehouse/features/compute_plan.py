@@ -9,6 +9,7 @@ from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import Derived, FeatureGroup
+from warehouse.features.kinds.declared import load_kinds
 
 _ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "varchar": pa.list_(pa.string())}
 
@@ -53,6 +54,8 @@ def plan(groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: S
     else:
         wanted, left_out = tuple(features), ()
         if unknown := [name for name in wanted if name not in owner]:
+            if why := load_kinds().why_not(unknown[0]):
+                raise HeadraceError(why)
             raise HeadraceError(f"no feature {', '.join(map(repr, unknown))}; see `headrace features list`")
         if not wanted:
             raise HeadraceError("no features are asked for; name some, or leave features out for all")
