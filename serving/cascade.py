@@ -100,7 +100,9 @@ def rank_l2_alone(
 
 def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
     world = request.world
-    return hydrate_candidates(request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us)
+    return hydrate_candidates(
+        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+    )
 
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:

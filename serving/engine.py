@@ -26,6 +26,7 @@ from streaming_sql.event_log import EventLog
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.runner import Runner
 from streaming_sql.status import RUNNER_FILE
+from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
@@ -37,6 +38,8 @@ from warehouse.landing import landed_position
 log = logging.getLogger(__name__)
 
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
+TABLES_LOOKED_AT_EVERY_S = 30.0
+"""A batch table that was loaded again is read again within this time."""
 ABSORBED_WITHIN_S = 2.0
 """How long an answer to posted events waits for them to count in fresh features; they are durable before."""
 
@@ -126,8 +129,10 @@ class Engine:
                 log.exception("the stream had stopped early")
         if self.log is not None:
             self.log.close()
-        if self.world is not None and self.world.fetcher is not None:
-            self.world.fetcher.close()
+        if self.world is not None:
+            self.world.tables.stop()
+            if self.world.fetcher is not None:
+                self.world.fetcher.close()
         if self._lock_file is not None:
             self._lock_file.close()
 
@@ -152,7 +157,7 @@ class Engine:
 
     def _open(self) -> World:
         groups, kinds = load_groups(), self._kinds or load_kinds()
-        check_groups(groups)
+        check_groups(groups, kinds)
         lake = self.lake = Lake.open(self.home)
         start = landed_position(lake)
         event_log = self.log = EventLog.open(
@@ -164,6 +169,8 @@ class Engine:
         runner = self.runner = Runner(lake, event_log, store, groups, self.clock, status_path=self.home.online / RUNNER_FILE)
         runner.catch_up()
         runner.flush()
+        tables = TableStore(lake, kinds.tables)
+        tables.refresh(store.view().tick_us)
         catalogue = Catalogue.from_lake(lake)
         world = World(
             clock=self.clock,
@@ -176,12 +183,15 @@ class Engine:
             models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
             kinds=kinds,
             fetcher=Fetcher(kinds.http) if kinds.http else None,
+            tables=tables,
         )
         self.forward_log = ForwardLog(
             lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s
         )
         self.forward_log.start()
         runner.start()
+        if tables.tables:
+            tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
 
 

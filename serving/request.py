@@ -76,7 +76,7 @@ def begin(
         t_us = max(now_us, view.tick_us + GRACE_US)
         if t_us > now_us:
             steps.degraded.append(CLOCK_BEHIND)
-        user = hydrate_user(view, world.groups, user_id, t_us)
+        user = hydrate_user(view, world.groups, user_id, t_us, world.tables)
         history = [*world.readers.history_before_the_log(user_id), *user.sequences.get(LAST_CLICKS, [])]
     if world.kinds.served_inputs:
         with steps.timed("outside"):

@@ -12,6 +12,7 @@ from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
 from streaming_sql.online_store import OnlineStore, StoreView
+from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
@@ -31,7 +32,8 @@ class World:
     catalogue: Catalogue
     readers: Readers
     models: Models
-    kinds: Kinds = field(default_factory=Kinds)
+    kinds: Kinds
+    tables: TableStore
     fetcher: Fetcher | None = None
     trending: "Trending" = field(default_factory=lambda: Trending())
 

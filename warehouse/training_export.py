@@ -50,10 +50,12 @@ def export_training(lake: Lake, home: Home, kinds: Kinds | None = None) -> Expor
         if num_rows == 0:
             raise HeadraceError("there are no training examples: no impression is old enough for its outcomes to be final")
         manifest_path.unlink(missing_ok=True)
+        others = kinds or load_kinds()
+        there = {row[0] for row in connection.execute(f"describe {EXAMPLES}").fetchall()}
         features = [name for group in load_groups().values() for name in group.feature_names]
+        features += [name for table in others.tables for name in table.feature_names if name in there]
         doubles = ", ".join(f"cast({name} as double) as {name}" for name in [*features, "note_duration_ms", "note_age_min"])
-        logged = (kinds or load_kinds()).served_inputs
-        served = _served(logged, lake.exists(FORWARD_LOG))
+        served = _served(others.served_inputs, lake.exists(FORWARD_LOG))
         queries = {
             "examples": f"select examples.* replace ({doubles}){served} order by request_ts, impression_id",
             "notes": "select * from lake.notes order by note_id",

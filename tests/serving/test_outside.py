@@ -1,4 +1,4 @@
-"""Features of the request and of other services, from the body of a request to the training rows, with a real service that
+"""Features of the request, of other services and of batch tables, from a request to training rows, with a real service that
 answers, dawdles, lies, sends elsewhere and is not there."""
 
 import json
@@ -6,6 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,10 +14,11 @@ import pytest
 from serving.app import create_app
 from serving.fetch import Fetcher, url_of, value_at
 from serving.forward_log import FORWARD_LOG
+from serving.parity import check_parity
 from serving.settings import Settings
 from tests.serving.hand_made import free_port, furnish, running, until_ready
 from warehouse.features.declarations import load_groups
-from warehouse.features.kinds.declared import HttpFeature, Kinds, RequestFeature
+from warehouse.features.kinds.declared import HttpFeature, Kinds, RequestFeature, TableFeatures
 from warehouse.features.kinds.values import Typed
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -128,7 +130,13 @@ def test_a_call_without_its_key_is_not_made(service):
 
 def kinds_of(service) -> Kinds:
     host = f"http://127.0.0.1:{service.server_port}"
+    quality = (("quality", Typed("note_quality", "double", 0.5, (), "")),)
+    mood = (("mood", Typed("user_mood", "bigint", None, (), "")),)
     return Kinds(
+        tables=(
+            TableFeatures("quality", "note", ("note_id",), "lake.quality", "at", "at", ("quality",), quality, "here"),
+            TableFeatures("mood", "user", ("user_id",), "lake.mood", "at", "at", ("mood",), mood, "here"),
+        ),
         request=(
             RequestFeature(Typed("request_device", "varchar", "phone", ("phone", "desktop"), ""), "device", "here"),
             RequestFeature(Typed("request_text_match", "double", None, (), ""), "text_match", "here"),
@@ -145,7 +153,15 @@ def served(service, clock, tmp_path_factory):
     """A server whose models were trained with these features among their inputs."""
     kinds = kinds_of(service)
     home = Home(tmp_path_factory.mktemp("outside") / "home")
-    furnish(home, num_users=180, num_notes=120, days=1, more=kinds.served_inputs)
+    tables = [name for table in kinds.tables for name in table.feature_names]
+    dataset = furnish(home, num_users=180, num_notes=120, days=1, more=[*kinds.served_inputs, *tables])
+    lake = Lake.open(home)
+    early = pa.array([dataset.events["landed_at"][0].as_py()], pa.timestamp("us", "UTC"))
+    note_ids = dataset.notes["note_id"].to_pylist()
+    notes = pa.table({"note_id": note_ids, "at": pa.concat_arrays([early] * len(note_ids)), "quality": [7.0] * len(note_ids)})
+    for name, rows in (("quality", notes), ("mood", pa.table({"user_id": ["u1"], "at": early, "mood": [3]}))):
+        lake.create(f"lake.{name}", rows.schema)
+        lake.append(f"lake.{name}", rows)
     with running(create_app(home, clock, Settings.load(), kinds=kinds)) as server:
         until_ready(server)
         yield server
@@ -173,6 +189,32 @@ def test_what_the_caller_says_reaches_models_explanations_and_the_log(served, se
     }
     assert {name: features[name] for name in expected} == expected
     assert 'headrace_degraded_total{what="http:user_late"}' in served.get("/metrics").text
+
+
+def test_columns_of_a_batch_table_are_served_logged_and_found_again(served, service):
+    answer = served.feed("u1")
+    explained = served.explain(answer["requestId"])
+    assert explained["userFeatures"]["user_mood"] == 3.0
+    assert served.explain(served.feed("u9")["requestId"])["userFeatures"]["user_mood"] is None
+    shown = [candidate["features"]["note_quality"] for candidate in explained["candidates"] if candidate["features"]]
+    assert set(shown) == {7.0}
+    assert served.engine.forward_log.flush()
+    parity = check_parity(served.engine.lake, groups=load_groups(), kinds=kinds_of(service))
+    assert parity.vectors_of_group["quality"] > 0
+    assert parity.vectors_of_group["mood"] > 0
+    assert not {"note_quality", "user_mood"} & set(parity.differences_of_feature)
+
+
+def test_a_batch_table_that_is_loaded_again_is_read_again_and_shows_from_its_tick_on(served, service):
+    world = served.engine.world
+    tables, mood = world.tables, world.kinds.tables[1]
+    tick_us = world.store.view().tick_us
+    later = pa.array([tick_us + 60_000_000], pa.int64()).cast(pa.timestamp("us", "UTC"))
+    served.engine.lake.append("lake.mood", pa.table({"user_id": ["u7"], "at": later, "mood": [5]}))
+    tables.refresh(tick_us)
+    assert np.isnan(tables.assemble(mood, [("u7",)], tick_us).values[0, 0])
+    assert tables.assemble(mood, [("u7",)], tick_us + 300_000_000).values.tolist() == [[5.0]]
+    assert tables.assemble(mood, [("u1",), (None,)], tick_us).values[0, 0] == 3.0
 
 
 def test_what_the_caller_says_changes_scores(served):

@@ -69,7 +69,7 @@ def test_three_kinds_are_read_and_groups_are_not_disturbed(project):
     )
     (table,) = kinds.tables
     assert table.feature_names == ("note_quality",)
-    assert (table.relation, table.tie) == ("lake.note_quality", ("version",))
+    assert (table.relation, table.order) == ("lake.note_quality", ("version", "quality"))
     assert (table.event_time, table.available_at) == ("scored_at", "loaded_at")
     rows = {row["feature"]: row for row in kind_rows(kinds)}
     assert list(rows) == ["request_device", "request_text_match", "request_is_weekend", "user_credit", "note_quality"]
@@ -113,7 +113,7 @@ def test_a_value_of_another_type_is_refused_with_what_is_right(project, feature,
         ("empty: phone", "empty: fridge", r"_kinds.yml:12: request_device: empty: .*one of phone, desktop; got 'fridge'"),
         ("type: double}", "type: text}", r"_kinds.yml:13: request_text_match: type must be one of bigint, double"),
         ("empty: false", "emtpy: false", r"_kinds.yml:14: .*unknown settings \['emtpy'\]; allowed are"),
-        ("http://127.0.0.1:9/credit", "http://{user_id}.example/credit", r"_kinds.yml:19: user_credit: the host of a url"),
+        ("http://127.0.0.1:9/credit", "http://{user_id}.example/credit", r"_kinds.yml:18: user_credit: the host of a url"),
         ("http://127.0.0.1:9/credit", "file:///etc/passwd", r"user_credit: url must start with http:// or https:// and a host"),
         ("?d={device}", "?d={note_id}", r"user_credit: url names note_id; it may name device, is_weekend"),
         ("timeout_ms: 50", "timeout_ms: 0", r"user_credit: timeout_ms must be a whole number from 1 to 5000, got 0"),
@@ -131,9 +131,8 @@ def test_a_wrong_declaration_is_refused_with_file_line_and_remedy(project, old, 
         load_kinds(project)
 
 
-def test_computing_a_feature_of_the_request_says_that_it_cannot_be(project, monkeypatch):
-    monkeypatch.setattr("warehouse.features.compute_plan.load_kinds", lambda: load_kinds(project))
+def test_computing_a_feature_of_the_request_says_that_it_cannot_be(project):
     groups = load_groups()
     for name in ("request_device", "request_device_is_phone", "user_credit"):
         with pytest.raises(HeadraceError, match=f"{name} is .*known only from the forward log and cannot be recomputed"):
-            plan(groups, ["user_id"], [name])
+            plan(groups, ["user_id"], [name], load_kinds(project))

@@ -15,6 +15,8 @@ from warehouse.features.compute_engine import Engine, Relations
 from warehouse.features.compute_plan import Plan, plan
 from warehouse.features.compute_spine import REQUEST_TS, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
+from warehouse.features.kinds.declared import Kinds, load_kinds
+from warehouse.features.kinds.table_compute import open_tables, table_columns
 from warehouse.lake import BUILT_UNTIL, Lake, duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
 
@@ -25,6 +27,7 @@ def compute(
     features: Sequence[str] | None = None,
     known_at: str | None = None,
     groups: Mapping[str, FeatureGroup] | None = None,
+    kinds: Kinds | None = None,
 ) -> pa.Table:
     """The spine's rows in their order, extra columns and duplicates kept, and one column per feature.
 
@@ -35,7 +38,7 @@ def compute(
     """
     checked = Spine(spine, "the spine")
     declared = load_groups() if groups is None else groups
-    what = plan(declared, checked.schema.names, features)
+    what = plan(declared, checked.schema.names, features, load_kinds() if kinds is None else kinds)
     return pa.concat_tables(computed_chunks(lake, checked, what, known_at))
 
 
@@ -48,11 +51,15 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     with duckdb_connection() as connection:
         for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
             lake.create_view(connection, name)
+        open_tables(lake, connection, what.tables)
         engine = Engine(connection, relations, what, span)
         for chunk in spine.chunks():
-            columns = engine.columns(spine.reads(chunk, what.keys, known_at))
-            for name, values in columns.items():
-                chunk = chunk.append_column(name, values)
+            reads = spine.reads(chunk, what.keys, known_at)
+            columns = engine.columns(reads)
+            for table in what.tables:
+                columns |= table_columns(connection, table, reads)
+            for name in what.features:
+                chunk = chunk.append_column(name, columns[name])
             yield chunk
 
 

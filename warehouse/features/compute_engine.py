@@ -77,7 +77,7 @@ class Engine:
         found: dict[str, pa.Array] = {}
         for group in self._groups:
             found |= group.columns(reads, self._types)
-        return {name: found[name] for name in self._types}
+        return {name: found[name] for name in self._types if name in found}
 
 
 def _cast(values: pa.Array | pa.ChunkedArray, of: pa.DataType) -> pa.Array:

@@ -67,7 +67,8 @@ class HttpFeature:
 class TableFeatures:
     """Features that are columns of a batch table: of a key's rows with event_time < t that are known at K, the last one.
 
-    relation: `namespace.table`. tie: columns that decide, after event_time and available_at, which of a key's rows is the last.
+    relation: `namespace.table`. order: columns that decide, after event_time and available_at, which of a key's rows is the
+    last: the declared tie, then every declared column, so that no two executions differ.
     """
 
     name: str
@@ -76,7 +77,7 @@ class TableFeatures:
     relation: str
     event_time: str
     available_at: str
-    tie: tuple[str, ...]
+    order: tuple[str, ...]
     columns: tuple[tuple[str, Typed], ...]
     source: str
 
@@ -84,13 +85,17 @@ class TableFeatures:
     def feature_names(self) -> tuple[str, ...]:
         return tuple(value.name for _, value in self.columns)
 
+    @property
+    def sequence_names(self) -> tuple[str, ...]:
+        return ()
+
     def as_meta(self) -> dict[str, Any]:
         """As the macro `table_features_at` reads it."""
         return {
             "keys": list(self.keys),
             "event_time": self.event_time,
             "available_at": self.available_at,
-            "tie": list(self.tie),
+            "order": list(self.order),
             "columns": [{"column": column, "name": v.name, "type": v.type, "empty": v.empty} for column, v in self.columns],
         }
 
@@ -269,7 +274,7 @@ def _table_features(meta: dict[str, Any], place: _Place) -> TableFeatures:
         place.relation,
         meta["event_time"],
         available_at,
-        tuple(tie),
+        (*tie, *(column for column, _ in columns)),
         tuple(columns),
         _at(fail, meta),
     )

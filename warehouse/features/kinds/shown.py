@@ -25,7 +25,7 @@ def kind_rows(kinds: Kinds) -> list[dict[str, Any]]:
             _row(value, "table", list(table.keys), table.source)
             | {
                 "lineage": f"{table.relation}.{column} -> last row: {table.event_time} < t, {table.available_at} known at K",
-                "tie": list(table.tie),
+                "order": [table.event_time, table.available_at, *table.order],
             }
             for column, value in table.columns
         ]
