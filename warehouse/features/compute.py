@@ -11,9 +11,10 @@ from datetime import datetime
 import pyarrow as pa
 
 from warehouse.errors import HeadraceError
-from warehouse.features.compute_engine import Engine, Relations
+from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import Plan, plan
-from warehouse.features.compute_spine import REQUEST_TS, Span, Spine, as_text
+from warehouse.features.compute_spill import answers
+from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.features.kinds.table_compute import open_tables, table_columns
@@ -52,15 +53,16 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
         for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
             lake.create_view(connection, name)
         open_tables(lake, connection, what.tables)
-        engine = Engine(connection, relations, what, span)
-        for chunk in spine.chunks():
-            reads = spine.reads(chunk, what.keys, known_at)
-            columns = engine.columns(reads)
+
+        def reads() -> Iterator[Reads]:
+            return (spine.reads(chunk, what.keys, known_at) for chunk in spine.chunks())
+
+        found = answers(connection, relations, what.without_tables(), span, reads, lake.scratch)
+        for chunk, columns in zip(spine.chunks(), found, strict=True):
             for table in what.tables:
-                columns |= table_columns(connection, table, reads)
-            for name in what.features:
-                chunk = chunk.append_column(name, columns[name])
-            yield chunk
+                columns |= table_columns(connection, table, spine.reads(chunk, what.keys, known_at))
+            made = {name: columns[name] for name in what.features}
+            yield pa.table({**dict(zip(chunk.column_names, chunk.columns, strict=True)), **made})
 
 
 def _check_built(lake: Lake, what: Plan, span: Span) -> None:

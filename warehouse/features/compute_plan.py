@@ -30,6 +30,11 @@ class Plan:
     def keys(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(key for of in ([g.keys for g in self.groups] + [t.keys for t in self.tables]) for key in of))
 
+    def without_tables(self) -> "Plan":
+        """The part that is made of events."""
+        of_tables = {name for table in self.tables for name in table.feature_names}
+        return replace(self, features=tuple(name for name in self.features if name not in of_tables), tables=())
+
     def types(self) -> dict[str, pa.DataType]:
         """The Arrow type of every output column."""
         known: dict[str, pa.DataType] = {}
