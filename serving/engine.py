@@ -25,6 +25,7 @@ from serving.world import World
 from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
+from streaming_sql.records import DeadLetter
 from streaming_sql.runner import Runner
 from streaming_sql.runner_report import RUNNER_FILE
 from streaming_sql.settings import StreamSettings
@@ -110,6 +111,11 @@ class Engine:
         if not self.runner.wait_until(tuple(wanted), ABSORBED_WITHIN_S):
             log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
+
+    def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """Keeps refused events, with the reason, for lake.dead_letters; durable when it returns."""
+        assert self.log is not None
+        self.log.append_dead_letters(letters)
 
     def remember(self, served: Served) -> None:
         assert self.forward_log is not None
