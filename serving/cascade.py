@@ -5,7 +5,7 @@ Shape letters: C candidates in order of recall, S survivors of L1, F features. N
 
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,12 +17,16 @@ from serving.request import Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served
 from serving.world import World
+from warehouse.features.kinds.values import Value
+
+Said = Mapping[str, Value] | None
+"""The features of the request, as `outside.said` gives them."""
 
 
-def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: str | None = None) -> Served:
+def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: str | None = None, said: Said = None) -> Served:
     """A page of notes for one reader: the whole path."""
     settings = world.settings
-    request = begin(world, user_id, feed_type, surface)
+    request = begin(world, user_id, feed_type, surface, said)
     steps = request.steps
 
     with steps.timed("retrieve"):
@@ -73,10 +77,10 @@ def retrieve_alone(world: World, user_id: str, feed_type: str, limit: int) -> tu
 
 
 def rank_l1_alone(
-    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None
+    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None, said: Said = None
 ) -> tuple[list[str | None], np.ndarray, np.ndarray, list[str]]:
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
-    request = begin(world, user_id, surface=surface)
+    request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_CF = _hydrate(request, note_ids, author_ids)
     scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
@@ -84,10 +88,10 @@ def rank_l1_alone(
 
 
 def rank_l2_alone(
-    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None
+    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None, said: Said = None
 ) -> tuple[list[str | None], dict[str, np.ndarray], np.ndarray, np.ndarray, list[str]]:
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
-    request = begin(world, user_id, surface=surface)
+    request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_CF = _hydrate(request, note_ids, author_ids)
     predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
@@ -96,7 +100,9 @@ def rank_l2_alone(
 
 def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
     world = request.world
-    return hydrate_candidates(request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us)
+    return hydrate_candidates(
+        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+    )
 
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:

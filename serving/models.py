@@ -13,6 +13,7 @@ from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.kinds.declared import Kinds
 from warehouse.home import Home
 
 NAMES = ("item_to_item", "two_tower", "l1", "l2")
@@ -39,7 +40,9 @@ def missing_models(home: Home) -> list[str]:
     return [f"model {name} is not published; {REMEDY}" for name in NAMES if not (home.models / name / "production").exists()]
 
 
-def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int) -> Models:
+def load_models(
+    home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int, kinds: Kinds | None = None
+) -> Models:
     """The production versions, on the device that HEADRACE_DEVICE names. most_candidates: of one request, on a GPU.
 
     Raises HeadraceError if one is missing, damaged, or reads features that are not served, or if there is no such device.
@@ -57,7 +60,7 @@ def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catal
                 f"model {name} {path.name} was made by another version of the code and cannot be loaded "
                 f"({str(error).strip().splitlines()[-1].strip()}); {REMEDY}"
             ) from error
-    of_user, of_candidate = available_names(groups)
+    of_user, of_candidate = available_names(groups, kinds or Kinds())
     for name in ("l1", "l2"):
         unknown = [feature for feature in loaded[name].user_features if feature not in of_user]
         unknown += [feature for feature in loaded[name].note_features if feature not in of_candidate]

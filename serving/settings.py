@@ -34,6 +34,8 @@ class Settings:
     waiting_requests: int
     max_candidates: int
     max_body_bytes: int
+    waiting_events: int
+    max_log_bytes: int
 
     @classmethod
     def from_env(cls) -> "Settings":

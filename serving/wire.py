@@ -15,7 +15,8 @@ class Wire(BaseModel):
 
 
 class Context(Wire):
-    """What is known of the request itself. Other keys (device, place, ...) may be sent and are not read yet."""
+    """What is known of the request itself. Keys that are declared as features (`kind: request`) are checked and read; others
+    may be sent and are not read."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="allow", allow_inf_nan=False)
 
