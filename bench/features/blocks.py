@@ -1,4 +1,4 @@
-"""(c) 5-minute blocks read from and written to Iceberg, beside a bare DuckDB group by in memory. Removing duplicates is apart."""
+"""(c) 5-minute blocks read from and written to Iceberg, beside a bare DuckDB group by. Removing duplicates is apart."""
 
 from collections.abc import Callable
 from pathlib import Path

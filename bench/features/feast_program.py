@@ -1,6 +1,7 @@
-"""Feast's half of the last-value join, run by Feast's own Python: FOLDER/rows.parquet and spine.parquet in, feast.parquet out."""
+"""Feast's half of the last-value join, run by its own Python: rows.parquet and spine.parquet in, feast.parquet out."""
 
 import json
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -13,7 +14,8 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConf
 from feast.types import Int64
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, most_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
     config = RepoConfig(
         project="bench",
         registry=str(folder / "registry.db"),
@@ -41,4 +43,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

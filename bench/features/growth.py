@@ -37,7 +37,8 @@ def measure(
         build_s.append(build.cpu_s)
         report.facts.append(
             f"(e) {num_events:>11,} events, {block_rows:,} block rows: blocks {build.wall_s:.1f} s ({build.cpu_s:.1f} cpu, "
-            f"{built_gib:.1f} GiB), compute {compute.wall_s:.1f} s ({compute.cpu_s:.1f} cpu, {peak_gib:.1f} GiB), {values:,} values"
+            f"{built_gib:.1f} GiB), compute {compute.wall_s:.1f} s ({compute.cpu_s:.1f} cpu, {peak_gib:.1f} GiB), "
+            f"{values:,} values"
         )
     for name, seconds in (("compute", compute_s), ("blocks", build_s)):
         slope, base = np.polyfit(events, seconds, 1)

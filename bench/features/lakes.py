@@ -27,8 +27,8 @@ UNTIL = datetime.fromtimestamp((START_US + (DAYS + 2) * DAY_US) / 1_000_000, UTC
 
 
 def logs(num_events: int, num_keys: int, seed: int = 7) -> Iterator[pa.Table]:
-    """Rows of `lake.events`, in order of event time from slice to slice: keys skewed (a few notes draw most events), one event in
-    a hundred minutes to hours late."""
+    """Rows of `lake.events`, in order of event time from slice to slice: keys skewed (a few notes draw most events), one event
+    in a hundred minutes to hours late."""
     rng = np.random.default_rng(seed)
     num_slices = -(-num_events // EVENTS_AT_ONCE)
     edges = np.linspace(0, num_events, num_slices + 1).astype(int)

@@ -1,4 +1,4 @@
-"""(f) 1,008 features (84 measures x 12 windows) on one machine: seconds, and the peak memory of building blocks and of reading."""
+"""(f) 1,008 features (84 measures x 12 windows) on one machine: seconds, and the peak memory of building and of reading."""
 
 from collections.abc import Callable
 from itertools import pairwise

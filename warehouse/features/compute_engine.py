@@ -243,14 +243,14 @@ class Source:
             f"and known_at <= {_instant(max(self.span.last_known_us, self.span.last_request_us))}"
         ).to_arrow_table()
 
-    def events(self, items: Sequence[str], condition: str, first_us: int, order: str = "") -> pa.Table:
+    def events(self, items: Sequence[str], condition: str, first_us: int) -> pa.Table:
         """The keys, `event_us`, `landed_us`, `known_us` and the items of events in reach, from `first_us` on."""
         keys = self.group.keys
         return self.connection.execute(
             f"select {', '.join((*keys, *items))}, epoch_us(event_ts) as event_us, epoch_us(landed_at) as landed_us, "
             f"epoch_us(known_at) as known_us from {self.relations.events} "
             f"where {' and '.join(f'{key} is not null' for key in keys)} and ({condition}) "
-            f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)} {order}"
+            f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)}"
         ).to_arrow_table()
 
     @property
@@ -431,16 +431,12 @@ class _Sequence:
     def __init__(self, source: Source, measure: Measure):
         self._measure, self._keys = measure, source.group.keys
         rows = source.events(
-            [f"cast(({measure.of}) as varchar) as value"],
-            _condition(measure),
-            source.first_event_us,
-            "order by event_ts, event_id, value",
+            ["event_id", f"cast(({measure.of}) as varchar) as value"], _condition(measure), source.first_event_us
         )
         known = _numbers(rows, "landed_us" if measure.freshness == "event" else "known_us")
         self._codes = KeyCodes([rows[key] for key in self._keys])
-        values = rows["value"].cast(pa.string()).combine_chunks()
-        values = values if isinstance(values, pa.Array) else pa.concat_arrays(values.chunks)
-        self._newest = NewestArrays(self._codes.codes, _numbers(rows, "event_us"), known, values)
+        ids, values = _strings(rows, "event_id"), _strings(rows, "value")
+        self._newest = NewestArrays(self._codes.codes, _numbers(rows, "event_us"), known, ids, values)
 
     def columns(self, reads: Reads) -> dict[str, pa.Array]:
         measure = self._measure
@@ -460,6 +456,10 @@ class _Sequence:
 
 def _numbers(rows: pa.Table, column: str) -> np.ndarray:
     return rows[column].to_numpy().astype(np.int64, copy=False)
+
+
+def _strings(rows: pa.Table, column: str) -> pa.Array:
+    return pa.concat_arrays([pa.array([], pa.string()), *rows[column].cast(pa.string()).chunks])
 
 
 def _values(rows: pa.Table, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
