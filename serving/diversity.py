@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 Gains = Callable[[list[int], np.ndarray], np.ndarray]
-"""(candidates on the page so far, first place first; candidates asked about [N]) → float64 [N], how much each would add next."""
+"""(candidates on the page so far, first place first; those asked about [N]) → float64 [N], how much each would add next."""
 
 
 def relevance_only(relevance_S: np.ndarray, vectors_SD: np.ndarray, strength: float, window: int) -> Gains:

@@ -29,6 +29,8 @@ class World:
     catalogue: Catalogue
     readers: Readers
     models: Models
+    allowed_N: np.ndarray
+    """bool [N]: notes that the settings do not block."""
     trending: "Trending" = field(default_factory=lambda: Trending())
 
 
