@@ -41,9 +41,9 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
         page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
 
-    position_C = np.full(len(candidates), -1)
-    position_C[[placed.candidate for placed in page]] = np.arange(len(page))
-    logged = np.flatnonzero((position_C >= 0) | _sampled(request_id, len(candidates), settings.logged_share))
+    is_logged_C = _sampled(request_id, len(candidates), settings.logged_share)
+    is_logged_C[[placed.candidate for placed in page]] = True
+    logged = np.flatnonzero(is_logged_C)
     steps.note_total()
     return Served(
         request_id=request_id,
@@ -60,7 +60,7 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
         l1_score_C=l1_score_C,
         predictions={head: _spread(scores_S, survivors_S, len(candidates)) for head, scores_S in predictions_S.items()},
         final_score_C=final_score_C,
-        position_C=position_C,
+        page=page,
         logged=logged,
         logged_features=features_CF.take(logged),
     )

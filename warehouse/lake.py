@@ -110,6 +110,11 @@ class Lake:
                 raise
         return self.table(name)
 
+    def widen(self, name: str, schema: pa.Schema) -> None:
+        """Adds the columns and nested fields of `schema` that the table lacks; rows that are there have NULL in them."""
+        with self.table(name).update_schema() as update:
+            update.union_by_name(schema)
+
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         self.table(name).append(rows, snapshot_properties=dict(properties or {}))

@@ -13,7 +13,7 @@ from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, HOUR_US, SECOND_US
 
 NOTE_FIELDS = {
     "position", "noteId", "authorId", "topic", "impressionId", "source", "sources",
-    "recallScore", "l1Score", "predictions", "finalScore",
+    "recallScore", "l1Score", "predictions", "finalScore", "slot", "propensity",
 }  # fmt: skip
 
 
