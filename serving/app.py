@@ -24,10 +24,14 @@ from serving.explain import find_row
 from serving.http import Edge, install_error_bodies, json_response, sentence
 from serving.intake import Intake
 from serving.metrics import Metrics
+from serving.outside import said
 from serving.settings import Settings
 from serving.world import World
 from streaming_sql.records import DeadLetter
 from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
+from warehouse.features.kinds.declared import Kinds
+from warehouse.features.kinds.values import Value
 from warehouse.home import Home
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ API_PAGE = Path(__file__).with_name("docs.html")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.Problem, "description": what}
     for status, what in {
+        400: "A declared feature of the request has another type; the answer says what would be right",
         404: "Not known here",
         413: "The body is too large",
         422: "Something in the body is not right; the answer says what would be",
@@ -52,17 +57,19 @@ def create_app(
     clock: Clock | None = None,
     settings: Settings | None = None,
     on_failure: Callable[[list[str]], None] | None = None,
+    kinds: Kinds | None = None,
 ) -> FastAPI:
     """One server. Nothing is opened until it starts; what the environment says (HEADRACE_HOME, HEADRACE_CLOCK,
     HEADRACE_SERVING) is read then, so that importing this module cannot fail. on_failure is told, on the loading thread, what
-    is missing when the server cannot become ready; without it the server stays up and /readyz says so."""
+    is missing when the server cannot become ready; without it the server stays up and /readyz says so. kinds: the features
+    of the request and the like; those of the project's declarations when absent."""
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)
         chosen = settings or Settings.from_env()
-        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure)
+        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds)
         app.state.engine = engine
         app.state.workers = ThreadPoolExecutor(chosen.inference_threads, thread_name_prefix="cascade")
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
@@ -129,7 +136,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
         world = _world(app)
         page_size = body.limit or world.settings.page_size
-        work = functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface)
+        work = functools.partial(
+            cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface, _said(world, body.context)
+        )
         served = await _compute(app, metrics, work)
         _engine(app).remember(served)
         for stage, ms in served.steps.timings_ms.items():
@@ -153,7 +162,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         world = _world(app)
         notes = _once(body.candidates, world)
         note_ids = [note.note_id for note in notes]
-        work = functools.partial(cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
+        work = functools.partial(
+            cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, _said(world, body.context)
+        )
         authors, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
 
@@ -163,7 +174,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         world = _world(app)
         notes = _once(body.candidates, world)
         note_ids = [note.note_id for note in notes]
-        work = functools.partial(cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
+        work = functools.partial(
+            cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, _said(world, body.context)
+        )
         authors, predictions, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
 
@@ -185,6 +198,14 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
                 why = "the reader had seen it, or no generator brought it"
             raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: {why}")
         return json_response(answer)
+
+
+def _said(world: World, context: wire.Context) -> dict[str, Value]:
+    """The declared features of the request. Raises 400 that names the key and what would be right."""
+    try:
+        return said(world.kinds, context.model_extra or {})
+    except HeadraceError as error:
+        raise HTTPException(400, str(error)) from None
 
 
 def _once(notes: list[wire.Note], world: World) -> list[wire.Note]:
