@@ -24,7 +24,8 @@ from warehouse.features.compute_arrays import (
 )
 from warehouse.features.compute_plan import Plan, inputs_of
 from warehouse.features.compute_spine import REQUEST_TS, Reads, Span
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 from warehouse.features.render import point_in_time_sql
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
 
