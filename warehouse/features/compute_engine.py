@@ -1,8 +1,9 @@
 """Answers reads for a plan: every measure by SQL or by arrays, then the derived features.
 
 Arrays take exact sums (count, sum and avg of integers), min, max, first, last, first_n and last_n; sums of doubles, which are
-covered and never subtracted, moments, maps, sessions and whatever a relation holds that arrays do not know, go through the SQL of
-`point_in_time`. So do the reads of keys that a retraction has touched: they are few, and what it did to their blocks the SQL knows.
+covered and never subtracted, moments, maps, sessions and whatever a relation holds that arrays do not know, go through the SQL
+of `point_in_time`. So do the reads of keys that a retraction has touched: they are few, and what it did to their blocks the SQL
+knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -404,9 +405,7 @@ class _Head:
         )
         self._codes = KeyCodes([rows[key] for key in self._keys])
         self._event_us = _numbers(rows, "event_us")
-        self._sums = {
-            column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in m.columns
-        }
+        self._sums = {column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in m.columns}
         self._extremes = {measure.name: _values(rows, measure) for measure in measures if _is_extreme(measure)}
         self._arrays = HeadArrays(self._codes.codes, self._event_us, _numbers(rows, "landed_us"), GRACE_US)
 

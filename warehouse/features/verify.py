@@ -346,7 +346,9 @@ def _reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], numb
     reads = []
     for at in range(number):
         event = random.choice(rows)
-        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys)
+        key = tuple(
+            random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys
+        )
         aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
         aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
