@@ -1,6 +1,10 @@
 """The feature group that is measured: six measures with six windows each, and wider ones of the same kind."""
 
-from warehouse.features.declarations import FeatureGroup, Measure
+from dataclasses import replace
+from typing import Any
+
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 from warehouse.time_algebra import parse_window
 
 START_US = 1_767_225_600_000_000
@@ -13,7 +17,20 @@ MANY_WINDOWS = ("5m", "15m", "30m", "1h", "3h", "6h", "12h", "1d", "3d", "7d", "
 
 
 def _measure(name: str, aggregation: str, where: str | None, of: str | None, windows: tuple[str, ...]) -> Measure:
-    return Measure(name, aggregation, where, of, "bigint", None, tuple(map(parse_window, windows)), "block", "tick", "")
+    settings: dict[str, Any] = dict.fromkeys(("n", "k", "q", "relative_error", "bucket_by", "empty"))
+    lengths = tuple(map(parse_window, windows))
+    return Measure(
+        name,
+        aggregation,
+        where,
+        of,
+        type="bigint",
+        windows=lengths,
+        freshness="block",
+        anchor="tick",
+        description="",
+        **settings,
+    )
 
 
 def _group(measures: list[Measure]) -> FeatureGroup:
@@ -41,7 +58,8 @@ def many(num_measures: int) -> FeatureGroup:
 
 def newest_value() -> FeatureGroup:
     """The newest value of a note as of t, whatever landed before t: what a last-value join gives."""
-    newest = Measure("value", "last_n", None, "watch_ms", "varchar", 1, (parse_window("30d"),), "event", "request", "")
+    newest = _measure("value", "last_n", None, "watch_ms", ("30d",))
+    newest = replace(newest, type="varchar", n=1, freshness="event", anchor="request")
     return _group([newest])
 
 

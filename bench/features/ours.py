@@ -74,7 +74,8 @@ class DbtProject:
         shutil.copy(REPOSITORY / "warehouse" / "models" / "training" / "impressions.sql", training)
         (training / f"{MODEL}.sql").write_text(f"{{{{ impression_features('{GROUP.name}') }}}}\n")
         meta = GROUP.as_meta()
-        measures = [{key: value for key, value in measure.items() if value is not None} for measure in meta["measures"]]
+        settings = ("name", "aggregation", "where", "of", "windows")
+        measures = [{key: measure[key] for key in settings if measure[key]} for measure in meta["measures"]]
         declared = {key: meta[key] for key in ("entity", "events", "keys")} | {"measures": measures}
         of_blocks = {"name": GROUP.name, "config": {"meta": {"features": declared}}}
         of_model = {"name": MODEL, "config": {"event_time": "labels_known_at", "partition_by": {"labels_known_at": "day"}}}

@@ -1,6 +1,6 @@
 """A dbt model's features: the rows of its spine, answered in chunks by the engine that `compute` runs.
 
-Knows nothing of dbt. The spine is a query with the group's keys (text), `request_ts` (t), `feature_watermark` (T), `known_at`
+Knows nothing of dbt. The spine is a query with the entity's keys (text), `request_ts` (t), `feature_watermark` (T), `known_at`
 (K of block-fresh features) and `known_position` (list<bigint>, next offset per log partition; NULL: what landed before t); its
 other columns are carried along. Keys may be NULL: such a row has empty windows.
 """
@@ -36,8 +36,8 @@ def model_chunks(
     connection: knows the group's relations, at the snapshots that are meant. The spine is kept in a temporary table of
     its database, which spills to disk; of the answers one chunk is in memory. scratch: a folder for files of the time being.
     """
-    what = plan({group.name: group}, group.keys, _as_in_sql(group))
-    asked = {*group.keys, REQUEST_TS, WATERMARK, KNOWN_AT, KNOWN_POSITION}
+    what = plan({group.name: group}, group.entity_keys, _as_in_sql(group))
+    asked = {*group.entity_keys, REQUEST_TS, WATERMARK, KNOWN_AT, KNOWN_POSITION}
     with connection.cursor() as spine, connection.cursor() as engine:
         for cursor in (spine, engine):
             cursor.execute("set TimeZone = 'UTC'")
@@ -85,7 +85,7 @@ def _reads(chunk: pa.Table, group: FeatureGroup) -> Reads:
         return chunk[name].cast(of).combine_chunks()
 
     return Reads(
-        {key: column(key, pa.string()) for key in group.keys},
+        {key: column(key, pa.string()) for key in group.entity_keys},
         instants(REQUEST_TS),
         instants(WATERMARK),
         instants(KNOWN_AT),
