@@ -20,7 +20,7 @@ import torch
 
 from kernels.window_assembly import window_assembly
 from streaming_sql.plan import Cover, GroupPlan
-from warehouse.features.declarations import Measure
+from warehouse.features.measures import Measure
 from warehouse.time_algebra import FIVE_MINUTES_US
 
 _RUN_SHIFT = 32  # block numbers stay below 2**32 until the year 42,000

@@ -13,7 +13,7 @@ from streaming_sql.block_layer import BlockLayer
 from streaming_sql.head import Head
 from streaming_sql.key_index import Key, KeyIndex
 from streaming_sql.plan import Family, GroupPlan, columns_of, cover_of
-from warehouse.features.declarations import Measure
+from warehouse.features.measures import Measure
 from warehouse.time_algebra import Window, floor_5m
 
 

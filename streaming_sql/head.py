@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from streaming_sql.key_index import Key
 from streaming_sql.retractions import Place, Retraction, is_below
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 
 
 @dataclass(slots=True)

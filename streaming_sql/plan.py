@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from streaming_sql.expressions import Compiled, compile_expression
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 from warehouse.time_algebra import LONGEST_WINDOW_US
 
 FAMILIES = ("tick", "request", "event")
