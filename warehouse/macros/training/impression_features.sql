@@ -4,12 +4,13 @@
    `headrace features compute`, in chunks. `--vars 'features_by: sql'` writes point_in_time out instead: equal rows, many times
    slower, to be read. Any other engine runs that SQL. #}
 {% macro impression_features(group) -%}
-    {%- set features = feature_group(group) -%}
     {%- set by_engine = target.type == 'duckdb' and var('features_by') == 'engine' -%}
+    {%- set features = feature_group(group) -%}
+    {%- set of_entity = features['keys'] | length - features['calendar'] | length -%}
     {%- set spine -%}
 select
     impression_id,
-    {%- for key in features['keys'][:features['keys'] | length - features['calendar'] | length] %}
+    {%- for key in features['keys'][:of_entity] %}
     {{ key }},
     {%- endfor %}
     request_ts,
