@@ -44,6 +44,7 @@ from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.declarations import load_groups
 from warehouse.features.kinds.declared import load_kinds
+from warehouse.features.lineage import described
 from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
@@ -86,6 +87,9 @@ class Plugin(BasePlugin):
             conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
         for table in load_kinds(Path(get_flags().PROJECT_DIR)).tables:
             conn.execute("insert into headrace.feature_groups values (?, ?)", [table.name, json.dumps(table.as_meta())])
+        target = Home.from_env().dbt / "target"
+        target.mkdir(exist_ok=True)
+        (target / "features.json").write_text(json.dumps(described(self.groups), indent=2) + "\n")
         conn.execute("create or replace table headrace.builds (name varchar, built_until timestamptz, definition varchar)")
         for name in self.lake.tables():
             self._note_build(conn, self.lake.table(name))
