@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from serving.hydrate import CandidateFeatures, hydrate_candidates
-from serving.policy import arrange
+from serving.page import lay_out, reserve
 from serving.rank import as_given, best_first, run_l1, run_l2
 from serving.recall import find_candidates
 from serving.request import Request, begin
@@ -34,19 +34,20 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
     with steps.timed("hydrate_candidates"):
         features_CF = _hydrate(request, candidates.note_ids, candidates.author_ids)
     with steps.timed("l1"):
-        l1_score_C, survivors_S = run_l1(request, features_CF, candidates.recall_score_C, settings.l1_top_k)
+        l1_score_C, l1_order_C = run_l1(request, features_CF, candidates.recall_score_C, len(candidates))
+        survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
     with steps.timed("l2"):
         note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S]
         predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
+    final_score_C = _spread(final_score_S, survivors_S, len(candidates))
+    request_id = uuid.uuid4().hex
     with steps.timed("policy"):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
-        page, relaxed = arrange(order_C, candidates.note_ids, candidates.author_ids, page_size, settings.max_notes_per_author)
-        steps.degraded.extend(relaxed)
+        page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
 
-    request_id = uuid.uuid4().hex
-    position_C = np.full(len(candidates), -1)
-    position_C[page] = np.arange(len(page))
-    logged = np.flatnonzero((position_C >= 0) | _sampled(request_id, len(candidates), settings.logged_share))
+    is_logged_C = _sampled(request_id, len(candidates), settings.logged_share)
+    is_logged_C[[placed.candidate for placed in page]] = True
+    logged = np.flatnonzero(is_logged_C)
     steps.note_total()
     return Served(
         request_id=request_id,
@@ -62,8 +63,8 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
         candidates=candidates,
         l1_score_C=l1_score_C,
         predictions={head: _spread(scores_S, survivors_S, len(candidates)) for head, scores_S in predictions_S.items()},
-        final_score_C=_spread(final_score_S, survivors_S, len(candidates)),
-        position_C=position_C,
+        final_score_C=final_score_C,
+        page=page,
         logged=logged,
         logged_features=features_CF.take(logged),
     )

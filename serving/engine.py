@@ -18,6 +18,7 @@ from serving.fetch import Fetcher
 from serving.forward_log import ForwardLog
 from serving.hydrate import check_groups
 from serving.models import load_models, missing_models
+from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.served import Served
 from serving.settings import Settings
@@ -187,6 +188,7 @@ class Engine:
             store=store,
             catalogue=catalogue,
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
+            allowed_N=allowed_notes(self.settings, catalogue.note_ids, catalogue.author_ids, catalogue.topics),
             models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
             kinds=kinds,
             fetcher=Fetcher(kinds.http) if kinds.http else None,

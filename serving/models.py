@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,21 @@ class Models:
     l2: Any
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
+    num_notes: int  # rows of the catalogue
     vectors: VectorsOnDevice | None = None
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [S, D]: the two-tower vectors of rows of the catalogue, zeros where a note has none. rows: int64 [S]."""
+        places_S = self._vector_of_row[rows]
+        return np.where(places_S[:, None] >= 0, self.two_tower.note_vectors[places_S], 0.0)
+
+    @cached_property
+    def _vector_of_row(self) -> np.ndarray:
+        """int64 [N]: the vector of each row of the catalogue, -1 for none. The rows of no vector are beyond the last or -1."""
+        known = np.flatnonzero(self.rows_of_vectors >= 0)
+        vector_of_row = np.full(self.num_notes, -1, dtype=np.int64)
+        vector_of_row[self.rows_of_vectors[known]] = known
+        return vector_of_row
 
 
 def missing_models(home: Home) -> list[str]:
@@ -71,4 +86,6 @@ def load_models(
             )
     rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
     loaded, vectors = moved(loaded, device, most_candidates)
-    return Models(**loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), vectors=vectors)
+    return Models(
+        **loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), num_notes=len(catalogue), vectors=vectors
+    )

@@ -99,6 +99,8 @@ class FeedNote(Wire):
     l1_score: float | None
     predictions: dict[str, float]
     final_score: float
+    slot: str = Field(description="What put the note here: ranked, exploration, cold_start or promoted")
+    propensity: float = Field(description="Probability that this note took this place, given the places before it")
 
 
 class FeedResponse(Wire):

@@ -32,6 +32,8 @@ class World:
     catalogue: Catalogue
     readers: Readers
     models: Models
+    allowed_N: np.ndarray
+    """bool [N]: notes that the settings do not block."""
     kinds: Kinds
     tables: TableStore
     fetcher: Fetcher | None = None

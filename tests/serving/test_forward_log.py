@@ -1,9 +1,10 @@
 import threading
 import time
 
+import pyarrow as pa
 import pytest
 
-from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog
+from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -33,6 +34,8 @@ def row(request_id="r1"):
                 "final_score": 0.5,
                 "position": 0,
                 "shown": True,
+                "slot": "exploration",
+                "propensity": 0.125,
                 "features": {"note_ctr_1d": None, "note_num_views_1h": 7.0},
                 "predictions": {"click": 0.25},
             },
@@ -46,6 +49,8 @@ def row(request_id="r1"):
                 "final_score": None,
                 "position": None,
                 "shown": False,
+                "slot": None,
+                "propensity": None,
                 "features": None,
                 "predictions": {},
             },
@@ -62,6 +67,23 @@ def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
     forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s)
     forward_log.start()
     return forward_log
+
+
+def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
+    at = FORWARD_LOG_SCHEMA.get_field_index("candidates")
+    fields = [field for field in FORWARD_LOG_SCHEMA.field(at).type.value_type if field.name not in ("slot", "propensity")]
+    older = FORWARD_LOG_SCHEMA.set(at, pa.field("candidates", pa.list_(pa.struct(fields)), nullable=False))
+    lake.create(FORWARD_LOG, older)
+    first, second = row("r1"), row("r2")
+    del second["user_sequences"]["user_last_clicks_30d"]
+    rows = rows_to_table([first]).to_pylist()
+    lake.append(FORWARD_LOG, pa.Table.from_pylist(rows, schema=older))
+    forward_log = opened(lake)
+    assert forward_log.offer(lambda: second)
+    forward_log.close()
+    stored = {item["request_id"]: item["candidates"][0] for item in lake.scan(FORWARD_LOG).to_pylist()}
+    assert (stored["r1"]["slot"], stored["r1"]["final_score"]) == (None, 0.5)
+    assert (stored["r2"]["slot"], stored["r2"]["propensity"]) == ("exploration", 0.125)
 
 
 def test_a_row_comes_back_from_the_lake_as_it_was(lake):
