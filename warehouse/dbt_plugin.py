@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import time
 from collections.abc import Generator, Iterator
 from datetime import datetime
@@ -187,6 +188,7 @@ def _only_build(home: Home) -> TextIO:
 def _log_to(path: Path) -> None:
     """dbt's debug log, rotated by dbt: `log-path` of dbt_project.yml cannot depend on the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # on a full disk every line of the log would print a stack trace over the one that matters
     add_logger_to_manager(
         LoggerConfig(
             name="headrace_file_log",
