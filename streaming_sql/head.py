@@ -113,10 +113,10 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
 def _measured(measure: Measure) -> str:
     if measure.aggregation == "count":
         value = "true"
-    elif measure.representation == "events" or measure.aggregation in ("top_k", "approx_count_distinct"):
-        value = f"cast({measure.of} as varchar)"
     else:
         value = f"cast({measure.of} as {measure.type})"
+        if measure.representation == "events" and measure.type != "varchar":
+            value = f"cast({value} as varchar)"
     return f"{{bucket: cast({measure.bucket_by} as varchar), value: {value}}}" if measure.bucket_by else value
 
 

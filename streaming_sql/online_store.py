@@ -63,7 +63,9 @@ class OnlineStore:
 
     def __init__(self, groups: Mapping[str, FeatureGroup], tick_us: int = 0, position: tuple[int, ...] = (0,) * NUM_PARTITIONS):
         self.plans = {name: GroupPlan.of(group) for name, group in groups.items()}
-        states = {name: GroupState(plan, KeyIndex(plan.group.keys), TextCodes(), (), Head()) for name, plan in self.plans.items()}
+        states = {
+            name: GroupState(plan, KeyIndex(plan.group.keys), TextCodes(), (), Head()) for name, plan in self.plans.items()
+        }
         self._view = StoreView(tick_us, position, states)
         self._previous = self._view
 

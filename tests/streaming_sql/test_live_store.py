@@ -17,8 +17,8 @@ VALUES_OF = {"user_id": USERS, "note_id": NOTES, "author_id": AUTHORS}
 
 
 def keys_of(group):
-    return [key for key in itertools.product(*(VALUES_OF[name] for name in group.keys)) if None not in key] + [
-        ("nobody",) * len(group.keys)
+    return [key for key in itertools.product(*(VALUES_OF[name] for name in group.entity_keys)) if None not in key] + [
+        ("nobody",) * len(group.entity_keys)
     ]
 
 
@@ -32,12 +32,16 @@ def assert_equals_oracle(view, events, t_us, groups=GROUPS):
             expected = values(group, events, Read(key, t_us, view.tick_us, view.tick_us, view.position))
             got = dict(zip(matrix.names, matrix.values[n].tolist(), strict=True))
             got |= {name: lists[n] for name, lists in matrix.sequences.items()}
+            got |= {name: maps[n] for name, maps in matrix.maps.items()}
             assert set(got) == set(expected)
             for name, value in expected.items():
                 at = f"{name} of {key} at t={t_us}, T={view.tick_us}, K={view.position}"
                 if value is None:
                     assert math.isnan(got[name]), at
                 elif isinstance(value, float):
+                    assert got[name] == pytest.approx(value, rel=1e-9), at
+                elif isinstance(value, dict):
+                    assert list(got[name]) == list(value), at
                     assert got[name] == pytest.approx(value, rel=1e-9), at
                 else:
                     assert got[name] == value, at
