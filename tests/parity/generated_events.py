@@ -145,7 +145,7 @@ def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], 
     questions = []
     for _ in range(number):
         event = random.choice(rows)
-        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.keys)
+        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.entity_keys)
         aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
         aim += random.choice((0, 0, *WINDOWS_US)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
@@ -202,7 +202,7 @@ def spine_table(group: FeatureGroup, questions: list[Read]) -> pa.Table:
     return pa.table(
         {
             "row_id": pa.array(range(len(questions)), pa.int64()),
-            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.keys)},
+            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.entity_keys)},
             "request_ts": times([read.request_us for read in questions]),
             "feature_watermark": times([read.tick_us for read in questions]),
             "known_at": times([read.known_tick_us for read in questions]),

@@ -37,11 +37,16 @@ def read_batch(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, quest
 
 
 def assert_equal(got: object, expected: object, where: object) -> None:
-    """Integers and sequences exactly, doubles within 1e-12 relative, NULL as NULL."""
+    """Integers and sequences exactly, doubles within 1e-9 relative (1e-12 near zero), NULL as NULL."""
     if isinstance(expected, list):
         assert (got or []) == expected, where
+    elif isinstance(expected, dict):
+        assert isinstance(got, list)
+        assert [entry for entry, _ in got] == list(expected), where
+        for (_, number), wanted in zip(got, expected.values(), strict=True):
+            assert_equal(number, wanted, where)
     elif isinstance(expected, float):
-        assert got == pytest.approx(expected, rel=1e-12), where
+        assert got == pytest.approx(expected, rel=1e-9, abs=1e-12), where
     else:
         assert got == expected, where
 

@@ -29,7 +29,7 @@ def spine_of(group: FeatureGroup, questions: list[Read]) -> pa.Table:
 
     return pa.table(
         {
-            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.keys)},
+            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.entity_keys)},
             "request_ts": times([read.request_us for read in questions]),
             "corrected_at": times([read.known_tick_us for read in questions]),
         }
