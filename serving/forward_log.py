@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 FORWARD_LOG = "lake.forward_log"
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _FEATURES = pa.map_(pa.string(), pa.float64())
+_SEQUENCES = pa.map_(pa.string(), pa.list_(pa.string()))
+_MAPS = pa.map_(pa.string(), _FEATURES)
 
 CANDIDATE = pa.struct(
     [
@@ -35,6 +37,8 @@ CANDIDATE = pa.struct(
         pa.field("shown", pa.bool_()),
         pa.field("features", _FEATURES),
         pa.field("predictions", _FEATURES),
+        pa.field("sequences", _SEQUENCES),
+        pa.field("maps", _MAPS),
     ]
 )
 
@@ -51,8 +55,9 @@ FORWARD_LOG_SCHEMA = pa.schema(
         pa.field("degraded", pa.list_(pa.string()), nullable=False),
         pa.field("timings_ms", pa.string(), nullable=False),
         pa.field("user_features", _FEATURES, nullable=False),
-        pa.field("user_sequences", pa.map_(pa.string(), pa.list_(pa.string())), nullable=False),
+        pa.field("user_sequences", _SEQUENCES, nullable=False),
         pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+        pa.field("user_maps", _MAPS),
     ]
 )
 
@@ -65,19 +70,28 @@ def rows_to_table(rows: list[dict[str, Any]]) -> pa.Table:
 def _with_pairs(row: Mapping[str, Any]) -> dict[str, Any]:
     """Arrow takes a map as a list of pairs."""
     candidates = [
-        {**candidate, "predictions": _pairs(candidate["predictions"]), "features": _pairs(candidate["features"])}
+        {
+            **candidate,
+            **{name: _pairs(candidate[name]) for name in ("predictions", "features", "sequences")},
+            "maps": _pairs_of_pairs(candidate["maps"]),
+        }
         for candidate in row["candidates"]
     ]
     return {
         **row,
         "user_features": _pairs(row["user_features"]),
         "user_sequences": _pairs(row["user_sequences"]),
+        "user_maps": _pairs_of_pairs(row["user_maps"]),
         "candidates": candidates,
     }
 
 
 def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, Any]] | None:
     return None if mapping is None else list(mapping.items())
+
+
+def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[str, Any]] | None:
+    return None if maps is None else [(name, list(entries.items())) for name, entries in maps.items()]
 
 
 class ForwardLog:
@@ -93,8 +107,10 @@ class ForwardLog:
         self.num_written = self.num_dropped = self.num_failed_writes = 0
 
     def start(self) -> None:
-        """Makes the table if need be and starts the writer."""
-        self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
+        """Makes the table if need be, adds the columns that an older one lacks, and starts the writer."""
+        table = self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
+        with table.update_schema() as update:
+            update.union_by_name(FORWARD_LOG_SCHEMA)
         self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
         self._thread.start()
 

@@ -5,7 +5,8 @@ models: they ask for columns by name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,12 @@ KEY_COLUMNS = ("user_id", "note_id", "author_id")
 
 @dataclass(frozen=True)
 class UserFeatures:
-    """The groups keyed by the reader alone. sequences: each a list of strings, oldest first."""
+    """The groups keyed by the reader alone. sequences: each a list of strings; maps: each from strings to numbers."""
 
     names: tuple[str, ...]
     values_F: np.ndarray
     sequences: Mapping[str, list[str]]
+    maps: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [len(names)], in the order asked for; NaN for NULL."""
@@ -35,26 +37,38 @@ class UserFeatures:
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """Every numeric feature of every candidate: note, author, reader × author, and request-time ones."""
+    """Every feature of every candidate: note, author, reader × author, and request-time ones. Models are given numbers; the
+    sequences and maps, C of each, are for the log."""
 
     names: tuple[str, ...]
     values_CF: np.ndarray
+    sequences: Mapping[str, list[list[str]]] = field(default_factory=dict)
+    maps: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [C, len(names)], in the order asked for; NaN for NULL."""
         return self.values_CF[:, _columns(self.names, names)]
 
     def take(self, order: np.ndarray) -> "CandidateFeatures":
-        return CandidateFeatures(self.names, self.values_CF[order])
+        places = order.tolist()
+        return CandidateFeatures(
+            self.names, self.values_CF[order], _gathered(self.sequences, places), _gathered(self.maps, places)
+        )
 
     def row(self, position: int) -> dict[str, float | None]:
         return _nullable(self.names, self.values_CF[position])
+
+    def sequences_of(self, position: int) -> dict[str, list[str]]:
+        return {name: rows[position] for name, rows in self.sequences.items()}
+
+    def maps_of(self, position: int) -> dict[str, dict[str, float]]:
+        return {name: rows[position] for name, rows in self.maps.items()}
 
 
 def check_groups(groups: Mapping[str, FeatureGroup]) -> None:
     """Raises HeadraceError if a group has a key that a request cannot supply."""
     for group in groups.values():
-        if unknown := set(group.keys) - set(KEY_COLUMNS):
+        if unknown := set(group.entity_keys) - set(KEY_COLUMNS):
             raise HeadraceError(
                 f"feature group {group.name} is keyed by {', '.join(sorted(unknown))}, which a feed request does not know; "
                 f"served groups are keyed by {', '.join(KEY_COLUMNS)}"
@@ -63,8 +77,8 @@ def check_groups(groups: Mapping[str, FeatureGroup]) -> None:
 
 def available_names(groups: Mapping[str, FeatureGroup]) -> tuple[set[str], set[str]]:
     """(names a model may ask for of the reader, of a candidate)."""
-    of_user = {name for group in groups.values() if group.keys == ("user_id",) for name in group.feature_names}
-    of_candidate = {name for group in groups.values() if group.keys != ("user_id",) for name in group.feature_names}
+    of_user = {name for group in groups.values() if group.entity_keys == ("user_id",) for name in group.feature_names}
+    of_candidate = {name for group in groups.values() if group.entity_keys != ("user_id",) for name in group.feature_names}
     return of_user, of_candidate | set(REQUEST_FEATURES)
 
 
@@ -73,13 +87,15 @@ def hydrate_user(view: StoreView, groups: Mapping[str, FeatureGroup], user_id: s
     names: list[str] = []
     values: list[np.ndarray] = []
     sequences: dict[str, list[str]] = {}
+    maps: dict[str, dict[str, float]] = {}
     for group in groups.values():
-        if group.keys == ("user_id",):
+        if group.entity_keys == ("user_id",):
             matrix = view.assemble(group.name, [(user_id,)], t_us)
             names.extend(matrix.names)
             values.append(matrix.values[0])
             sequences.update({name: rows[0] for name, rows in matrix.sequences.items()})
-    return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences)
+            maps.update({name: rows[0] for name, rows in matrix.maps.items()})
+    return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences, maps)
 
 
 def hydrate_candidates(
@@ -99,18 +115,27 @@ def hydrate_candidates(
     }
     names: list[str] = []
     values: list[np.ndarray] = []
+    sequences: dict[str, list[list[str]]] = {}
+    maps: dict[str, list[dict[str, float]]] = {}
     for group in groups.values():
-        if group.keys == ("user_id",):
+        if group.entity_keys == ("user_id",):
             continue
-        keys = list(zip(*(columns[key] for key in group.keys), strict=True))
+        keys = list(zip(*(columns[key] for key in group.entity_keys), strict=True))
         distinct = dict.fromkeys(keys)
         matrix = view.assemble(group.name, list(distinct), t_us)
         place = {key: row for row, key in enumerate(distinct)}
         names.extend(matrix.names)
-        values.append(matrix.values[[place[key] for key in keys]])
+        places = [place[key] for key in keys]
+        values.append(matrix.values[places])
+        sequences |= _gathered(matrix.sequences, places)
+        maps |= _gathered(matrix.maps, places)
     names.extend(REQUEST_FEATURES)
     values.append(catalogue.request_features(note_ids, t_us))
-    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1))
+    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
+
+
+def _gathered(rows: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
+    return {name: [column[place] for place in places] for name, column in rows.items()}
 
 
 def _columns(have: tuple[str, ...], want: Sequence[str]) -> list[int]:

@@ -66,6 +66,7 @@ class Served:
             "timings_ms": json.dumps(self.steps.timings_ms),
             "user_features": self.user.as_dict(),
             "user_sequences": dict(self.user.sequences),
+            "user_maps": dict(self.user.maps),
             "candidates": [self._candidate(candidate, place) for candidate in range(len(self.candidates))],
         }
 
@@ -82,6 +83,8 @@ class Served:
             "position": position if position >= 0 else None,
             "shown": position >= 0,
             "features": self.logged_features.row(place[candidate]) if candidate in place else None,
+            "sequences": self.logged_features.sequences_of(place[candidate]) if candidate in place else None,
+            "maps": self.logged_features.maps_of(place[candidate]) if candidate in place else None,
             "predictions": self.predictions_of(candidate),
         }
 

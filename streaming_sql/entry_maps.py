@@ -6,6 +6,7 @@ entries, E entries found, C numbers of an entry, N keys asked for, G (key, entry
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -156,7 +157,7 @@ def most_frequent(found: Found, num_keys: int, k: int, codes: TextCodes) -> list
     """Each key's k texts with the largest counts, the largest first, ties in byte order."""
     edges, (counts,) = found.edges(num_keys), found.values
     lists = []
-    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for low, high in pairwise(edges.tolist()):
         count, entry = counts[low:high], found.entry[low:high]
         if high - low > k:
             least = np.partition(count, high - low - k)[high - low - k]
@@ -170,10 +171,7 @@ def buckets(found: Found, num_keys: int, is_average: bool, codes: TextCodes) -> 
     """Each key's map from a bucket's text to its number, in byte order of the texts."""
     numbers = found.values[0] / found.values[1] if is_average else found.values[0].astype(np.float64)
     edges, texts, values = found.edges(num_keys).tolist(), codes.texts(found.entry.tolist()), numbers.tolist()
-    return [
-        dict(sorted(zip(texts[low:high], values[low:high], strict=True)))
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [dict(sorted(zip(texts[low:high], values[low:high], strict=True))) for low, high in pairwise(edges)]
 
 
 def quantiles(found: Found, num_keys: int, measure: Measure) -> np.ndarray:

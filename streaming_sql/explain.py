@@ -19,8 +19,9 @@ class Explanation:
     """One key of one group as a request at t_us reads it; instants in microseconds.
 
     known_at_us: K of block-fresh measures (the tick). position: K of event-fresh ones. blocks: by block_start, each with the
-    latest arrival tick combined into it and what it stores: numbers, lists as (event_ts, event_id, value), maps by entry. A group with event-fresh measures shows the blocks that those read:
-    less what a retraction took out that the position knows and the tick does not.
+    latest arrival tick combined into it and what it stores: numbers, lists as (event_ts, event_id, value), maps by entry. A
+    group with event-fresh measures shows the blocks that those read: less what a retraction took out that the position knows
+    and the tick does not.
     """
 
     group: str

@@ -40,8 +40,8 @@ class StoreView:
     def assemble(self, group_name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix:
         """The group's features for N keys as a request at t_us reads them; unknown keys get the empty values.
 
-        keys: tuples in the order of the group's entity keys; calendar keys are parts of t. Raises HeadraceError for an unknown group, ValueError if t_us
-        is before the tick (its blocks may hold what happens after t).
+        keys: tuples in the order of the group's entity keys; calendar keys are parts of t. Raises HeadraceError for an unknown
+        group, ValueError if t_us is before the tick (its blocks may hold what happens after t).
         """
         return self._state(group_name, t_us).assemble(keys, Instant(self.tick_us, self.position, t_us))
 

@@ -1,9 +1,10 @@
 import threading
 import time
 
+import pyarrow as pa
 import pytest
 
-from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog
+from serving.forward_log import CANDIDATE, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -22,6 +23,7 @@ def row(request_id="r1"):
         "timings_ms": "{}",
         "user_features": {"user_num_views_1h": 2.0, "user_ctr_1d": None},
         "user_sequences": {"user_last_clicks_30d": ["n1", "n2"]},
+        "user_maps": {"user_events_by_type_1d": {"click": 2.0, "view": None}},
         "candidates": [
             {
                 "impression_id": "r1:0",
@@ -35,6 +37,8 @@ def row(request_id="r1"):
                 "shown": True,
                 "features": {"note_ctr_1d": None, "note_num_views_1h": 7.0},
                 "predictions": {"click": 0.25},
+                "sequences": {"note_top_readers_1d": ["u2"], "note_last_readers_1d": []},
+                "maps": {"note_events_by_type_1d": {"like": 1.0}, "note_ms_by_reader_1d": {}},
             },
             {
                 "impression_id": None,
@@ -48,6 +52,8 @@ def row(request_id="r1"):
                 "shown": False,
                 "features": None,
                 "predictions": {},
+                "sequences": None,
+                "maps": None,
             },
         ],
     }
@@ -64,6 +70,25 @@ def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
     return forward_log
 
 
+def test_a_log_from_before_lists_and_maps_of_candidates_gets_their_columns(lake):
+    older = pa.schema([field for field in FORWARD_LOG_SCHEMA if field.name not in ("user_maps", "candidates")])
+    fields = [field for field in CANDIDATE if field.name not in ("sequences", "maps")]
+    older = older.append(pa.field("candidates", pa.list_(pa.struct(fields)), nullable=False))
+    lake.create(FORWARD_LOG, older, {"request_ts": "day"})
+    before = pa.Table.from_pylist([{"candidates": [], "user_features": [], "user_sequences": [], **_bare()}], schema=older)
+    lake.append(FORWARD_LOG, before)
+    forward_log = opened(lake)
+    assert forward_log.offer(row)
+    forward_log.close()
+    stored = lake.scan(FORWARD_LOG).sort_by("request_id").to_pylist(maps_as_pydicts="strict")
+    assert [one["user_maps"] for one in stored] == [None, row()["user_maps"]]
+    assert stored[1]["candidates"] == row()["candidates"]
+
+
+def _bare():
+    return {name: value for name, value in row("r0").items() if not isinstance(value, dict) and name != "candidates"}
+
+
 def test_a_row_comes_back_from_the_lake_as_it_was(lake):
     forward_log = opened(lake)
     assert forward_log.offer(row)
@@ -74,6 +99,7 @@ def test_a_row_comes_back_from_the_lake_as_it_was(lake):
     assert back["candidates"] == row()["candidates"]
     assert back["user_features"] == row()["user_features"]
     assert back["user_sequences"] == row()["user_sequences"]
+    assert back["user_maps"] == row()["user_maps"]
     assert back["known_position"] == [3, 5]
     assert back["request_ts"].timestamp() == pytest.approx(1_650_000_000.000001)
     assert (forward_log.num_written, forward_log.num_dropped, forward_log.num_waiting) == (1, 0, 0)
