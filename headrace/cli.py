@@ -7,7 +7,8 @@ import sys
 COMMANDS = {
     "land": ("warehouse.cli", "bring a data set or file of events into the lake"),
     "sql": ("warehouse.cli", "read the lake with SQL, read-only"),
-    "features": ("warehouse.cli", "list, show and check declared features"),
+    "lake": ("warehouse.lake_cli", "compact tables, expire snapshots, find orphaned files"),
+    "features": ("warehouse.cli", "list, show, check, plan, compute and verify declared features"),
     "export-training": ("warehouse.cli", "write the training examples as Parquet"),
     "stream": ("streaming_sql.cli", "run or inspect the embedded stream"),
     "train": ("models_ml.cli", "train, evaluate and publish the models"),

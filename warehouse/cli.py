@@ -151,7 +151,11 @@ def _only_reads(connection: Any, statement: Any) -> bool:
     ]
 
 
-_FEATURE_COMMANDS = {"compute": "warehouse.features.compute_cli", "verify": "warehouse.features.verify"}
+_FEATURE_COMMANDS = {
+    "plan": "warehouse.features.plan",
+    "compute": "warehouse.features.compute_cli",
+    "verify": "warehouse.features.verify",
+}
 
 
 def _features(words: list[str]) -> int:
@@ -159,8 +163,9 @@ def _features(words: list[str]) -> int:
         return int(importlib.import_module(_FEATURE_COMMANDS[words[0]]).main(words[1:]))
     parser = _parser(
         "features",
-        "Shows and checks what is declared; computes it for any spine; proves it on generated events.",
+        "Shows and checks what is declared; plans a build; computes it for any spine; proves it on generated events.",
         "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d\n"
+        "  headrace features plan\n"
         "  headrace features compute --help\n  headrace features verify --help",
     )
     parser.add_argument("action", choices=("check", "list", "show", *_FEATURE_COMMANDS))

@@ -9,8 +9,9 @@ new state. See docs/decisions/0003-one-commit-per-model.md.
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,15 +28,22 @@ from dbt_common.invocation import get_invocation_id
 from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
 from pyiceberg.table import Table, Transaction
 
+from warehouse.builds import (
+    BUILD_SECONDS,
+    DEFINITION,
+    MEANINGS,
+    built_until_of,
+    closed_until,
+    known_meanings,
+    refuse_changed_meaning,
+)
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.declarations import load_groups
+from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
 from warehouse.lake import BUILT_UNTIL, Lake, prepare_connection
 from warehouse.landing import create_tables
-from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
-
-DEFINITION = "headrace.definition"
 
 
 @contextlib.contextmanager
@@ -74,7 +82,7 @@ class Plugin(BasePlugin):
         for name in self.lake.tables():
             self._note_build(conn, self.lake.table(name))
         conn.execute("create or replace table headrace.run (closed_until timestamptz, macros_digest varchar)")
-        conn.execute("insert into headrace.run values (?, ?)", [_closed_until(conn), macros_digest()])
+        conn.execute("insert into headrace.run values (?, ?)", [closed_until(conn), macros_digest()])
 
     @_said_by_dbt()
     def store(self, target_config: TargetConfig) -> None:
@@ -83,28 +91,41 @@ class Plugin(BasePlugin):
         name = f"{target_config.relation.schema}.{target_config.relation.identifier}"
         cursor = self.connection.cursor()
         cursor.execute("set TimeZone = 'UTC'")
+        if self.lake.exists(name) and not config["full_refresh"]:
+            self._refuse_changed_meaning(name, config["definition"])
+        started = time.perf_counter()
         rows = cursor.execute(config["sql"]).to_arrow_table()
-        self._commit(name, rows, config)
+        self._commit(name, rows, config, {BUILD_SECONDS: f"{time.perf_counter() - started:.3f}"})
         self.lake.create_view(cursor, name)
         self._note_build(cursor, self.lake.table(name))
 
-    def _commit(self, name: str, rows: pa.Table, config: dict[str, Any]) -> None:
+    def _refuse_changed_meaning(self, name: str, definition: str) -> None:
+        table = self.lake.table(name)
+        if table.properties.get(DEFINITION) != definition:
+            before = known_meanings(table)
+            refuse_changed_meaning(name, before, table_meanings(name, list(before), load_groups()))
+
+    def _commit(self, name: str, rows: pa.Table, config: dict[str, Any], summary: Mapping[str, str] | None = None) -> None:
         start, end = datetime.fromisoformat(config["start"]), datetime.fromisoformat(config["end"])
         table = self.lake.table(name) if self.lake.exists(name) else None
         same = table is not None and table.properties.get(DEFINITION) == config["definition"]
-        built_until = _built_until(table) if table is not None and same else None
+        built_until = built_until_of(table) if table is not None and same else None
         self._refuse_gap(name, start, built_until)
         if table is None:
             table = self.lake.create(name, rows.schema, config["partition_by"])
+        beside = dict(summary or {})
         with table.transaction() as transaction:
             if built_until is None:
-                _replace_all(transaction, table, rows)
+                _replace_all(transaction, table, rows, beside)
             elif start < built_until:
-                transaction.overwrite(rows, overwrite_filter=_between(config["event_time"], start, end))
+                transaction.overwrite(rows, _between(config["event_time"], start, end), snapshot_properties=beside)
             elif rows.num_rows:
-                transaction.append(rows)
+                transaction.append(rows, snapshot_properties=beside)
             reached = max(end, built_until or end)
-            transaction.set_properties({BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"]})
+            meanings = table_meanings(name, rows.column_names, load_groups())
+            transaction.set_properties(
+                {BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"], MEANINGS: json.dumps(meanings)}
+            )
 
     def _refuse_gap(self, name: str, start: datetime, built_until: datetime | None) -> None:
         if built_until is not None and start > built_until:
@@ -119,7 +140,7 @@ class Plugin(BasePlugin):
         name = ".".join(table.name())
         cursor.execute("delete from headrace.builds where name = ?", [name])
         cursor.execute(
-            "insert into headrace.builds values (?, ?, ?)", [name, _built_until(table), table.properties.get(DEFINITION)]
+            "insert into headrace.builds values (?, ?, ?)", [name, built_until_of(table), table.properties.get(DEFINITION)]
         )
 
 
@@ -151,16 +172,11 @@ def _log_to(path: Path) -> None:
     )
 
 
-def _built_until(table: Table) -> datetime | None:
-    text = table.properties.get(BUILT_UNTIL)
-    return datetime.fromisoformat(text) if text else None
-
-
 def _between(column: str, start: datetime, end: datetime) -> BooleanExpression:
     return And(GreaterThanOrEqual(column, start.isoformat()), LessThan(column, end.isoformat()))
 
 
-def _replace_all(transaction: Transaction, table: Table, rows: pa.Table) -> None:
+def _replace_all(transaction: Transaction, table: Table, rows: pa.Table, summary: dict[str, str]) -> None:
     """The table becomes these rows and this schema, in the commit under way."""
     gone = {field.name for field in table.schema().fields} - set(rows.column_names)
     with transaction.update_schema(allow_incompatible_changes=True) as update:
@@ -168,18 +184,6 @@ def _replace_all(transaction: Transaction, table: Table, rows: pa.Table) -> None
         for column in sorted(gone):
             update.delete_column(column)
     if table.current_snapshot() is None:
-        transaction.append(rows)
+        transaction.append(rows, snapshot_properties=summary)
     else:
-        transaction.overwrite(rows, overwrite_filter=AlwaysTrue())
-
-
-def _closed_until(conn: duckdb.DuckDBPyConnection) -> datetime:
-    """The end (exclusive, on the grid of ticks) of what may be built: the last closed tick plus five minutes.
-
-    Every partition of the log must have spoken; until then nothing is closed.
-    """
-    read_through = conn.execute("select max(epoch_us(landed_at)) from lake.events group by log_partition").fetchall()
-    partitions = conn.execute("select max(log_partition) + 1 from lake.events").fetchall()[0][0] or 0
-    tick = closed_tick([row[0] for row in read_through]) if len(read_through) == partitions else None
-    until_us = 0 if tick is None else tick + FIVE_MINUTES_US
-    return datetime.fromtimestamp(until_us / 1_000_000, UTC)
+        transaction.overwrite(rows, overwrite_filter=AlwaysTrue(), snapshot_properties=summary)

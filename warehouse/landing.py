@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyiceberg.table import Table
 
 from warehouse.clock import Clock
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
@@ -64,13 +65,25 @@ def landed_position(lake: Lake) -> tuple[int, ...]:
     """The next offset of each log partition: events below it are in the lake."""
     if not lake.exists(EVENTS):
         return (0,) * NUM_PARTITIONS
-    table = lake.table(EVENTS)
+    text = landed_position_of(lake.table(EVENTS))
+    return tuple(json.loads(text)) if text else (0,) * NUM_PARTITIONS
+
+
+def landed_position_of(table: Table) -> str | None:
+    """As the newest snapshot that has it says it, JSON; None if none does. Raises HeadraceError if snapshots that may have said
+    it are gone: to land from the start again would land everything twice."""
     snapshot = table.current_snapshot()
     while snapshot is not None:
         if snapshot.summary and (text := snapshot.summary.additional_properties.get(POSITION)):
-            return tuple(json.loads(text))
-        snapshot = table.snapshot_by_id(snapshot.parent_snapshot_id) if snapshot.parent_snapshot_id else None
-    return (0,) * NUM_PARTITIONS
+            return text
+        parent = table.snapshot_by_id(snapshot.parent_snapshot_id) if snapshot.parent_snapshot_id else None
+        if parent is None and (snapshot.sequence_number or 0) > 1 and ".".join(table.name()) == EVENTS:
+            raise HeadraceError(
+                f"{EVENTS} does not say how far the log has landed: the snapshots before {snapshot.snapshot_id} are gone. "
+                "Restore the table's metadata; expire snapshots with `headrace lake expire`, which keeps the one that says it"
+            )
+        snapshot = parent
+    return None
 
 
 def land_records(lake: Lake, records: pa.Table, position: tuple[int, ...]) -> int:
@@ -78,7 +91,7 @@ def land_records(lake: Lake, records: pa.Table, position: tuple[int, ...]) -> in
 
     records: EVENTS_SCHEMA. Offsets below the landed position are skipped, so a repeated call adds nothing.
     """
-    with _only_writer(lake):
+    with only_writer(lake):
         create_tables(lake)
         landed = landed_position(lake)
         if len(landed) != len(position):
@@ -113,7 +126,7 @@ def land_events(
     Declared times hold only while they do not run behind what the lake already holds: a tick that was served must not change,
     so such events land now instead.
     """
-    with _only_writer(lake):
+    with only_writer(lake):
         create_tables(lake)
         property_name = f"headrace.landed.{fingerprint}"
         if property_name in lake.table(EVENTS).properties:
@@ -141,7 +154,7 @@ def land_events(
 
 
 @contextlib.contextmanager
-def _only_writer(lake: Lake) -> Iterator[None]:
+def only_writer(lake: Lake) -> Iterator[None]:
     """One process lands at a time: the position that a landing starts from must still hold when it commits."""
     with open(lake.folder / "landing.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -52,7 +52,7 @@ def assert_equal(got: object, expected: object, where: object) -> None:
 
 
 @pytest.mark.parametrize("name", list(GROUPS))
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**32))
 def test_blocks_and_reads_equal_the_equation(name, seed):
     random, group = Random(seed), GROUPS[name]

@@ -16,7 +16,7 @@ from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import compute_cli, render, verify
 from warehouse.features.compute import compute
-from warehouse.features.compute_engine import SHADOWED, Relations
+from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
 from warehouse.features.declarations import ALLOWED_FUNCTIONS, load_groups
 from warehouse.features.measures import AGGREGATIONS, Measure
 from warehouse.home import REPOSITORY, Home
@@ -77,9 +77,11 @@ def built(tmp_path_factory) -> Home:
 
     store("staging.stg_engagements", render.staging_sql("log"))
     store(SHADOWED, render.shadowed_sql("log"))
+    store(RETRACTIONS, render.retractions_sql("log"))
+    store(verify.RETRACTED, render.retracted_sql("staging.stg_engagements", RETRACTIONS))
     for group in load_groups().values():
         names = Relations.of(group)
-        store(names.blocks, render.block_sql(group, names.events))
+        store(names.blocks, render.block_sql(group, names.events, verify.RETRACTED))
         store(names.hours, render.roll_up_sql(group, names.blocks, 60))
         store(names.days, render.roll_up_sql(group, names.hours, 1440))
     return home
@@ -369,7 +371,10 @@ def test_verify_finds_all_equal_on_the_declarations_of_this_project(capsys):
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
-        ("block_sql", lambda sql: sql.replace("known_at,", "block_start + interval 5 minutes as known_at,", 1)),
+        (
+            "block_sql",
+            lambda sql: sql.replace("came.known_at as row_known_at", "came.block_start + interval 5 minutes as row_known_at"),
+        ),
         ("staging_sql", lambda sql: sql.replace("previous_landed_at is null", "true")),
         ("roll_up_sql", lambda sql: sql.replace("greatest(known_at", "least(known_at")),
         ("point_in_time_sql", lambda sql: sql.replace("> at_upper.block_start", ">= at_upper.block_start")),

@@ -9,8 +9,12 @@ from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import Derived, FeatureGroup
+from warehouse.features.measures import Measure
 
-_ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "varchar": pa.list_(pa.string())}
+_ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64()}
+
+
+_FRACTIONS = ("avg", "var", "stddev", "approx_quantile")
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,28 @@ class Plan:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(key for group in self.groups for key in group.keys))
+        """Key columns that the spine must have."""
+        return tuple(dict.fromkeys(key for group in self.groups for key in group.entity_keys))
 
     def types(self) -> dict[str, pa.DataType]:
         """The Arrow type of every output column."""
         known: dict[str, pa.DataType] = {}
         for group in self.groups:
             for measure in group.measures:
-                of = pa.float64() if measure.aggregation == "avg" else _ARROW_TYPES[measure.type]
+                of = type_of(measure)
                 known |= {f"{group.entity}_{measure.name}_{window.name}": of for window in measure.windows}
             known |= {f"{group.entity}_{derived.name}": pa.float64() for derived in group.derived}
         return {name: known[name] for name in self.features}
+
+
+def type_of(measure: Measure) -> pa.DataType:
+    """The Arrow type of a measure's features."""
+    if measure.shape == "list":
+        return pa.list_(pa.string())
+    number = pa.float64() if measure.aggregation in _FRACTIONS else _ARROW_TYPES.get(measure.type, pa.int64())
+    if measure.empty is not None and not measure.empty.is_integer():
+        number = pa.float64()
+    return pa.map_(pa.string(), number) if measure.shape == "map" else number
 
 
 def plan(groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: Sequence[str] | None) -> Plan:
@@ -42,13 +57,13 @@ def plan(groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: S
 
     Raises HeadraceError for a name that is no feature, a name given twice, and columns that hold no group's keys.
     """
-    owner = {name: group for group in groups.values() for name in (*group.feature_names, *group.sequence_names)}
+    owner = {name: group for group in groups.values() for name in group.all_names}
     if features is None:
-        chosen = [group for group in groups.values() if set(group.keys) <= set(columns)]
+        chosen = [group for group in groups.values() if set(group.entity_keys) <= set(columns)]
         if not chosen:
-            keys = "; ".join(f"{group.name}: {', '.join(group.keys)}" for group in groups.values())
+            keys = "; ".join(f"{group.name}: {', '.join(group.entity_keys)}" for group in groups.values())
             raise HeadraceError(f"the spine holds no group's keys ({keys}); it has {', '.join(columns)}")
-        wanted = tuple(name for group in chosen for name in (*group.feature_names, *group.sequence_names))
+        wanted = tuple(name for group in chosen for name in group.all_names)
         left_out = tuple(group.name for group in groups.values() if group not in chosen)
     else:
         wanted, left_out = tuple(features), ()

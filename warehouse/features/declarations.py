@@ -97,6 +97,11 @@ class FeatureGroup:
         """Features that are maps of text to numbers."""
         return self._names("map")
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Numbers, lists and maps."""
+        return (*self.feature_names, *self.sequence_names, *self.map_names)
+
     def _names(self, shape: str) -> tuple[str, ...]:
         return tuple(
             f"{self.entity}_{measure.name}_{window.name}"
@@ -119,7 +124,6 @@ class FeatureGroup:
                     "representation": measure.representation,
                     "shape": measure.shape,
                     "columns": list(measure.columns),
-                    "bounds": list(measure.bounds),
                 }
                 for measure in self.measures
             ],

@@ -3,7 +3,8 @@
    The model filters itself with `in_build_range('known_at')`; the build commits exactly that range, once, whatever its length:
    history in one commit, the live end in ticks. Config: `event_time` (default known_at), `partition_by` ({column: transform}).
    `--event-time-start/--event-time-end` rebuild a range of arrival, but leave no gap: what was never built, or with another
-   definition, is built from the first event on. `--full-refresh`, or a changed definition, rebuilds all. #}
+   definition, is built from the first event on. `--full-refresh`, or a changed definition, rebuilds all;
+   a feature that changed its meaning under the same name is refused without that flag. #}
 {% materialization lake_incremental, adapter='duckdb' %}
     {%- set target_relation = this.incorporate(type='view') -%}
     {%- set range = build_range() -%}
@@ -18,6 +19,7 @@
             'definition': definition_of(model.unique_id),
             'start': range.start,
             'end': range.end,
+            'full_refresh': flags.FULL_REFRESH,
         }) %}
     {% endif %}
     {% call statement('main') -%}
