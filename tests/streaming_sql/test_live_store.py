@@ -69,7 +69,7 @@ def times_to_ask(draw, view, events, seen):
     return [t for t in candidates if t >= view.tick_us]
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(deliveries(), st.data())
 def test_every_value_equals_the_oracle_whatever_the_order_of_delivery(delivery, data):
     records, pieces = delivery
