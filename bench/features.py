@@ -152,7 +152,8 @@ def generated_log(num_events: int, num_keys: int, seed: int = 7) -> pa.Table:
                 log_offset,
                 case when kind = {len(TYPES) - 1} then '{{"watch_ms": ' || watch || '}}' end as properties,
                 null::varchar as user_id, null::varchar as author_id, null::varchar as surface, null::varchar as request_id,
-                null::varchar as impression_id
+                null::varchar as impression_id,
+                null::varchar as retracts
             from (select *, row_number() over () - 1 as log_offset from drawn)
             """
         ).to_arrow_table()

@@ -21,16 +21,17 @@ from serving.readers import Readers
 from serving.served import Served
 from serving.settings import Settings
 from serving.world import World
-from streaming_sql.event_log import EventLog
+from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.open_log import open_log
 from streaming_sql.runner import Runner
-from streaming_sql.status import RUNNER_FILE
+from streaming_sql.runner_report import RUNNER_FILE
+from streaming_sql.settings import StreamSettings
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
 from warehouse.home import Home
 from warehouse.lake import Lake
-from warehouse.landing import landed_position
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Engine:
         self.home, self.clock, self.settings, self._on_failure = home, clock, settings, on_failure
         self.world: World | None = None
         self.lake: Lake | None = None
-        self.log: EventLog | None = None
+        self.log: Log | None = None
         self.runner: Runner | None = None
         self.forward_log: ForwardLog | None = None
         self.recent = Recent(settings.recent_requests)
@@ -143,14 +144,14 @@ class Engine:
         groups = load_groups()
         check_groups(groups)
         lake = self.lake = Lake.open(self.home)
-        start = landed_position(lake)
-        event_log = self.log = EventLog.open(
-            self.home.log, len(start), self.clock, start=start, not_before_us=_last_landed_us(lake)
-        )
+        stream = StreamSettings.from_env()
+        event_log = self.log = open_log(self.home, lake, self.clock, stream)
         if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
             log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         store = OnlineStore.from_lake(lake, groups)
-        runner = self.runner = Runner(lake, event_log, store, groups, self.clock, status_path=self.home.online / RUNNER_FILE)
+        runner = self.runner = Runner(
+            lake, event_log, store, groups, self.clock, stream.runner(), self.home.online / RUNNER_FILE
+        )
         runner.catch_up()
         runner.flush()
         catalogue = Catalogue.from_lake(lake)
@@ -170,11 +171,6 @@ class Engine:
         self.forward_log.start()
         runner.start()
         return world
-
-
-def _last_landed_us(lake: Lake) -> int:
-    with lake.duckdb() as connection:
-        return connection.execute("select coalesce(max(epoch_us(landed_at)), 0) from lake.events").fetchall()[0][0]
 
 
 def _only_server(path: Path) -> IO[str]:

@@ -7,11 +7,12 @@ first by (landed_at, log_partition, log_offset) wins, also when a lagging partit
 from collections import deque
 from dataclasses import dataclass, field
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from streaming_sql.retractions import Place
-from warehouse.events import HEARTBEAT
+from warehouse.events import DEAD_LETTER, HEARTBEAT
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, MINUTE_US
 
 LATE = f"event is older on arrival than the duplicate memory of {DUPLICATE_MEMORY_US // DAY_US} days"
@@ -22,7 +23,15 @@ def reasons(records: pa.Table) -> pa.ChunkedArray:
     """Why each record is a dead letter (string), null where it is not. records: EVENTS_SCHEMA."""
     age = pc.subtract(records["landed_at"].cast(pa.int64()), records["event_ts"].cast(pa.int64()))
     fine = pa.scalar(None, pa.string())
-    return pc.if_else(pc.greater(age, DUPLICATE_MEMORY_US), LATE, pc.if_else(pc.less(age, -FURTHEST_AHEAD_US), AHEAD, fine))
+    why = pc.if_else(pc.greater(age, DUPLICATE_MEMORY_US), LATE, pc.if_else(pc.less(age, -FURTHEST_AHEAD_US), AHEAD, fine))
+    is_letter = pc.equal(records["event_type"], DEAD_LETTER)
+    if not pc.any(is_letter).as_py():
+        return why
+    told = [
+        orjson.loads(properties)["reason"] if letter else None
+        for properties, letter in zip(records["properties"].to_pylist(), is_letter.to_pylist(), strict=True)
+    ]
+    return pc.coalesce(pa.chunked_array([pa.array(told, pa.string())]), why)
 
 
 @dataclass(slots=True)

@@ -6,24 +6,26 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
-from streaming_sql.event_log import EventLog
-from streaming_sql.lander import newest_landed_us
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.open_log import open_log
 from streaming_sql.runner import Progress, Runner
-from streaming_sql.status import RUNNER_FILE, iso, stream_status
+from streaming_sql.runner_report import RUNNER_FILE, iso
+from streaming_sql.settings import StreamSettings
+from streaming_sql.status import stream_status
+from streaming_sql.status_view import status_lines, watch
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import load_groups
 from warehouse.home import Home
 from warehouse.lake import Lake
-from warehouse.landing import create_tables, landed_position
+from warehouse.landing import landed_position
 
 _EXAMPLES = """examples:
   headrace stream run              # until Ctrl-C: log -> store, log -> lake
   headrace stream run --once       # catch up, land everything, say where it stands, exit
   headrace stream status
+  headrace stream status --watch   # lag, watermark, positions, late counts, throughput; Ctrl-C ends it
   headrace stream status --json | jq .log.num_not_landed
 """
 
@@ -32,10 +34,16 @@ def main(words: list[str]) -> int:
     """Runs one `stream` command; returns the exit status."""
     arguments = _parser().parse_args(words[1:])
     home, clock = Home.from_env(), Clock.from_env()
-    if arguments.command == "status":
-        _print_status(stream_status(home, clock), arguments.json)
-        return 0
-    return _run(home, clock, arguments.once)
+    settings = StreamSettings.from_env()
+    if arguments.command == "run":
+        return _run(home, clock, settings, arguments.once)
+    if arguments.watch:
+        watch(home, clock, settings, arguments.every)
+    elif arguments.json:
+        print(json.dumps(stream_status(home, clock, settings), indent=2))
+    else:
+        print("\n".join(status_lines(stream_status(home, clock, settings))))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,23 +53,26 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the embedded stream", epilog=_EXAMPLES, formatter_class=raw)
     run.add_argument("--once", action="store_true", help="catch up with lake and log, land what is left, and exit")
     status = commands.add_parser("status", help="show positions, lag, tick and sizes", epilog=_EXAMPLES, formatter_class=raw)
-    status.add_argument("--json", action="store_true", help="print one JSON object")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON object")
+    how.add_argument("--watch", action="store_true", help="show it again and again, with rates, until Ctrl-C")
+    status.add_argument("--every", type=_seconds, default=1.0, metavar="SECONDS", help="of --watch (default %(default)s)")
     return parser
 
 
-def open_log(home: Home, lake: Lake, clock: Clock) -> EventLog:
-    """The home's event log; a new one continues the lake's offsets and landing times."""
-    create_tables(lake)
-    start = landed_position(lake)
-    return EventLog.open(home.log, len(start), clock, start, newest_landed_us(lake))
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"must be between 0.1 and 3600 seconds, got {text}")
+    return seconds
 
 
-def _run(home: Home, clock: Clock, once: bool) -> int:
+def _run(home: Home, clock: Clock, settings: StreamSettings, once: bool) -> int:
     groups = load_groups()
     lake = Lake.open(home)
-    with contextlib.closing(open_log(home, lake, clock)) as log:
+    with contextlib.closing(open_log(home, lake, clock, settings)) as log:
         store = OnlineStore.from_lake(lake, groups)
-        runner = Runner(lake, log, store, groups, clock, status_path=home.online / RUNNER_FILE)
+        runner = Runner(lake, log, store, groups, clock, settings.runner(), home.online / RUNNER_FILE)
         with _progress("catching up") as progress:
             num_records = runner.catch_up(progress)
         view = store.view()
@@ -111,27 +122,3 @@ def _progress(what: str) -> Iterator[Progress]:
     with Bar(transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print_status(status: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(status, indent=2))
-        return
-    print(f"clock    {status['clock']}")
-    print(f"landed   {status['landed']}")
-    if status["log"] is None:
-        print("log      none yet; it is made by the first event or by `headrace stream run`")
-    else:
-        log = status["log"]
-        print(f"log      ends at {log['end']}, {log['num_not_landed']} not landed, {log['bytes'] / 1e6:.1f} MB")
-        print(f"         newest {', '.join(map(str, log['newest']))}; closes tick {log['closes_tick']}")
-    runner = status["runner"]
-    if runner is None:
-        print("runner   has never reported")
-        return
-    state = f"process {runner['pid']}" if runner["is_running"] else "not running"
-    print(f"runner   {state}, last heard {runner['updated_at']}: tick {runner['tick']}, {runner['num_behind']} records behind")
-    print(
-        f"         events {runner['num_events']}, late {runner['num_late']}, duplicates {runner['num_duplicates']}, "
-        f"dead letters {runner['num_dead']}; blocks {runner['block_bytes'] / 1e6:.1f} MB"
-    )

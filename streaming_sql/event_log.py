@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from streaming_sql.records import ROW_FIELDS, to_rows, to_table
+from streaming_sql.records import ROW_FIELDS, DeadLetter, dead_letter_row, heartbeat_row, to_rows, to_table
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
-from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, NUM_PARTITIONS, partition_of
+from warehouse.events import EVENTS_SCHEMA, NUM_PARTITIONS, partition_of
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, SECOND_US
 
 Position = tuple[int, ...]
@@ -29,21 +29,59 @@ _IDS_PER_QUERY = 500
 
 
 class Log(Protocol):
-    """What the collector, the runner and the lander rely on, whatever keeps the log."""
+    """What the collector, the runner and the lander rely on, whatever keeps the log. Safe to call from any thread."""
 
     num_partitions: int
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
         """(partition, offset) of each event, durable on return; a known event_id is answered with its first position."""
 
+    def append_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
+        """Keeps what is no event, with the reason, durable on return; readers count it as dead, the lander buries it."""
+
     def read(self, position: Position, limit: int) -> pa.Table:
-        """The next `limit` records from `position` in EVENTS_SCHEMA, by (landed_at, log_partition, log_offset), no gaps."""
+        """The next `limit` records from `position` in EVENTS_SCHEMA, by (landed_at, log_partition, log_offset), no gaps.
+
+        What this process appended before is there. Raises HeadraceError if retention has dropped records at `position`."""
+
+    def start(self) -> Position:
+        """The position of the oldest record that is kept; what was before it is in the lake."""
 
     def end(self) -> Position:
         """The position after the last record."""
 
+    def read_through_us(self) -> tuple[int, ...]:
+        """Largest landed_at of each partition (0: nothing yet), microseconds."""
+
     def heartbeat(self, idle_us: int = SECOND_US) -> int:
         """Writes a heartbeat to every partition that got nothing for `idle_us`; returns how many."""
+
+    def commit(self, reader: str, position: Position) -> None:
+        """Keeps how far a named reader has come; any number of readers, none moves another."""
+
+    def committed(self, reader: str) -> Position | None:
+        """Where a named reader said it is; None if it never did."""
+
+    def landed(self) -> Position:
+        """What `mark_landed` was last told."""
+
+    def mark_landed(self, landed: Position) -> None:
+        """Remembers that records below `landed` are in the lake."""
+
+    def trim(self, landed: Position, keep_us: int, max_bytes: int | None = None) -> int:
+        """Drops records older than keep_us, or more where the log is larger than max_bytes, but none at or past `landed`;
+        returns how many."""
+
+    def ids(self, partition: int, start: int, end: int) -> dict[int, str]:
+        """offset → event_id of the records of one partition with start <= offset < end that are kept."""
+
+    def renumber(self, landed: Position, not_before_us: int) -> None:
+        """Moves what has not landed to positions from `landed` on, after an import took theirs in the lake."""
+
+    def num_bytes(self) -> int | None:
+        """Size, bytes; None where only a broker knows."""
+
+    def close(self) -> None: ...
 
 
 class _Append:
@@ -117,6 +155,10 @@ class EventLog:
                 "log_offset integer not null, landed_at integer not null) without rowid"
             )
             self._writer.execute("create index if not exists ids_by_age on ids (landed_at)")
+            self._writer.execute(
+                "create table if not exists readers (reader text, log_partition integer, next_offset integer not null, "
+                "primary key (reader, log_partition)) without rowid"
+            )
             (made,) = self._writer.execute("select count(*) from partitions").fetchone()
             if not made:
                 self._writer.executemany(
@@ -202,6 +244,10 @@ class EventLog:
         seen within H is answered with its first position and not stored again.
         """
         return self._append_rows(to_rows(events))
+
+    def append_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
+        """Keeps what is no event, with the reason, until the lander buries it. The same letter again is not stored twice."""
+        self._append_rows([dead_letter_row(letter, self._clock.now_us()) for letter in letters])
 
     def _append_rows(self, rows: list[tuple]) -> list[tuple[int, int]]:
         if not rows:
@@ -318,6 +364,27 @@ class EventLog:
             )
         return to_table(rows)
 
+    def commit(self, reader: str, position: Position) -> None:
+        """Keeps how far a named reader has come."""
+        with self._writer_lock:
+            self._writer.execute("begin immediate")
+            self._writer.executemany(
+                "insert or replace into readers values (?, ?, ?)",
+                [(reader, partition, offset) for partition, offset in enumerate(position)],
+            )
+            self._writer.execute("commit")
+
+    def committed(self, reader: str) -> Position | None:
+        """Where a named reader said it is; None if it never did."""
+        query = "select next_offset from readers where reader = ? order by log_partition"
+        with self._reader_lock:
+            return tuple(offset for (offset,) in self._reader.execute(query, (reader,))) or None
+
+    def start(self) -> Position:
+        """The position of the oldest record that is kept."""
+        with self._reader_lock:
+            return self._column(self._reader, "first_offset")
+
     def end(self) -> Position:
         """The position after the last durable record."""
         with self._reader_lock:
@@ -343,7 +410,7 @@ class EventLog:
                 records = []
                 for partition, (offset, landed_at) in state.items():
                     if landed_at <= now_us - idle_us:
-                        records.append(_record(_heartbeat_row(partition, offset, now_us), now_us, partition, offset))
+                        records.append(_record(heartbeat_row(partition, offset, now_us), now_us, partition, offset))
                         state[partition] = [offset + 1, now_us]
                 self._insert(records, state)
                 self._writer.execute("commit")
@@ -401,8 +468,3 @@ def _record(row: tuple, landed_at: int, partition: int, offset: int) -> tuple:
         "log_offset": offset,
     }
     return tuple(values[name] for name in _STORED)
-
-
-def _heartbeat_row(partition: int, offset: int, now_us: int) -> tuple:
-    event = {"event_id": f"heartbeat-{partition}-{offset}", "event_type": HEARTBEAT, "event_ts": now_us}
-    return tuple(event.get(name) for name in ROW_FIELDS)

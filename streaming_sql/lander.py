@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from pyiceberg.expressions import And, EqualTo, GreaterThanOrEqual, In, LessThan
 
 from streaming_sql.arrivals import reasons
-from streaming_sql.event_log import EventLog, Position
+from streaming_sql.event_log import Log, Position
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
-from warehouse.events import HEARTBEAT
+from warehouse.events import DEAD_LETTER, HEARTBEAT
 from warehouse.lake import Lake
 from warehouse.landing import DEAD_LETTERS, DEAD_LETTERS_SCHEMA, EVENTS, create_tables, land_records, landed_position
 from warehouse.time_algebra import DAY_US, MINUTE_US
@@ -39,7 +39,7 @@ class LanderSettings:
 class Lander:
     """Lands the log's records. One at a time is enough; a second one adds nothing twice."""
 
-    def __init__(self, lake: Lake, log: EventLog, clock: Clock, settings: LanderSettings | None = None):
+    def __init__(self, lake: Lake, log: Log, clock: Clock, settings: LanderSettings | None = None):
         self._lake, self._log, self._clock = lake, log, clock
         self._settings = settings or LanderSettings()
         create_tables(lake)
@@ -157,7 +157,12 @@ def _places(records: pa.Table) -> list[dict]:
 
 
 def _payloads(records: pa.Table) -> list[str]:
-    return [json.dumps(row, default=str, ensure_ascii=False) for row in records.to_pylist()]
+    return [
+        json.loads(row["properties"])["payload"]
+        if row["event_type"] == DEAD_LETTER
+        else json.dumps(row, default=str, ensure_ascii=False)
+        for row in records.to_pylist()
+    ]
 
 
 def _worth_landing(records: pa.Table) -> pa.Table:

@@ -3,7 +3,9 @@
 Knows nothing of storage. A row is a tuple in the order of `ROW_FIELDS`; instants are microseconds since 1970-01-01 UTC.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +13,7 @@ import orjson
 import pyarrow as pa
 
 from warehouse.errors import HeadraceError
-from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, RETRACTION
+from warehouse.events import DEAD_LETTER, EVENTS_SCHEMA, HEARTBEAT, RETRACTION
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LOG_FIELDS = ("landed_at", "log_partition", "log_offset", "landing")
@@ -19,6 +21,17 @@ LOG_FIELDS = ("landed_at", "log_partition", "log_offset", "landing")
 ROW_FIELDS = tuple(field.name for field in EVENTS_SCHEMA if field.name not in LOG_FIELDS)
 REQUIRED = ("event_id", "event_type", "event_ts")
 _LARGEST_US = 253_402_300_799_999_999  # 9999-12-31: beyond it Python, Arrow and DuckDB no longer agree
+
+
+_LONGEST_PAYLOAD = 8192
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """What came and is no event, and why."""
+
+    reason: str
+    payload: str
 
 
 def to_us(instant: Any) -> int:
@@ -70,8 +83,8 @@ def to_row(event: Mapping[str, Any]) -> tuple:
     for name in REQUIRED:
         if event.get(name) in (None, ""):
             raise ValueError(f"{name} is missing")
-    if event["event_type"] == HEARTBEAT:
-        raise ValueError(f"event_type {HEARTBEAT!r} is written by the log alone")
+    if event["event_type"] in (HEARTBEAT, DEAD_LETTER):
+        raise ValueError(f"event_type {event['event_type']!r} is written by the log alone")
     if event["event_type"] == RETRACTION and event.get("retracts") in (None, ""):
         raise ValueError("retracts is missing: a retraction names the event_id that it takes back")
     if event["event_type"] != RETRACTION and event.get("retracts") is not None:
@@ -113,3 +126,64 @@ def to_table(rows: Sequence[tuple]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(EVENTS_SCHEMA)
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, EVENTS_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
+
+
+def heartbeat_row(partition: int, number: int, now_us: int) -> tuple:
+    """A row of ROW_FIELDS that carries the clock of an idle partition."""
+    event = {"event_id": f"heartbeat-{partition}-{number}", "event_type": HEARTBEAT, "event_ts": now_us}
+    return tuple(event.get(name) for name in ROW_FIELDS)
+
+
+def dead_letter_row(letter: DeadLetter, now_us: int) -> tuple:
+    """A row of ROW_FIELDS; the same letter again has the same id. A payload above 8 KiB is cut."""
+    payload = letter.payload.encode(errors="replace")[:_LONGEST_PAYLOAD].decode(errors="replace")
+    digest = hashlib.sha256(f"{letter.reason}\0{payload}".encode(errors="replace")).hexdigest()[:32]
+    reason = letter.reason.encode(errors="replace").decode()
+    event = {
+        "event_id": f"dead-letter-{digest}",
+        "event_type": DEAD_LETTER,
+        "event_ts": now_us,
+        "properties": orjson.dumps({"reason": reason, "payload": payload}).decode(),
+    }
+    return tuple(event.get(name) for name in ROW_FIELDS)
+
+
+def to_message(row: tuple) -> bytes:
+    """A row of ROW_FIELDS as the JSON object that travels in a Kafka message: event_ts as ISO-8601, properties as an object."""
+    message = {name: value for name, value in zip(ROW_FIELDS, row, strict=True) if value is not None}
+    message["event_ts"] = (EPOCH + timedelta(microseconds=message["event_ts"])).isoformat()
+    if "properties" in message:
+        message["properties"] = orjson.Fragment(message["properties"])
+    return orjson.dumps(message)
+
+
+def from_message(message: bytes | None, landed_at: int, partition: int, offset: int) -> tuple:
+    """A row of EVENTS_SCHEMA. What is no event of ours becomes a dead letter with the reason, so that it stops nobody."""
+    try:
+        row = _row_of_message(message)
+    except ValueError as error:
+        letter = DeadLetter(f"message is no event: {error}", (message or b"").decode(errors="replace"))
+        row = dead_letter_row(letter, landed_at)
+    values = dict(zip(ROW_FIELDS, row, strict=True))
+    values |= {"landed_at": landed_at, "log_partition": partition, "log_offset": offset, "landing": "log"}
+    return tuple(values[name] for name in EVENTS_SCHEMA.names)
+
+
+def _row_of_message(message: bytes | None) -> tuple:
+    if message is None:
+        raise ValueError("it is empty")
+    event = orjson.loads(message)
+    if not isinstance(event, dict):
+        raise ValueError(f"it must be a JSON object, got {type(event).__name__}")
+    if event.get("event_type") not in (HEARTBEAT, DEAD_LETTER):
+        return to_row(event)
+    if not isinstance(event.get("event_id"), str):
+        raise ValueError("event_id must be a string")
+    return tuple(
+        to_us(event.get(name))
+        if name == "event_ts"
+        else _properties_text(event.get(name))
+        if name == "properties"
+        else event.get(name)
+        for name in ROW_FIELDS
+    )

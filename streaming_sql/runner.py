@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from streaming_sql.event_log import EventLog
+from streaming_sql.event_log import Log
 from streaming_sql.feed import REMEMBERED, Feed, Taken
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.status import write_runner_status
+from streaming_sql.runner_report import FEATURES, write_runner_report
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA
@@ -67,7 +67,7 @@ class Runner:
     def __init__(
         self,
         lake: Lake,
-        log: EventLog,
+        log: Log,
         store: OnlineStore,
         groups: Mapping[str, FeatureGroup],
         clock: Clock,
@@ -82,6 +82,7 @@ class Runner:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
+        self._reported = (time.monotonic(), self._feed.position)
         self.totals = Taken()
         self.failure: BaseException | None = None
 
@@ -192,10 +193,17 @@ class Runner:
             thread.start()
 
     def report(self) -> None:
-        """Writes the report for `headrace stream status`."""
+        """Writes the report for `headrace stream status`, and the position into the log, where other machines can see it."""
+        position = self._feed.position
+        if position != self._reported[1]:
+            self._log.commit(FEATURES, position)
+        now_s = time.monotonic()
+        per_s = (sum(position) - sum(self._reported[1])) / max(now_s - self._reported[0], 1e-3)
+        self._reported = (now_s, position)
         if self._status_path is not None:
-            num_behind = sum(self._log.end()) - sum(self._feed.position)
-            write_runner_status(self._status_path, self.store, self.totals, num_behind, self._clock)
+            num_behind = sum(self._log.end()) - sum(position)
+            through_us = self._feed.read_through_us
+            write_runner_report(self._status_path, self.store, self.totals, num_behind, through_us, per_s, self._clock)
 
     def _land_once(self) -> int:
         landed = self._lander.step()

@@ -2,64 +2,36 @@
 
 import contextlib
 import os
-from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import orjson
 
-from streaming_sql.event_log import EventLog
-from streaming_sql.feed import Taken
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.open_log import has_log, open_log
+from streaming_sql.runner_report import FEATURES, RUNNER_FILE, iso
+from streaming_sql.settings import StreamSettings
 from warehouse.clock import Clock
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import landed_position
 from warehouse.time_algebra import closed_tick
 
-RUNNER_FILE = "runner.json"
 
-
-def iso(instant_us: int | None) -> str | None:
-    """Microseconds as ISO-8601 in UTC; None for none and for 0 (never)."""
-    if not instant_us:
-        return None
-    return datetime.fromtimestamp(instant_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def write_runner_status(path: Path, store: OnlineStore, totals: Taken, num_behind: int, clock: Clock) -> None:
-    """Replaces the file that `headrace stream status` reads; atomic."""
-    view = store.view()
-    status = {
-        "pid": os.getpid(),
-        "updated_at": iso(clock.now_us()),
-        "tick": iso(view.tick_us),
-        "position": list(view.position),
-        "num_behind": num_behind,
-        **{name: value for name, value in asdict(totals).items() if name.startswith("num_")},
-        "num_keys": store.num_keys(),
-        "block_bytes": sum(store.num_bytes().values()),
-    }
-    half = path.with_suffix(".tmp")
-    half.write_bytes(orjson.dumps(status))
-    half.replace(path)
-
-
-def stream_status(home: Home, clock: Clock) -> dict[str, Any]:
+def stream_status(home: Home, clock: Clock, settings: StreamSettings) -> dict[str, Any]:
     """What is in the log, what of it is in the lake, which tick it closes, and what the last runner reported."""
     lake = Lake.open(home)
     landed = landed_position(lake)
     status: dict[str, Any] = {"clock": iso(clock.now_us()), "landed": list(landed), "log": None, "runner": None}
-    if (home.log / "events.db").exists():
-        log = EventLog.open(home.log, len(landed), clock)
-        with contextlib.closing(log):
-            end, read_through = log.end(), log.read_through_us()
+    if has_log(home, settings):
+        with contextlib.closing(open_log(home, lake, clock, settings)) as log:
+            end, read_through, reader = log.end(), log.read_through_us(), log.committed(FEATURES)
             status["log"] = {
+                "kind": settings.event_log.partition(":")[0],
+                "start": list(log.start()),
                 "end": list(end),
                 "num_not_landed": sum(max(own - there, 0) for own, there in zip(end, landed, strict=True)),
                 "newest": [iso(instant) for instant in read_through],
                 "closes_tick": iso(closed_tick(read_through)) if all(read_through) else None,
+                "reader": list(reader) if reader else None,
                 "bytes": log.num_bytes(),
             }
     file = home.online / RUNNER_FILE

@@ -21,7 +21,7 @@ DEFINITION = "headrace.definition"
 MEANINGS = "headrace.meanings"
 """Table property: JSON, feature or measure → hash of what it means (`warehouse.features.meanings`)."""
 BUILD_SECONDS = "headrace.build_seconds"
-"""In a snapshot's summary: how long its rows took to compute, before the commit."""
+"""In a snapshot's summary: how long its rows took to compute and to write, before the commit."""
 
 
 def built_until_of(table: Table) -> datetime | None:

@@ -8,9 +8,10 @@ new state. See docs/decisions/0003-one-commit-per-model.md.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ import duckdb
 import pyarrow as pa
 from dbt.adapters.duckdb.plugins import BasePlugin
 from dbt.adapters.duckdb.utils import TargetConfig
+from dbt.flags import get_flags
 from dbt_common.events.base_types import EventLevel
 from dbt_common.events.event_manager_client import add_logger_to_manager
 from dbt_common.events.functions import env_scrubber
@@ -38,11 +40,13 @@ from warehouse.builds import (
     refuse_changed_meaning,
 )
 from warehouse.errors import HeadraceError, disk_full_said
+from warehouse.features.compute_engine import Relations
+from warehouse.features.compute_model import model_chunks
 from warehouse.features.declarations import load_groups
 from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
-from warehouse.lake import BUILT_UNTIL, Lake, prepare_connection
+from warehouse.lake import BUILT_UNTIL, Lake, append_files, prepare_connection, write_chunks
 from warehouse.landing import create_tables
 
 
@@ -76,7 +80,8 @@ class Plugin(BasePlugin):
         self.first_arrival = conn.execute("select min(landed_at) from lake.events").fetchall()[0][0]
         conn.execute("create schema if not exists headrace")
         conn.execute("create or replace table headrace.feature_groups (name varchar, meta varchar)")
-        for group in load_groups().values():
+        self.groups = load_groups(Path(get_flags().PROJECT_DIR))
+        for group in self.groups.values():
             conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
         conn.execute("create or replace table headrace.builds (name varchar, built_until timestamptz, definition varchar)")
         for name in self.lake.tables():
@@ -86,43 +91,58 @@ class Plugin(BasePlugin):
 
     @_said_by_dbt()
     def store(self, target_config: TargetConfig) -> None:
-        """Runs the model's SQL and commits its rows. `config`: sql, event_time, start, end, partition_by, definition."""
+        """Commits what the model's SQL gives, or the features of the rows that it gives. `config`: sql, features_of (a group or
+        none), event_time, start, end, partition_by, definition."""
         config = target_config.config
         name = f"{target_config.relation.schema}.{target_config.relation.identifier}"
         cursor = self.connection.cursor()
         cursor.execute("set TimeZone = 'UTC'")
         if self.lake.exists(name) and not config["full_refresh"]:
             self._refuse_changed_meaning(name, config["definition"])
-        started = time.perf_counter()
-        rows = cursor.execute(config["sql"]).to_arrow_table()
-        self._commit(name, rows, config, {BUILD_SECONDS: f"{time.perf_counter() - started:.3f}"})
+        with contextlib.closing(self._chunks(cursor, config)) as chunks:
+            self._commit(name, chunks, config)
         self.lake.create_view(cursor, name)
         self._note_build(cursor, self.lake.table(name))
+
+    def _chunks(self, cursor: duckdb.DuckDBPyConnection, config: dict[str, Any]) -> Generator[pa.Table, None, None]:
+        """The rows of a model, at least one table; those of a spine with its group's features are never whole in memory."""
+        if features_of := config.get("features_of"):
+            group = self.groups[features_of]
+            relations, scratch = Relations.of(group), self.lake.scratch
+            yield from model_chunks(cursor, config["sql"], group, relations, config["event_time"], scratch)
+        else:
+            yield cursor.execute(config["sql"]).to_arrow_table()
 
     def _refuse_changed_meaning(self, name: str, definition: str) -> None:
         table = self.lake.table(name)
         if table.properties.get(DEFINITION) != definition:
             before = known_meanings(table)
-            refuse_changed_meaning(name, before, table_meanings(name, list(before), load_groups()))
+            refuse_changed_meaning(name, before, table_meanings(name, list(before), self.groups))
 
-    def _commit(self, name: str, rows: pa.Table, config: dict[str, Any], summary: Mapping[str, str] | None = None) -> None:
+    def _commit(self, name: str, chunks: Iterator[pa.Table], config: dict[str, Any]) -> None:
+        """One commit of all chunks, of which there is at least one."""
+        started = time.perf_counter()
         start, end = datetime.fromisoformat(config["start"]), datetime.fromisoformat(config["end"])
         table = self.lake.table(name) if self.lake.exists(name) else None
         same = table is not None and table.properties.get(DEFINITION) == config["definition"]
         built_until = built_until_of(table) if table is not None and same else None
         self._refuse_gap(name, start, built_until)
+        first = next(chunks)
+        chunks = itertools.chain([first], chunks)
         if table is None:
-            table = self.lake.create(name, rows.schema, config["partition_by"])
-        beside = dict(summary or {})
+            table = self.lake.create(name, first.schema, config["partition_by"])
         with table.transaction() as transaction:
             if built_until is None:
-                _replace_all(transaction, table, rows, beside)
-            elif start < built_until:
-                transaction.overwrite(rows, _between(config["event_time"], start, end), snapshot_properties=beside)
-            elif rows.num_rows:
-                transaction.append(rows, snapshot_properties=beside)
+                _becomes(transaction, table, first.schema)
+            files = write_chunks(transaction, table, chunks)
+            beside = {BUILD_SECONDS: f"{time.perf_counter() - started:.3f}"}
+            replaced = AlwaysTrue() if built_until is None else _between(config["event_time"], start, end)
+            if table.current_snapshot() is not None and (built_until is None or start < built_until):
+                transaction.delete(replaced, snapshot_properties=beside)
+            if files or built_until is None or start < built_until:
+                append_files(transaction, files, beside)
             reached = max(end, built_until or end)
-            meanings = table_meanings(name, rows.column_names, load_groups())
+            meanings = table_meanings(name, first.column_names, self.groups)
             transaction.set_properties(
                 {BUILT_UNTIL: reached.isoformat(), DEFINITION: config["definition"], MEANINGS: json.dumps(meanings)}
             )
@@ -176,14 +196,10 @@ def _between(column: str, start: datetime, end: datetime) -> BooleanExpression:
     return And(GreaterThanOrEqual(column, start.isoformat()), LessThan(column, end.isoformat()))
 
 
-def _replace_all(transaction: Transaction, table: Table, rows: pa.Table, summary: dict[str, str]) -> None:
-    """The table becomes these rows and this schema, in the commit under way."""
-    gone = {field.name for field in table.schema().fields} - set(rows.column_names)
+def _becomes(transaction: Transaction, table: Table, schema: pa.Schema) -> None:
+    """The table is of this schema, in the commit under way."""
+    gone = {field.name for field in table.schema().fields} - set(schema.names)
     with transaction.update_schema(allow_incompatible_changes=True) as update:
-        update.union_by_name(rows.schema)
+        update.union_by_name(schema)
         for column in sorted(gone):
             update.delete_column(column)
-    if table.current_snapshot() is None:
-        transaction.append(rows, snapshot_properties=summary)
-    else:
-        transaction.overwrite(rows, overwrite_filter=AlwaysTrue(), snapshot_properties=summary)

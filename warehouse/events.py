@@ -28,6 +28,8 @@ EVENTS_SCHEMA = pa.schema(
 
 NUM_PARTITIONS = 2
 HEARTBEAT = "heartbeat"
+DEAD_LETTER = "dead_letter"
+"""The type of a record of the log that is no event: `properties` holds its `reason` and `payload`. Never in lake.events."""
 RETRACTION = "retraction"
 """The type of an event that takes another one back: `retracts` names it, and no other type has `retracts`."""
 EVENT_TYPES = ("view", "click", "long_view", "like", "comment", "share", "follow", "hide", "watch")

@@ -5,8 +5,10 @@ described by its metadata file (docs/decisions/0002-reading-the-lake.md).
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
+from pyiceberg.io.pyarrow import _check_pyarrow_schema_compatible, _dataframe_to_data_files
+from pyiceberg.manifest import DataFile
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.transforms import parse_transform
@@ -71,6 +75,11 @@ class Lake:
         except Exception as error:
             raise HeadraceError(f"cannot open the lake's catalogue in {folder}: {error}") from error
         return cls(catalogue, folder)
+
+    @property
+    def scratch(self) -> Path:
+        """The home's folder for files that live as long as a command."""
+        return Home(self.folder.parent).tmp
 
     def tables(self) -> list[str]:
         """Names of all tables, `namespace.table`, sorted."""
@@ -169,6 +178,27 @@ class Lake:
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
         return connection
+
+
+def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Table]) -> list[DataFile]:
+    """Writes the files of rows that the commit under way will add; of the chunks one is in memory at a time.
+
+    (pyiceberg appends a stream to unpartitioned tables only: apache/iceberg-python#2152.)
+    """
+    metadata, numbers, write_uuid = transaction.table_metadata, itertools.count(), uuid.uuid4()
+    files: list[DataFile] = []
+    for chunk in chunks:
+        _check_pyarrow_schema_compatible(metadata.schema(), chunk.schema, format_version=metadata.format_version)
+        if chunk.num_rows:
+            files += _dataframe_to_data_files(metadata, chunk, table.io, write_uuid, numbers)
+    return files
+
+
+def append_files(transaction: Transaction, files: Iterable[DataFile], properties: Mapping[str, str]) -> None:
+    """Adds files in one snapshot of the commit under way; `properties` go into its summary."""
+    with transaction.update_snapshot(snapshot_properties=dict(properties)).fast_append() as append:
+        for file in files:
+            append.append_data_file(file)
 
 
 def _duckdb_type(field: Any) -> str:

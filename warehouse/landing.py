@@ -192,7 +192,7 @@ judged as (
             when event_id is null or event_id = '' then 'event_id is missing'
             when event_type is null or event_type = '' then 'event_type is missing'
             when event_ts is null then 'event_ts is missing or not a time with a zone'
-            when event_type = 'heartbeat' then 'event_type heartbeat is reserved for the log'
+            when event_type in ('heartbeat', 'dead_letter') then 'event_type ' || event_type || ' is reserved for the log'
             when event_type = 'retraction' and (retracts is null or retracts = '')
                 then 'retracts is missing: a retraction names the event_id that it takes back'
             when event_type <> 'retraction' and retracts is not null then 'retracts belongs to event_type retraction'

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.generated_events import as_table, event_log, some_reads, spine_table
+from tests.parity.generated_events import CLOCKS_CHANGE_US, START_US, as_table, event_log, some_reads, spine_table
 from warehouse.features import render
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.oracle import Read, values
@@ -56,7 +56,7 @@ def assert_equal(got: object, expected: object, where: object) -> None:
 @given(seed=st.integers(0, 2**32))
 def test_blocks_and_reads_equal_the_equation(name, seed):
     random, group = Random(seed), GROUPS[name]
-    events = event_log(random)
+    events = event_log(random, start_us=CLOCKS_CHANGE_US if group.calendar else START_US)
     questions = some_reads(random, group, events)
     with duckdb.connect() as connection:
         build(connection, group, as_table(events))

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.generated_events import START_US, as_table, event_log, some_reads
+from tests.parity.generated_events import START_US, as_table, event_log, some_reads, spine_table
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build
 from warehouse.events import TIMESTAMP
-from warehouse.features import compute_arrays
+from warehouse.features import compute_arrays, compute_spill
 from warehouse.features.compute_engine import Engine, Relations, Source
+from warehouse.features.compute_model import model_chunks
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_spine import Span, Spine
 from warehouse.features.declarations import FeatureGroup
@@ -139,6 +140,40 @@ def test_sql_equals_the_equation_at_a_spines_t_and_k(name, seed):
         assert_answers(group, events, questions, answers(connection, group, questions, arrays=False, chunk=20))
 
 
+@pytest.mark.parametrize("name", list(GROUPS))
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**32))
+def test_a_models_rows_equal_the_equation_at_any_t_k_and_log_position(tmp_path_factory, name, seed):
+    random, group = Random(seed), GROUPS[name]
+    events = event_log(random)
+    questions = some_reads(random, group, events)
+    with duckdb.connect() as connection:
+        build(connection, group, as_table(events))
+        connection.register("given", spine_table(group, questions))
+        connection.execute("create table model as select *, -row_id as label from given")
+        chunks = list(
+            model_chunks(connection, "from model", group, RELATIONS, "label", tmp_path_factory.mktemp("scratch"), rows=7)
+        )
+    assert [chunk.num_rows for chunk in chunks] == [7, 7, 7, 7, 7, 5]
+    found = pa.concat_tables(chunks)
+    assert found.column_names[:2] == ["row_id", "label"]
+    assert found["row_id"].to_pylist() == list(reversed(range(len(questions))))
+    assert_answers(group, events, questions[::-1], found.to_pylist())
+
+
+def test_a_model_without_rows_has_its_columns_and_types(tmp_path):
+    group = GROUPS["everything"]
+    events = event_log(Random(1))
+    with duckdb.connect() as connection:
+        build(connection, group, as_table(events))
+        connection.register("given", spine_table(group, some_reads(Random(1), group, events)))
+        connection.execute("create table model as from given")
+        rows = pa.concat_tables(model_chunks(connection, "from model", group, RELATIONS, "row_id", tmp_path))
+        [empty] = model_chunks(connection, "from model where false", group, RELATIONS, "row_id", tmp_path)
+    assert empty.num_rows == 0
+    assert empty.schema == rows.schema
+
+
 @settings(max_examples=5)
 @given(seed=st.integers(0, 2**32))
 def test_laying_out_few_pairs_at_a_time_changes_nothing(seed):
@@ -169,3 +204,29 @@ def test_many_late_events_of_one_key_over_weeks_equal_the_sql(seed):
         build(connection, group, as_table(events))
         by_sql = answers(connection, group, questions, arrays=False, chunk=100)
         assert_alike(answers(connection, group, questions, arrays=True), by_sql)
+
+
+def test_features_that_do_not_fit_in_memory_together_go_through_files_and_are_the_same(tmp_path):
+    random, group = Random(5), GROUPS["everything"]
+    events = event_log(random)
+    questions = as_spines_ask(random, some_reads(random, group, events))
+    with duckdb.connect() as connection, pytest.MonkeyPatch.context() as patch:
+        build(connection, group, as_table(events))
+        num_rows = connection.execute("select count(*) from blocks").fetchall()[0][0]
+        at_once = answers(connection, group, questions, arrays=True)
+        spine = Spine(spine_of(group, questions), "the spine")
+        what = plan({group.name: group}, spine.schema.names, None)
+        patch.setattr(compute_spill, "STATE_BYTES", 3 * compute_spill._BYTES_PER_VALUE * num_rows)
+        batches = compute_spill.batches(what, {group.name: num_rows})
+        assert len(batches) > 3
+        assert tuple(name for batch in batches for name in batch.features) == what.features
+        found = compute_spill.answers(
+            connection,
+            {group.name: RELATIONS},
+            what,
+            spine.span(what.keys, "corrected_at"),
+            lambda: (spine.reads(part, what.keys, "corrected_at") for part in spine.chunks(rows=7)),
+            tmp_path,
+        )
+        assert_alike([row for columns in found for row in pa.table(columns).to_pylist()], at_once)
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from tests.parity.test_batch_equals_oracle import assert_equal
 from tests.warehouse.dbt_command import dbt
 from warehouse.features.declarations import load_groups
 from warehouse.features.oracle import Read, first_arrivals, standing, values
+from warehouse.features.recompute import recompute
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import land_records
@@ -74,6 +75,34 @@ def test_every_training_example_equals_the_equation(built):
             read = Read(tuple(view[key] for key in group.keys), request_us, tick_us, tick_us)
             for feature, value in values(group, rows, read).items():
                 assert_equal(example[feature], value, (feature, read))
+
+
+@pytest.mark.parametrize("name", list(load_groups()))
+def test_the_features_of_impressions_equal_the_sql_in_columns_types_and_values(built, name):
+    lake, _ = built
+    with lake.duckdb() as connection:
+        spine = connection.execute(
+            "select impression_id as row_id, * exclude (impression_id), null::bigint[] as known_position "
+            "from training.impressions"
+        ).to_arrow_table()
+        built_rows = connection.execute(
+            f"select * exclude (labels_known_at) from training.impression_{name} order by impression_id"
+        ).to_arrow_table()
+    by_sql = recompute(lake, load_groups()[name], spine)
+    assert by_sql.num_rows > 50
+    assert built_rows.rename_columns({"impression_id": "row_id"}).equals(by_sql.cast(built_rows.schema.set(0, by_sql.field(0))))
+
+
+def test_the_compiled_model_shows_the_spine_and_says_what_is_added_to_it(built):
+    lake, _ = built
+    folder = lake.folder.parent / "dbt" / "target" / "compiled" / "headrace" / "warehouse" / "models" / "training"
+    compiled = (folder / "impression_user_author_affinity.sql").read_text()
+    assert "Each row is given the features of user_author_affinity" in compiled
+    assert (
+        "    user_id,\n    author_id,\n    request_ts,\n    feature_watermark,\n    feature_watermark as known_at,\n"
+        in compiled
+    )
+    assert '-- depends_on: "scratch"."features"."user_author_affinity_1h"\n' in compiled
 
 
 def test_every_label_is_an_outcome_that_landed_in_time(built):

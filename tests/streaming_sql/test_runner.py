@@ -10,7 +10,7 @@ from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.records import to_table
 from streaming_sql.runner import Runner, RunnerSettings
-from streaming_sql.status import iso
+from streaming_sql.runner_report import iso
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, partition_of

@@ -1,5 +1,6 @@
 """What one commit of a model leaves: the rows of exactly its range, and no gap, whatever was there before."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from warehouse.dbt_plugin import BUILT_UNTIL, Plugin
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
+from warehouse.features.declarations import load_groups
 from warehouse.lake import Lake
 
 NAME = "features.clicks"
@@ -28,11 +30,11 @@ def plugin(home, lake) -> Plugin:
     """The plugin as it is once dbt has opened a connection; events landed from the second of January on."""
     plugin = Plugin.__new__(Plugin)
     plugin.lake = lake
-    plugin.first_arrival = day(2)
+    plugin.groups, plugin.first_arrival = load_groups(), day(2)
     return plugin
 
 
-def commit(plugin: Plugin, built: pa.Table, start: int, end: int, definition: str = "first") -> None:
+def commit(plugin: Plugin, built: pa.Table | Iterable[pa.Table], start: int, end: int, definition: str = "first") -> None:
     config = {
         "event_time": "known_at",
         "partition_by": {"known_at": "day"},
@@ -40,7 +42,7 @@ def commit(plugin: Plugin, built: pa.Table, start: int, end: int, definition: st
         "start": day(start).isoformat(),
         "end": day(end).isoformat(),
     }
-    plugin._commit(NAME, built, config)
+    plugin._commit(NAME, iter([built] if isinstance(built, pa.Table) else built), config)
 
 
 def content(lake: Lake) -> list[tuple[int, str]]:
@@ -93,6 +95,26 @@ def test_a_build_that_would_leave_a_gap_is_refused_and_changes_nothing(plugin, l
         commit(plugin, rows("a", 5), 5, 6)
     with pytest.raises(HeadraceError, match="not built by this definition yet"):
         commit(plugin, rows("b", 3), 3, 4, definition="second")
+    assert lake.table(NAME).metadata == before
+
+
+def test_chunks_are_one_commit_and_one_snapshot(plugin, lake):
+    commit(plugin, [rows("a", 2, 3), rows("b", 3), rows("c"), rows("d", 4)], 1, 5)
+    assert content(lake) == [(2, "a"), (3, "a"), (3, "b"), (4, "d")]
+    table = lake.table(NAME)
+    assert len(table.metadata.snapshots) == 1
+    assert len({file["file_path"] for file in table.inspect.files().to_pylist()}) == 4
+
+
+def test_a_chunk_that_cannot_be_computed_leaves_the_table_as_it_was(plugin, lake):
+    def chunks():
+        yield rows("b", 2)
+        raise HeadraceError("no more")
+
+    commit(plugin, rows("a", 2, 3), 1, 4)
+    before = lake.table(NAME).metadata
+    with pytest.raises(HeadraceError, match="no more"):
+        commit(plugin, chunks(), 1, 4, definition="second")
     assert lake.table(NAME).metadata == before
 
 

@@ -11,9 +11,10 @@ from datetime import datetime
 import pyarrow as pa
 
 from warehouse.errors import HeadraceError
-from warehouse.features.compute_engine import Engine, Relations
+from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import Plan, plan
-from warehouse.features.compute_spine import REQUEST_TS, Span, Spine, as_text
+from warehouse.features.compute_spill import answers
+from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.lake import BUILT_UNTIL, Lake, duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
@@ -48,12 +49,13 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     with duckdb_connection() as connection:
         for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
             lake.create_view(connection, name)
-        engine = Engine(connection, relations, what, span)
-        for chunk in spine.chunks():
-            columns = engine.columns(spine.reads(chunk, what.keys, known_at))
-            for name, values in columns.items():
-                chunk = chunk.append_column(name, values)
-            yield chunk
+
+        def reads() -> Iterator[Reads]:
+            return (spine.reads(chunk, what.keys, known_at) for chunk in spine.chunks())
+
+        found = answers(connection, relations, what, span, reads, lake.scratch)
+        for chunk, columns in zip(spine.chunks(), found, strict=True):
+            yield pa.table({**dict(zip(chunk.column_names, chunk.columns, strict=True)), **columns})
 
 
 def _check_built(lake: Lake, what: Plan, span: Span) -> None:

@@ -1,8 +1,9 @@
 """Answers reads for a plan: every measure by SQL or by arrays, then the derived features.
 
 Arrays take exact sums (count, sum and avg of integers), min, max, first, last, first_n and last_n; sums of doubles, which are
-covered and never subtracted, moments, maps, sessions and whatever a relation holds that arrays do not know, go through the SQL of
-`point_in_time`. So do the reads of keys that a retraction has touched: they are few, and what it did to their blocks the SQL knows.
+covered and never subtracted, moments, maps, sessions and whatever a relation holds that arrays do not know, go through the SQL
+of `point_in_time`. So do the reads of keys that a retraction has touched (they are few, and what it did to their blocks the SQL
+knows), and those of fresh features at a log position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ STAGING = "staging"
 SHADOWED = f"{STAGING}.stg_shadowed_arrivals"
 RETRACTIONS = f"{STAGING}.stg_retractions"
 STAGED_COLUMNS = frozenset(("event_ts", "event_id", "landed_at", "known_at"))
+_POSITION = pa.list_(pa.int64())
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
 
@@ -115,25 +117,32 @@ class _GroupEngine:
         if windows := [measure for measure in by_arrays if not _is_events(measure)]:
             self._parts.append(_Windows(source, windows))
         self._parts += [_Events(source, measure) for measure in by_arrays if _is_events(measure)]
-        self._touched, self._of_touched = None, None
+        self._touched = None
+        self._by_sql_alone = _GroupEngine(connection, group, relations, span, arrays=False) if self._parts else None
         if self._parts and (touched := source.touched_keys()).num_rows:
             self._touched = KeyCodes(touched.columns)
-            self._of_touched = _GroupEngine(connection, group, relations, span, arrays=False)
 
     def columns(self, reads: Reads, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
         """Features by full name; those that `types` names are of its types."""
         reads = _with_calendar(self._connection, self._group, reads)
         found = self._columns(reads)
         found = {name: _cast(values, types[name]) for name, values in found.items() if name in types}
-        if self._touched is None or self._of_touched is None:
+        rows = self._beyond_arrays(reads)
+        if self._by_sql_alone is None or not len(rows):
             return found
-        rows = np.flatnonzero(self._touched.look_up([reads.keys[key] for key in self._group.keys]) >= 0)
-        if not len(rows):
-            return found
-        instead = self._of_touched.columns(reads.take(rows), types)
+        instead = self._by_sql_alone.columns(reads.take(rows), types)
         place = np.arange(len(reads))
         place[rows] = len(reads) + np.arange(len(rows))
         return {name: pa.concat_arrays([values, instead[name]]).take(pa.array(place)) for name, values in found.items()}
+
+    def _beyond_arrays(self, reads: Reads) -> np.ndarray:
+        """Rows whose keys a retraction touches, and those that know a log position where something fresh is asked for."""
+        beyond = np.zeros(len(reads), bool)
+        if self._touched is not None:
+            beyond |= self._touched.look_up([reads.keys[key] for key in self._group.keys]) >= 0
+        if reads.known_position is not None and any(measure.freshness == "event" for measure in self._group.measures):
+            beyond |= reads.known_position.is_valid().to_numpy(zero_copy_only=False)
+        return np.flatnonzero(beyond)
 
     def _columns(self, reads: Reads) -> dict[str, pa.Array]:
         plain: dict[str, pa.Array] = {}
@@ -153,7 +162,7 @@ class _GroupEngine:
                 REQUEST_TS: pa.array(reads.request_us).cast(TIMESTAMP),
                 "feature_watermark": pa.array(reads.tick_us).cast(TIMESTAMP),
                 "known_at": pa.array(reads.known_us).cast(TIMESTAMP),
-                "known_position": pa.nulls(len(reads), pa.list_(pa.int64())),
+                "known_position": pa.nulls(len(reads), _POSITION) if reads.known_position is None else reads.known_position,
             }
         )
         relations = self._relations
@@ -277,6 +286,11 @@ def _instant(instant_us: int) -> str:
 def _is_events(measure: Measure) -> bool:
     """Whether the arrays answer it from events, in their order."""
     return measure.aggregation in ("first", "last", "first_n", "last_n")
+
+
+def state_columns(group: FeatureGroup) -> int:
+    """How many columns of the group's block rows are held while its features are computed."""
+    return sum(len(measure.columns) for measure in group.measures if not _is_events(measure))
 
 
 def _is_extreme(measure: Measure) -> bool:
@@ -404,9 +418,7 @@ class _Head:
         )
         self._codes = KeyCodes([rows[key] for key in self._keys])
         self._event_us = _numbers(rows, "event_us")
-        self._sums = {
-            column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in m.columns
-        }
+        self._sums = {column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in m.columns}
         self._extremes = {measure.name: _values(rows, measure) for measure in measures if _is_extreme(measure)}
         self._arrays = HeadArrays(self._codes.codes, self._event_us, _numbers(rows, "landed_us"), GRACE_US)
 

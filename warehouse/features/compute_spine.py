@@ -25,12 +25,15 @@ _ZONED = r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 
 @dataclass(frozen=True)
 class Reads:
-    """A chunk of a spine as questions: keys (string arrays by column), t, T and K in microseconds (int64 [N])."""
+    """A chunk of a spine as questions: keys (string arrays by column; NULL asks about nothing), t, T and K in microseconds
+    (int64 [N])."""
 
     keys: dict[str, pa.Array]
     request_us: np.ndarray
     tick_us: np.ndarray
     known_us: np.ndarray
+    known_position: pa.Array | None = None
+    """list<int64>, K of fresh features: next offset per log partition; NULL, or no column: what landed before t."""
 
     def __len__(self) -> int:
         return len(self.request_us)
@@ -38,7 +41,8 @@ class Reads:
     def take(self, rows: np.ndarray) -> "Reads":
         """Some of the questions; rows: int64."""
         keys = {name: values.take(pa.array(rows)) for name, values in self.keys.items()}
-        return Reads(keys, self.request_us[rows], self.tick_us[rows], self.known_us[rows])
+        position = None if self.known_position is None else self.known_position.take(pa.array(rows))
+        return Reads(keys, self.request_us[rows], self.tick_us[rows], self.known_us[rows], position)
 
 
 @dataclass(frozen=True)

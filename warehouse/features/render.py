@@ -17,6 +17,7 @@ from warehouse.home import REPOSITORY
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, GRACE_US, SECOND_US
 
 MACROS = REPOSITORY / "warehouse" / "macros" / "algebra"
+TRAINING_MACROS = MACROS.with_name("training")
 VARIABLES = {
     "grace_seconds": GRACE_US // SECOND_US,
     "duplicate_memory_seconds": DUPLICATE_MEMORY_US // SECOND_US,
@@ -43,8 +44,8 @@ def _macros(dialect: str) -> Any:
 
 
 def macros_digest() -> str:
-    """A short hash of the algebra's text: a change of any macro changes what every table means."""
-    text = "\n".join(path.read_text() for path in sorted(MACROS.glob("*.sql")))
+    """A short hash of the text of the macros that say what a table means: a change of any is a change of every table."""
+    text = "\n".join(path.read_text() for folder in (MACROS, TRAINING_MACROS) for path in sorted(folder.glob("*.sql")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

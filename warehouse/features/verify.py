@@ -174,7 +174,7 @@ def _verify_group(
     wanted = [value for read, value, fits in zip(reads, expected, as_spine, strict=True) if fits and None not in read.key]
     _compare("batch SQL", _by_sql(connection, group, relations, reads), reads, expected, verdict, seed)
     _compare("compute", _by_compute(connection, group, relations, asked), asked, wanted, verdict, seed)
-    verdict.not_empty += sum(value not in (None, 0, []) for answer in expected for value in answer.values())
+    verdict.not_empty += sum(value not in (None, 0, [], {}) for answer in expected for value in answer.values())
 
 
 def _by_sql(
@@ -206,7 +206,7 @@ def _by_compute(
 
 
 def _spine(group: FeatureGroup, reads: Sequence[Read], times: Mapping[str, list[int]]) -> pa.Table:
-    columns = {key: pa.array([read.key[at] for read in reads], pa.string()) for at, key in enumerate(group.keys)}
+    columns = {key: pa.array([read.key[at] for read in reads], pa.string()) for at, key in enumerate(group.entity_keys)}
     instants = {"request_ts": [read.request_us for read in reads], **times}
     return pa.table({**columns, **{name: pa.array(found, pa.int64()).cast(TIMESTAMP) for name, found in instants.items()}})
 
@@ -232,9 +232,12 @@ def _compare(
 
 
 def _is_same(got: Any, expected: Any) -> bool:
-    """Integers and sequences exactly, doubles within 1e-9 relative, NULL as NULL."""
+    """Integers and lists exactly, doubles within 1e-9 relative, NULL as NULL; maps have the same entries in the same order."""
     if isinstance(expected, list):
         return (got or []) == expected
+    if isinstance(expected, dict):
+        same = [entry for entry, _ in got] == list(expected)
+        return same and all(map(_is_same, (number for _, number in got), expected.values()))
     if isinstance(expected, float) and got is not None:
         return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
     return got == expected
@@ -243,7 +246,7 @@ def _is_same(got: Any, expected: Any) -> bool:
 def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> list[dict[str, Any]]:
     """The rows that can bear on a key: every arrival of each event_id that ever came with it, and of each that retracts one.
     The oracle looks at each row for each value, and duplicates are a matter of one id, so the others change nothing."""
-    ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.keys) == read.key}
+    ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.entity_keys) == read.key}
     ids |= {row["event_id"] for row in rows if row["retracts"] in ids}
     return [row for row in rows if row["event_id"] in ids]
 
@@ -306,9 +309,9 @@ def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> lis
 
 def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
     """Values per column: ids for keys, what expressions compare a column with and its neighbours, others, and NULL."""
-    keys = {key for group in groups for key in group.keys} | {"user_id", "note_id", "author_id"}
+    keys = {key for group in groups for key in group.entity_keys} | {"user_id", "note_id", "author_id"}
     compared: dict[str, list[Any]] = {"event_type": [], **{key: list(IDS) for key in sorted(keys)}}
-    for text in (text for group in groups for m in group.measures for text in (m.where, m.of) if text):
+    for text in (text for group in groups for m in group.measures for text in (m.where, m.of, m.bucket_by) if text):
         for column in sqlglot.parse_one(text, dialect="duckdb").find_all(exp.Column):
             pool = compared.setdefault(column.name, [])
             pool += [value for literal in _compared_with(column) for value in _around(literal)]
@@ -317,7 +320,7 @@ def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
         if name == "event_type":  # never NULL
             others: list[Any] = ["other"]
         elif name in EVENTS_SCHEMA.names:
-            others = ["other", None]
+            others = ["other", "é", "Z", "a b", None]
         else:  # an integer out of `properties`
             others = [None, -3, 0, 1, 2, 5, 2**52]
         pools[name] = list(dict.fromkeys([*values_near, *others]))
@@ -343,7 +346,9 @@ def _reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], numb
     reads = []
     for at in range(number):
         event = random.choice(rows)
-        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.keys)
+        key = tuple(
+            random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys
+        )
         aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
         aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))

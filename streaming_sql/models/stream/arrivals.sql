@@ -1,5 +1,5 @@
 {# One row per record of the log, in the columns of lake.events, so that the staging SQL is the same text here and there.
-   Dead letters are left out, as landing leaves them out of the lake: later than the duplicate memory, or too far ahead. #}
+   Dead letters are left out, as landing leaves them out of the lake: later than the duplicate memory, too far ahead, or no event. #}
 {{ config(materialized='view') }}
 
 select
@@ -22,3 +22,4 @@ from {{ ref('log_events') }}
 where
     event_ts >= kafka_timestamp - {{ seconds(var('duplicate_memory_seconds')) }}
     and event_ts <= kafka_timestamp + {{ seconds(var('furthest_ahead_seconds')) }}
+    and event_type <> 'dead_letter'

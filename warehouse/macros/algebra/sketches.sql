@@ -174,7 +174,7 @@ group by {{ id }}
     {%- set last = sketch_edges(relative_error, 'number') -%}
     {%- set gamma = (1 + relative_error) / (1 - relative_error) -%}
     {%- set guess -%}
-        cast(greatest(1, least({{ last }}, floor(ln({{ size }} / cast('1e-09' as {{ sql_type('double') }})) / ln(cast('{{ gamma }}' as {{ sql_type('double') }}))) + 1)) as bigint)
+        cast(greatest(1, least({{ last }}, floor(ln(greatest({{ size }}, cast('1e-09' as {{ sql_type('double') }})) / cast('1e-09' as {{ sql_type('double') }})) / ln(cast('{{ gamma }}' as {{ sql_type('double') }}))) + 1)) as integer)
     {%- endset -%}
     cast(
         case

@@ -1,5 +1,6 @@
 {# A model whose rows live in an Iceberg table and arrive by event time.
 
+   A model with `meta.features_of` gives a spine; the plugin adds the features of that group.
    The model filters itself with `in_build_range('known_at')`; the build commits exactly that range, once, whatever its length:
    history in one commit, the live end in ticks. Config: `event_time` (default known_at), `partition_by` ({column: transform}).
    `--event-time-start/--event-time-end` rebuild a range of arrival, but leave no gap: what was never built, or with another
@@ -14,6 +15,7 @@
     {% else %}
         {% do adapter.store_relation('lake', target_relation, [], '', 'iceberg', {
             'sql': compiled_code,
+            'features_of': config.get('meta', {}).get('features_of'),
             'event_time': config.get('event_time') or 'known_at',
             'partition_by': config.get('partition_by', {}),
             'definition': definition_of(model.unique_id),

@@ -1,0 +1,47 @@
+"""What a runner leaves behind about once a second, for `headrace stream status` to read."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import orjson
+
+from streaming_sql.feed import Taken
+from streaming_sql.online_store import OnlineStore
+from warehouse.clock import Clock
+
+RUNNER_FILE = "runner.json"
+FEATURES = "features"
+"""The name under which the runner keeps its position in the log."""
+
+
+def iso(instant_us: int | None) -> str | None:
+    """Microseconds as ISO-8601 in UTC; None for none and for 0 (never)."""
+    if not instant_us:
+        return None
+    return datetime.fromtimestamp(instant_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_runner_report(
+    path: Path, store: OnlineStore, totals: Taken, num_behind: int, read_through_us: Sequence[int], per_s: float, clock: Clock
+) -> None:
+    """Replaces the file that `headrace stream status` reads; atomic. read_through_us: landed_at that each partition was read
+    up to. per_s: records read per second since the last report."""
+    view = store.view()
+    status = {
+        "pid": os.getpid(),
+        "updated_at": iso(clock.now_us()),
+        "tick": iso(view.tick_us),
+        "position": list(view.position),
+        "num_behind": num_behind,
+        "lag_s": max(clock.now_us() - min(read_through_us), 0) / 1e6 if num_behind else 0.0,
+        "records_per_s": round(per_s, 1),
+        **{name: value for name, value in asdict(totals).items() if name.startswith("num_")},
+        "num_keys": store.num_keys(),
+        "block_bytes": sum(store.num_bytes().values()),
+    }
+    half = path.with_suffix(".tmp")
+    half.write_bytes(orjson.dumps(status))
+    half.replace(path)
