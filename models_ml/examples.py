@@ -67,8 +67,12 @@ class Examples:
 
     @cached_property
     def user_features(self) -> tuple[str, ...]:
-        """Features of the reader alone: one value per request."""
-        return tuple(name for name in self.feature_names if name.startswith("user_") and not name.startswith("user_author_"))
+        """Features of the reader alone and of the request: one value per request."""
+        return tuple(
+            name
+            for name in self.feature_names
+            if name.startswith(("user_", "request_")) and not name.startswith("user_author_")
+        )
 
     @cached_property
     def note_features(self) -> tuple[str, ...]:

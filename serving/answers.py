@@ -29,15 +29,18 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
             "noteId": candidates.note_ids[candidate],
             "authorId": candidates.author_ids[candidate],
             "topic": topic_of(catalogue, candidates.note_ids[candidate]),
-            "impressionId": served.impression_id(candidate),
+            "impressionId": served.impression_id(position),
             "source": candidates.sources[candidate][0],
             "sources": list(candidates.sources[candidate]),
             "recallScore": float(candidates.recall_score_C[candidate]),
             "l1Score": finite(served.l1_score_C[candidate]),
             "predictions": served.predictions_of(candidate),
             "finalScore": float(served.final_score_C[candidate]),
+            "slot": placed.slot,
+            "propensity": placed.propensity,
         }
-        for position, candidate in enumerate(served.page())
+        for position, placed in enumerate(served.page)
+        for candidate in (placed.candidate,)
     ]
     return {
         "requestId": served.request_id,
@@ -136,6 +139,8 @@ def explain_answer(row: Mapping[str, Any], note_id: str | None) -> dict[str, Any
                 "predictions": candidate["predictions"],
                 "finalScore": candidate["final_score"],
                 "position": candidate["position"],
+                "slot": candidate["slot"],
+                "propensity": candidate["propensity"],
                 "stageReached": stage_reached(candidate),
                 "features": candidate["features"],
                 "sequences": candidate["sequences"],

@@ -15,17 +15,23 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 import torch
-from fastapi import Body, FastAPI, HTTPException, Query, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from serving import answers, cascade, collect, wire
 from serving.engine import Engine
 from serving.explain import find_row
 from serving.http import Edge, install_error_bodies, json_response, sentence
+from serving.intake import Intake
 from serving.metrics import Metrics
+from serving.outside import said
 from serving.settings import Settings
 from serving.world import World
+from streaming_sql.records import DeadLetter
 from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
+from warehouse.features.kinds.declared import Kinds
+from warehouse.features.kinds.values import Value
 from warehouse.home import Home
 
 log = logging.getLogger(__name__)
@@ -37,6 +43,7 @@ API_PAGE = Path(__file__).with_name("docs.html")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.Problem, "description": what}
     for status, what in {
+        400: "A declared feature of the request has another type; the answer says what would be right",
         404: "Not known here",
         413: "The body is too large",
         422: "Something in the body is not right; the answer says what would be",
@@ -50,20 +57,24 @@ def create_app(
     clock: Clock | None = None,
     settings: Settings | None = None,
     on_failure: Callable[[list[str]], None] | None = None,
+    kinds: Kinds | None = None,
 ) -> FastAPI:
     """One server. Nothing is opened until it starts; what the environment says (HEADRACE_HOME, HEADRACE_CLOCK,
     HEADRACE_SERVING) is read then, so that importing this module cannot fail. on_failure is told, on the loading thread, what
-    is missing when the server cannot become ready; without it the server stays up and /readyz says so."""
+    is missing when the server cannot become ready; without it the server stays up and /readyz says so. kinds: the features
+    of the request and the like; those of the project's declarations when absent."""
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)
         chosen = settings or Settings.from_env()
-        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure)
+        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds)
         app.state.engine = engine
         app.state.workers = ThreadPoolExecutor(chosen.inference_threads, thread_name_prefix="cascade")
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
+        intake = app.state.intake = Intake(chosen.waiting_events, chosen.max_log_bytes)
+        metrics.gauge("events_waiting", "Posted events that wait for the log", lambda: intake.num_waiting)
         _watch(metrics, engine)
         engine.start()
         try:
@@ -125,7 +136,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
         world = _world(app)
         page_size = body.limit or world.settings.page_size
-        work = functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface)
+        work = functools.partial(
+            cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface, _said(world, body.context)
+        )
         served = await _compute(app, metrics, work)
         _engine(app).remember(served)
         for stage, ms in served.steps.timings_ms.items():
@@ -149,7 +162,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         world = _world(app)
         notes = _once(body.candidates, world)
         note_ids = [note.note_id for note in notes]
-        work = functools.partial(cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
+        work = functools.partial(
+            cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, _said(world, body.context)
+        )
         authors, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
 
@@ -159,7 +174,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         world = _world(app)
         notes = _once(body.candidates, world)
         note_ids = [note.note_id for note in notes]
-        work = functools.partial(cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface)
+        work = functools.partial(
+            cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, _said(world, body.context)
+        )
         authors, predictions, scores, order, degraded = await _compute(app, metrics, work)
         return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
 
@@ -183,6 +200,14 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         return json_response(answer)
 
 
+def _said(world: World, context: wire.Context) -> dict[str, Value]:
+    """The declared features of the request. Raises 400 that names the key and what would be right."""
+    try:
+        return said(world.kinds, context.model_extra or {})
+    except HeadraceError as error:
+        raise HTTPException(400, str(error)) from None
+
+
 def _once(notes: list[wire.Note], world: World) -> list[wire.Note]:
     """Each note once, the first of equals. Raises 422 above the limit."""
     most = world.settings.max_candidates
@@ -203,38 +228,62 @@ def _add_events(app: FastAPI, metrics: Metrics) -> None:
         "properties": {"events": {"type": "array", "items": single, "minItems": 1, "maxItems": collect.MOST_EVENTS}},
     }
 
+    content = {
+        "application/json": {"schema": {"anyOf": [single, batch]}},
+        "application/x-ndjson": {"schema": {"type": "string", "description": "One event a line"}},
+    }
+    answers_documented: dict[int | str, dict[str, Any]] = {
+        202: {"model": wire.EventsResponse, "description": "All events are durable"},
+        207: {"model": wire.EventsResponse, "description": "Some are durable, some refused; `results` says which and why"},
+        429: {"model": wire.Problem, "description": "Too many events wait; none was taken; come back after Retry-After"},
+    }
+
     @app.post(
         "/v1/events",
         status_code=202,
         response_model=wire.EventsResponse,
+        responses=answers_documented,
         tags=["events"],
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [single, batch]}}}}
-        },
+        openapi_extra={"requestBody": {"required": True, "content": content}},
     )
-    async def events(body: Annotated[Any, Body()]) -> Response:
-        """One event, or `{"events": [...]}`. The answer comes when the accepted ones are durable and count in fresh features.
+    async def events(request: Request) -> Response:
+        """One event, `{"events": [...]}`, or NDJSON. The answer comes when the accepted ones are durable and count in
+        fresh features.
 
-        202 with a result per event; 422 if none could be accepted. Sending an `eventId` again changes nothing."""
+        202 when all are accepted; 207 with a result per event when only some are; 422 when none is. What is refused is kept in
+        lake.dead_letters with the reason. Sending an `eventId` again changes nothing."""
         world, engine = _world(app), _engine(app)
+        body = await request.body()
+        write = functools.partial(asyncio.get_running_loop().run_in_executor, app.state.writers)
         try:
-            posted = collect.events_of(body)
+            posted = collect.parse(body, request.headers.get("content-type", ""))
         except ValueError as error:
+            if body:
+                await write(engine.bury, [DeadLetter(str(error), body.decode(errors="replace"))])
             raise HTTPException(422, str(error)) from None
         checked = collect.check(posted, world.catalogue, world.clock.now_us())
         rows = [one.row for one in checked if one.row is not None]
-        positions = []
-        if rows:
-            positions = await asyncio.get_running_loop().run_in_executor(app.state.writers, engine.accept, rows)
+        letters = [one.letter() for one in checked if one.row is None]
+        assert engine.log is not None
+        if refusal := app.state.intake.why_not(len(checked), engine.log):
+            why, after_s = refusal
+            metrics.events.labels("turned_away").inc(len(checked))
+            raise HTTPException(429, f"{why}; send them again", headers={"Retry-After": str(after_s)})
+        try:
+            if letters:
+                await write(engine.bury, letters)
+            positions = await write(engine.accept, rows) if rows else []
+        finally:
+            app.state.intake.done(len(checked))
         metrics.events.labels("accepted").inc(len(rows))
-        metrics.events.labels("rejected").inc(len(checked) - len(rows))
+        metrics.events.labels("rejected").inc(len(letters))
         given = iter(positions)
         results = [_event_result(one, given) for one in checked]
-        answer = {"accepted": len(rows), "rejected": len(checked) - len(rows), "results": results}
+        answer = {"accepted": len(rows), "rejected": len(letters), "results": results}
         if not rows:
             errors = [{"where": f"events.{place}", "problem": one.error or ""} for place, one in enumerate(checked[:20])]
             return json_response({"detail": sentence(errors), "errors": errors, **answer}, 422)
-        return json_response(answer, 202)
+        return json_response(answer, 207 if letters else 202)
 
 
 def _event_result(one: collect.Checked, positions: Any) -> dict[str, Any]:

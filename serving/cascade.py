@@ -5,24 +5,28 @@ Shape letters: C candidates in order of recall, S survivors of L1, F features. N
 
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from serving.hydrate import CandidateFeatures, hydrate_candidates
-from serving.policy import arrange
+from serving.page import lay_out, reserve
 from serving.rank import as_given, best_first, run_l1, run_l2
 from serving.recall import find_candidates
 from serving.request import Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served
 from serving.world import World
+from warehouse.features.kinds.values import Value
+
+Said = Mapping[str, Value] | None
+"""The features of the request, as `outside.said` gives them."""
 
 
-def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: str | None = None) -> Served:
+def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: str | None = None, said: Said = None) -> Served:
     """A page of notes for one reader: the whole path."""
     settings = world.settings
-    request = begin(world, user_id, feed_type, surface)
+    request = begin(world, user_id, feed_type, surface, said)
     steps = request.steps
 
     with steps.timed("retrieve"):
@@ -30,19 +34,20 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
     with steps.timed("hydrate_candidates"):
         features_CF = _hydrate(request, candidates.note_ids, candidates.author_ids)
     with steps.timed("l1"):
-        l1_score_C, survivors_S = run_l1(request, features_CF, candidates.recall_score_C, settings.l1_top_k)
+        l1_score_C, l1_order_C = run_l1(request, features_CF, candidates.recall_score_C, len(candidates))
+        survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
     with steps.timed("l2"):
         note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S]
         predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
+    final_score_C = _spread(final_score_S, survivors_S, len(candidates))
+    request_id = uuid.uuid4().hex
     with steps.timed("policy"):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
-        page, relaxed = arrange(order_C, candidates.note_ids, candidates.author_ids, page_size, settings.max_notes_per_author)
-        steps.degraded.extend(relaxed)
+        page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
 
-    request_id = uuid.uuid4().hex
-    position_C = np.full(len(candidates), -1)
-    position_C[page] = np.arange(len(page))
-    logged = np.flatnonzero((position_C >= 0) | _sampled(request_id, len(candidates), settings.logged_share))
+    is_logged_C = _sampled(request_id, len(candidates), settings.logged_share)
+    is_logged_C[[placed.candidate for placed in page]] = True
+    logged = np.flatnonzero(is_logged_C)
     steps.note_total()
     return Served(
         request_id=request_id,
@@ -58,8 +63,8 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
         candidates=candidates,
         l1_score_C=l1_score_C,
         predictions={head: _spread(scores_S, survivors_S, len(candidates)) for head, scores_S in predictions_S.items()},
-        final_score_C=_spread(final_score_S, survivors_S, len(candidates)),
-        position_C=position_C,
+        final_score_C=final_score_C,
+        page=page,
         logged=logged,
         logged_features=features_CF.take(logged),
     )
@@ -73,10 +78,10 @@ def retrieve_alone(world: World, user_id: str, feed_type: str, limit: int) -> tu
 
 
 def rank_l1_alone(
-    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None
+    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None, said: Said = None
 ) -> tuple[list[str | None], np.ndarray, np.ndarray, list[str]]:
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
-    request = begin(world, user_id, surface=surface)
+    request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_CF = _hydrate(request, note_ids, author_ids)
     scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
@@ -84,10 +89,10 @@ def rank_l1_alone(
 
 
 def rank_l2_alone(
-    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None
+    world: World, user_id: str, note_ids: Sequence[str], top_k: int, surface: str | None = None, said: Said = None
 ) -> tuple[list[str | None], dict[str, np.ndarray], np.ndarray, np.ndarray, list[str]]:
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
-    request = begin(world, user_id, surface=surface)
+    request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_CF = _hydrate(request, note_ids, author_ids)
     predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
@@ -96,7 +101,9 @@ def rank_l2_alone(
 
 def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
     world = request.world
-    return hydrate_candidates(request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us)
+    return hydrate_candidates(
+        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+    )
 
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from serving.catalogue import Catalogue
 from serving.http import sentence, validation_errors
 from serving.wire import EventIn
-from streaming_sql.records import to_us
+from streaming_sql.records import DeadLetter, to_row, to_us
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, MINUTE_US
 
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 MOST_EVENTS = 1000
 MOST_PROPERTIES_BYTES = 8192
 
@@ -24,6 +25,48 @@ class Checked:
     event_id: str | None
     row: dict[str, Any] | None
     error: str | None
+    sent: Any
+    """What came; text where it is no JSON."""
+
+    def letter(self) -> DeadLetter:
+        """A refused event, to be kept with its reason."""
+        assert self.error is not None
+        return DeadLetter(self.error, self.sent if isinstance(self.sent, str) else json.dumps(self.sent, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class NoJson:
+    """A line that does not parse: `error` says why, `text` is what came."""
+
+    error: str
+    text: str
+
+
+def parse(body: bytes, content_type: str) -> list[Any]:
+    """The events of a posted body, not yet checked: NDJSON where the content type says so, one `NoJson` for each line that does
+    not parse; else one JSON object, or `{"events": [...]}`. Raises ValueError, saying what would be right, for a body that
+    holds no events at all or too many."""
+    if content_type.partition(";")[0].strip().lower() not in NDJSON:
+        return events_of(_loads(body))
+    lines = [line for line in body.splitlines() if line.strip()]
+    if not 1 <= len(lines) <= MOST_EVENTS:
+        raise ValueError(f"NDJSON must hold 1 to {MOST_EVENTS} lines, one event each, got {len(lines)}")
+    return [_line(line) for line in lines]
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ValueError(f"the body must be JSON: {why}") from None
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return _loads(line)
+    except ValueError as error:
+        return NoJson(str(error).replace("the body", "the line", 1), line.decode(errors="replace"))
 
 
 def events_of(body: Any) -> list[Any]:
@@ -47,15 +90,19 @@ def check(events: Sequence[Any], catalogue: Catalogue, now_us: int) -> list[Chec
 
 
 def _check_one(event: Any, catalogue: Catalogue, now_us: int) -> Checked:
+    if isinstance(event, NoJson):
+        return Checked(None, None, event.error, event.text)
     event_id = event.get("eventId") if isinstance(event, dict) else None
     event_id = event_id[:256] if isinstance(event_id, str) and event_id.isprintable() else None
     try:
         parsed = EventIn.model_validate(event)
-        return Checked(parsed.event_id, _row(parsed, catalogue, now_us), None)
+        row = _row(parsed, catalogue, now_us)
+        to_row(row)  # what the log would refuse is refused here, where it takes nobody else down
+        return Checked(parsed.event_id, row, None, event)
     except ValidationError as error:
-        return Checked(event_id, None, sentence(validation_errors(error.errors(include_url=False))))
+        return Checked(event_id, None, sentence(validation_errors(error.errors(include_url=False))), event)
     except ValueError as error:
-        return Checked(event_id, None, str(error))
+        return Checked(event_id, None, str(error), event)
 
 
 def _row(event: EventIn, catalogue: Catalogue, now_us: int) -> dict[str, Any]:

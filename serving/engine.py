@@ -14,9 +14,11 @@ from typing import IO, Any
 
 from serving.catalogue import Catalogue
 from serving.explain import Recent
+from serving.fetch import Fetcher
 from serving.forward_log import ForwardLog
 from serving.hydrate import check_groups
 from serving.models import load_models, missing_models
+from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.served import Served
 from serving.settings import Settings
@@ -24,18 +26,23 @@ from serving.world import World
 from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
+from streaming_sql.records import DeadLetter
 from streaming_sql.runner import Runner
 from streaming_sql.runner_report import RUNNER_FILE
 from streaming_sql.settings import StreamSettings
+from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
 
 log = logging.getLogger(__name__)
 
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
+TABLES_LOOKED_AT_EVERY_S = 30.0
+"""A batch table that was loaded again is read again within this time."""
 ABSORBED_WITHIN_S = 2.0
 """How long an answer to posted events waits for them to count in fresh features; they are durable before."""
 
@@ -55,8 +62,15 @@ def missing_parts(home: Home) -> list[str]:
 class Engine:
     """Use `start` and `stop` once each. `world` is None until everything is loaded."""
 
-    def __init__(self, home: Home, clock: Clock, settings: Settings, on_failure: Callable[[list[str]], None] | None = None):
-        self.home, self.clock, self.settings, self._on_failure = home, clock, settings, on_failure
+    def __init__(
+        self,
+        home: Home,
+        clock: Clock,
+        settings: Settings,
+        on_failure: Callable[[list[str]], None] | None = None,
+        kinds: Kinds | None = None,
+    ):
+        self.home, self.clock, self.settings, self._on_failure, self._kinds = home, clock, settings, on_failure, kinds
         self.world: World | None = None
         self.lake: Lake | None = None
         self.log: Log | None = None
@@ -99,6 +113,11 @@ class Engine:
             log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
 
+    def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """Keeps refused events, with the reason, for lake.dead_letters; durable when it returns."""
+        assert self.log is not None
+        self.log.append_dead_letters(letters)
+
     def remember(self, served: Served) -> None:
         assert self.forward_log is not None
         self.recent.add(served)
@@ -118,6 +137,10 @@ class Engine:
                 log.exception("the stream had stopped early")
         if self.log is not None:
             self.log.close()
+        if self.world is not None:
+            self.world.tables.stop()
+            if self.world.fetcher is not None:
+                self.world.fetcher.close()
         if self._lock_file is not None:
             self._lock_file.close()
 
@@ -141,8 +164,8 @@ class Engine:
             self._on_failure(self.missing())
 
     def _open(self) -> World:
-        groups = load_groups()
-        check_groups(groups)
+        groups, kinds = load_groups(), self._kinds or load_kinds()
+        check_groups(groups, kinds)
         lake = self.lake = Lake.open(self.home)
         stream = StreamSettings.from_env()
         event_log = self.log = open_log(self.home, lake, self.clock, stream)
@@ -154,6 +177,8 @@ class Engine:
         )
         runner.catch_up()
         runner.flush()
+        tables = TableStore(lake, kinds.tables)
+        tables.refresh(store.view().tick_us)
         catalogue = Catalogue.from_lake(lake)
         world = World(
             clock=self.clock,
@@ -163,13 +188,19 @@ class Engine:
             store=store,
             catalogue=catalogue,
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
-            models=load_models(self.home, groups, catalogue, self.settings.most_candidates),
+            allowed_N=allowed_notes(self.settings, catalogue.note_ids, catalogue.author_ids, catalogue.topics),
+            models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
+            kinds=kinds,
+            fetcher=Fetcher(kinds.http) if kinds.http else None,
+            tables=tables,
         )
         self.forward_log = ForwardLog(
             lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s
         )
         self.forward_log.start()
         runner.start()
+        if tables.tables:
+            tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
 
 

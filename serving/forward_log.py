@@ -35,6 +35,8 @@ CANDIDATE = pa.struct(
         pa.field("final_score", pa.float64()),
         pa.field("position", pa.int32()),
         pa.field("shown", pa.bool_()),
+        pa.field("slot", pa.string()),
+        pa.field("propensity", pa.float64()),
         pa.field("features", _FEATURES),
         pa.field("predictions", _FEATURES),
         pa.field("sequences", _SEQUENCES),
@@ -107,10 +109,9 @@ class ForwardLog:
         self.num_written = self.num_dropped = self.num_failed_writes = 0
 
     def start(self) -> None:
-        """Makes the table if need be, adds the columns that an older one lacks, and starts the writer."""
-        table = self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
-        with table.update_schema() as update:
-            update.union_by_name(FORWARD_LOG_SCHEMA)
+        """Makes the table if need be, adds columns that an older version did not write, and starts the writer."""
+        self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
+        self._lake.evolve(FORWARD_LOG, FORWARD_LOG_SCHEMA)
         self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
         self._thread.start()
 

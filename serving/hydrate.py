@@ -4,18 +4,24 @@ Shape letters: C candidates, F features. One view means one tick T and one log p
 models: they ask for columns by name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from serving.catalogue import REQUEST_FEATURES, Catalogue
+from streaming_sql.group_state import FeatureMatrix
+from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
+from streaming_sql.table_store import TableStore
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.kinds.declared import Kinds
 
 KEY_COLUMNS = ("user_id", "note_id", "author_id")
+USER = ("user_id",)
 
 
 @dataclass(frozen=True)
@@ -65,36 +71,47 @@ class CandidateFeatures:
         return {name: rows[position] for name, rows in self.maps.items()}
 
 
-def check_groups(groups: Mapping[str, FeatureGroup]) -> None:
-    """Raises HeadraceError if a group has a key that a request cannot supply."""
-    for group in groups.values():
-        if unknown := set(group.entity_keys) - set(KEY_COLUMNS):
+def check_groups(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> None:
+    """Raises HeadraceError if a group or a batch table has a key that a request cannot supply."""
+    keyed = [(f"feature group {group.name}", group.entity_keys) for group in groups.values()]
+    for name, keys in [*keyed, *((f"batch table {table.name}", table.keys) for table in kinds.tables)]:
+        if unknown := set(keys) - set(KEY_COLUMNS):
             raise HeadraceError(
-                f"feature group {group.name} is keyed by {', '.join(sorted(unknown))}, which a feed request does not know; "
+                f"{name} is keyed by {', '.join(sorted(unknown))}, which a feed request does not know; "
                 f"served groups are keyed by {', '.join(KEY_COLUMNS)}"
             )
 
 
-def available_names(groups: Mapping[str, FeatureGroup]) -> tuple[set[str], set[str]]:
+def available_names(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> tuple[set[str], set[str]]:
     """(names a model may ask for of the reader, of a candidate)."""
-    of_user = {name for group in groups.values() if group.entity_keys == ("user_id",) for name in group.feature_names}
-    of_candidate = {name for group in groups.values() if group.entity_keys != ("user_id",) for name in group.feature_names}
-    return of_user, of_candidate | set(REQUEST_FEATURES)
+    of_user, of_candidate = set(kinds.served_inputs), set(REQUEST_FEATURES)
+    for keys, names in [(group.entity_keys, group.feature_names) for group in groups.values()] + [
+        (table.keys, table.feature_names) for table in kinds.tables
+    ]:
+        (of_user if keys == USER else of_candidate).update(names)
+    return of_user, of_candidate
 
 
-def hydrate_user(view: StoreView, groups: Mapping[str, FeatureGroup], user_id: str, t_us: int) -> UserFeatures:
+def hydrate_user(
+    view: StoreView, groups: Mapping[str, FeatureGroup], user_id: str, t_us: int, tables: TableStore
+) -> UserFeatures:
     """The reader's own features, as of this view and t."""
     names: list[str] = []
     values: list[np.ndarray] = []
     sequences: dict[str, list[str]] = {}
     maps: dict[str, dict[str, float]] = {}
     for group in groups.values():
-        if group.entity_keys == ("user_id",):
+        if group.entity_keys == USER:
             matrix = view.assemble(group.name, [(user_id,)], t_us)
             names.extend(matrix.names)
             values.append(matrix.values[0])
             sequences.update({name: rows[0] for name, rows in matrix.sequences.items()})
             maps.update({name: rows[0] for name, rows in matrix.maps.items()})
+    for table in tables.tables:
+        if table.keys == USER:
+            matrix = tables.assemble(table, [(user_id,)], view.tick_us)
+            names.extend(matrix.names)
+            values.append(matrix.values[0])
     return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences, maps)
 
 
@@ -106,6 +123,7 @@ def hydrate_candidates(
     note_ids: Sequence[str],
     author_ids: Sequence[str | None],
     t_us: int,
+    tables: TableStore,
 ) -> CandidateFeatures:
     """All candidates' features in one call per group; a key that many candidates share is assembled once."""
     columns: dict[str, Sequence[str | None]] = {
@@ -117,18 +135,24 @@ def hydrate_candidates(
     values: list[np.ndarray] = []
     sequences: dict[str, list[list[str]]] = {}
     maps: dict[str, list[dict[str, float]]] = {}
-    for group in groups.values():
-        if group.entity_keys == ("user_id",):
-            continue
-        keys = list(zip(*(columns[key] for key in group.entity_keys), strict=True))
+
+    def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> None:
+        keys = list(zip(*(columns[key] for key in key_columns), strict=True))
         distinct = dict.fromkeys(keys)
-        matrix = view.assemble(group.name, list(distinct), t_us)
+        matrix = assemble(list(distinct))
         place = {key: row for row, key in enumerate(distinct)}
         names.extend(matrix.names)
         places = [place[key] for key in keys]
         values.append(matrix.values[places])
-        sequences |= _gathered(matrix.sequences, places)
-        maps |= _gathered(matrix.maps, places)
+        sequences.update(_gathered(matrix.sequences, places))
+        maps.update(_gathered(matrix.maps, places))
+
+    for group in groups.values():
+        if group.entity_keys != USER:
+            gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
+    for table in tables.tables:
+        if table.keys != USER:
+            gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))
     names.extend(REQUEST_FEATURES)
     values.append(catalogue.request_features(note_ids, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.kinds.declared import Kinds
 from warehouse.home import Home
 
 NAMES = ("item_to_item", "two_tower", "l1", "l2")
@@ -31,7 +33,21 @@ class Models:
     l2: Any
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
+    num_notes: int  # rows of the catalogue
     vectors: VectorsOnDevice | None = None
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [S, D]: the two-tower vectors of rows of the catalogue, zeros where a note has none. rows: int64 [S]."""
+        places_S = self._vector_of_row[rows]
+        return np.where(places_S[:, None] >= 0, self.two_tower.note_vectors[places_S], 0.0)
+
+    @cached_property
+    def _vector_of_row(self) -> np.ndarray:
+        """int64 [N]: the vector of each row of the catalogue, -1 for none. The rows of no vector are beyond the last or -1."""
+        known = np.flatnonzero(self.rows_of_vectors >= 0)
+        vector_of_row = np.full(self.num_notes, -1, dtype=np.int64)
+        vector_of_row[self.rows_of_vectors[known]] = known
+        return vector_of_row
 
 
 def missing_models(home: Home) -> list[str]:
@@ -39,7 +55,9 @@ def missing_models(home: Home) -> list[str]:
     return [f"model {name} is not published; {REMEDY}" for name in NAMES if not (home.models / name / "production").exists()]
 
 
-def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int) -> Models:
+def load_models(
+    home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int, kinds: Kinds | None = None
+) -> Models:
     """The production versions, on the device that HEADRACE_DEVICE names. most_candidates: of one request, on a GPU.
 
     Raises HeadraceError if one is missing, damaged, or reads features that are not served, or if there is no such device.
@@ -57,7 +75,7 @@ def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catal
                 f"model {name} {path.name} was made by another version of the code and cannot be loaded "
                 f"({str(error).strip().splitlines()[-1].strip()}); {REMEDY}"
             ) from error
-    of_user, of_candidate = available_names(groups)
+    of_user, of_candidate = available_names(groups, kinds or Kinds())
     for name in ("l1", "l2"):
         unknown = [feature for feature in loaded[name].user_features if feature not in of_user]
         unknown += [feature for feature in loaded[name].note_features if feature not in of_candidate]
@@ -68,4 +86,6 @@ def load_models(home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catal
             )
     rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
     loaded, vectors = moved(loaded, device, most_candidates)
-    return Models(**loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), vectors=vectors)
+    return Models(
+        **loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), num_notes=len(catalogue), vectors=vectors
+    )

@@ -18,6 +18,8 @@ from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
+from warehouse.features.kinds.declared import Kinds, TableFeatures, load_kinds
+from warehouse.features.kinds.table_compute import recompute_table
 from warehouse.features.recompute import recompute
 from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.landing import landed_position
@@ -110,7 +112,9 @@ class _Vector:
     maps: Mapping[str, Mapping[str, float] | None]
 
 
-def check_parity(lake: Lake, last: int | None = None, groups: Mapping[str, FeatureGroup] | None = None) -> Parity:
+def check_parity(
+    lake: Lake, last: int | None = None, groups: Mapping[str, FeatureGroup] | None = None, kinds: Kinds | None = None
+) -> Parity:
     """Compares every logged value of the newest `last` requests (all by default) with the lake.
 
     Raises HeadraceError if nothing was logged.
@@ -136,7 +140,19 @@ def check_parity(lake: Lake, last: int | None = None, groups: Mapping[str, Featu
                 comparable.append(vector)
         if comparable:
             _compare(group, comparable, recompute(lake, group, _spine(group, comparable)), parity)
+    for table in (kinds or load_kinds()).tables:
+        logged = [request for request in requests if _was_logged(table, request)]
+        parity.skipped[f"{table.name} was not declared when they were served"] += len(requests) - len(logged)
+        if vectors := list(_vectors(table, logged)):
+            _compare(table, vectors, recompute_table(lake, table, _spine(table, vectors)), parity)
+    parity.skipped = +parity.skipped
     return parity
+
+
+def _was_logged(table: TableFeatures, request: Mapping[str, Any]) -> bool:
+    """Whether the request's log holds the table's features; a log from before the declaration does not."""
+    maps = [request["user_features"], *(candidate["features"] or {} for candidate in request["candidates"])]
+    return any(table.feature_names[0] in features for features in maps)
 
 
 @dataclass(frozen=True)
@@ -171,7 +187,7 @@ def _built_until(lake: Lake, groups: Mapping[str, FeatureGroup]) -> dict[str, in
     return {name: to_us(text) if (text := there.get(name)) else 0 for name in names}
 
 
-def _vectors(group: FeatureGroup, requests: Iterable[Mapping[str, Any]]) -> Iterable[_Vector]:
+def _vectors(group: FeatureGroup | TableFeatures, requests: Iterable[Mapping[str, Any]]) -> Iterable[_Vector]:
     """The group's logged vectors: one per request for the reader's own, else one per distinct key of a request."""
     for request in requests:
         if group.entity_keys == ("user_id",):
@@ -200,7 +216,7 @@ def _vectors(group: FeatureGroup, requests: Iterable[Mapping[str, Any]]) -> Iter
                 yield _Vector(request, keys, values, sequences, maps)
 
 
-def _spine(group: FeatureGroup, vectors: Sequence[_Vector]) -> pa.Table:
+def _spine(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector]) -> pa.Table:
     times = pa.Table.from_pylist(
         [
             {
@@ -218,7 +234,7 @@ def _spine(group: FeatureGroup, vectors: Sequence[_Vector]) -> pa.Table:
     return times
 
 
-def _compare(group: FeatureGroup, vectors: Sequence[_Vector], recomputed: pa.Table, parity: Parity) -> None:
+def _compare(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector], recomputed: pa.Table, parity: Parity) -> None:
     recomputed = recomputed.sort_by("row_id")
     if not recomputed["row_id"].combine_chunks().equals(pa.array(range(len(vectors)), recomputed["row_id"].type)):
         raise HeadraceError(f"recomputing {group.name} gave {recomputed.num_rows} rows for {len(vectors)} logged vectors")
@@ -251,8 +267,11 @@ def _compare(group: FeatureGroup, vectors: Sequence[_Vector], recomputed: pa.Tab
         parity.vectors_of_group[group.name] += 1
 
 
-def _exact_features(group: FeatureGroup) -> set[str]:
-    """Names that must agree to the bit: everything of integers but averages, and estimates of distinct counts."""
+def _exact_features(group: FeatureGroup | TableFeatures) -> set[str]:
+    """Names that must agree to the bit: everything of integers but averages, estimates of distinct counts, and what a table
+    holds."""
+    if isinstance(group, TableFeatures):
+        return set(group.feature_names)
     return {
         f"{group.entity}_{measure.name}_{window.name}"
         for measure in group.measures

@@ -1,37 +1,169 @@
-"""Rules of the page, applied last: no note twice, not too much of one author, and never a short page while candidates exist."""
+"""Rules of the page, applied last, place by place: nothing blocked, no note twice, not too much of one author or topic, notes
+unlike their neighbours, some places for notes that the models would not pick, and never a short page while candidates exist.
 
-from collections.abc import Sequence
+Each place is one choice among the candidates that are left, so its propensity is known: the probability that this note took
+this place, given the places before it. It is what off-policy estimates divide by.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 
+from serving.diversity import METHODS, as_relevance
+
 AUTHOR_CAP_RELAXED = "author_cap_relaxed"
+TOPIC_CAP_RELAXED = "topic_cap_relaxed"
+RANKED, EXPLORATION, COLD_START, PROMOTED = "ranked", "exploration", "cold_start", "promoted"
+SLOTS = (PROMOTED, COLD_START, EXPLORATION)
+"""What a place may be kept for; the first in this order has it where two want the same."""
 
 
-def arrange(
-    order: np.ndarray, note_ids: Sequence[str], author_ids: Sequence[str | None], page_size: int, max_notes_per_author: int
-) -> tuple[list[int], list[str]]:
-    """Positions of the candidates to show, in order, and the rules that had to give way.
+@dataclass(frozen=True)
+class Rules:
+    """The dials of the policy; what each means stands in `settings.yml`."""
 
-    order: positions of candidates, best first. A note above its author's cap waits; if the page is still short at the end,
-    those that waited fill it, best first. A note without an author has no cap. Authors' caps of 0 mean no cap.
+    max_notes_per_author: int = 0
+    max_notes_per_topic: int = 0
+    diversity: str = "none"
+    diversity_strength: float = 0.0
+    diversity_window: int = 1
+    max_displacement: int = 0
+    slots: Mapping[int, str] = field(default_factory=dict)
+    """Place on the page, from 0 → what it is kept for."""
+    exploration_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """S candidates, best first. vectors_SD: unit rows, zeros where a note has no vector. may_show_S: false is never shown."""
+
+    note_ids: Sequence[str]
+    author_ids: Sequence[str | None]
+    topics: Sequence[str | None]
+    scores_S: np.ndarray
+    vectors_SD: np.ndarray
+    may_show_S: np.ndarray
+    is_promoted_S: np.ndarray
+    is_cold_S: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.note_ids)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One place of the page. candidate: its place in the pool. slot: what put it there."""
+
+    candidate: int
+    slot: str
+    propensity: float
+
+
+def arrange(pool: Pool, page_size: int, rules: Rules, random: Random) -> tuple[list[Placed], list[str]]:
+    """The page, first place first, and the rules that had to give way for it to be full.
+
+    A ranked note stands at most `max_displacement` places from where its score would put it, unless a cap or a slot moves it. A
+    slot that no candidate fits is a ranked place. An exploration slot draws, with probability `exploration_share`, one of the
+    candidates that the caps allow, each as likely as any other. Caps of 0 are no caps; notes without an author or topic have
+    none. random: draws nothing unless there are exploration slots.
     """
-    page: list[int] = []
-    waiting: list[int] = []
-    shown_notes: set[str] = set()
-    shown_of_author: dict[str, int] = {}
-    for position in order.tolist():
-        if len(page) == page_size:
+    page = _Page(pool, rules)
+    placed: list[Placed] = []
+    for place in range(page_size):
+        allowed_S = page.allowed()
+        if not allowed_S.any():
             break
-        note_id, author_id = note_ids[position], author_ids[position]
-        if note_id in shown_notes:
-            continue
-        shown_notes.add(note_id)
-        if author_id is not None and 0 < max_notes_per_author <= shown_of_author.get(author_id, 0):
-            waiting.append(position)
-            continue
-        if author_id is not None:
-            shown_of_author[author_id] = shown_of_author.get(author_id, 0) + 1
-        page.append(position)
-    missing = page_size - len(page)
-    filled = waiting[:missing]
-    return page + filled, [AUTHOR_CAP_RELAXED] if filled else []
+        chosen = _choose(page, allowed_S, place, rules, random)
+        page.put(chosen.candidate)
+        placed.append(chosen)
+    return placed, page.relaxed
+
+
+def _choose(page: "_Page", allowed_S: np.ndarray, place: int, rules: Rules, random: Random) -> Placed:
+    slot = rules.slots.get(place)
+    wanted_S = {PROMOTED: page.pool.is_promoted_S, COLD_START: page.pool.is_cold_S}.get(slot or "")
+    if wanted_S is not None and (fitting := np.flatnonzero(allowed_S & wanted_S)).size:
+        return Placed(int(fitting[0]), str(slot), 1.0)
+    ranked = page.ranked(allowed_S, place)
+    if slot != EXPLORATION:
+        return Placed(ranked, RANKED, 1.0)
+    open_places = np.flatnonzero(allowed_S)
+    share = rules.exploration_share / len(open_places)
+    explored = random.random() < rules.exploration_share
+    candidate = int(open_places[random.randrange(len(open_places))]) if explored else ranked
+    as_ranked = 1.0 - rules.exploration_share if candidate == ranked else 0.0
+    return Placed(candidate, EXPLORATION if explored else RANKED, share + as_ranked)
+
+
+class _Page:
+    """The page so far and what is left for it."""
+
+    def __init__(self, pool: Pool, rules: Rules):
+        self.pool, self._rules = pool, rules
+        self.relaxed: list[str] = []
+        self._shown: list[int] = []
+        self._left_S = pool.may_show_S & _first_of_each(pool.note_ids)
+        self._rank_S = np.cumsum(self._left_S) - 1
+        self._author_S, self._topic_S = _codes(pool.author_ids), _codes(pool.topics)
+        self._of_author = np.zeros(self._author_S.max(initial=-1) + 1, np.int64)
+        self._of_topic = np.zeros(self._topic_S.max(initial=-1) + 1, np.int64)
+        self._gains = METHODS[rules.diversity](
+            as_relevance(pool.scores_S), pool.vectors_SD, rules.diversity_strength, rules.diversity_window
+        )
+
+    def allowed(self) -> np.ndarray:
+        """bool [S]: what may take the next place. Where the caps leave nothing, the topics' gives way, then the authors'."""
+        under_author_S = _under(self._rules.max_notes_per_author, self._author_S, self._of_author)
+        under_topic_S = _under(self._rules.max_notes_per_topic, self._topic_S, self._of_topic)
+        if (allowed_S := self._left_S & under_author_S & under_topic_S).any() or not self._left_S.any():
+            return allowed_S
+        if (allowed_S := self._left_S & under_author_S).any():
+            self._relax(TOPIC_CAP_RELAXED)
+            return allowed_S
+        self._relax(AUTHOR_CAP_RELAXED)
+        if (allowed_S := self._left_S & under_topic_S).any():
+            return allowed_S
+        self._relax(TOPIC_CAP_RELAXED)
+        return self._left_S
+
+    def ranked(self, allowed_S: np.ndarray, place: int) -> int:
+        """The candidate that adds most here, of those near enough; one that has waited as long as it may goes first."""
+        best = int(np.argmax(allowed_S))
+        reach = self._rules.max_displacement
+        if self._rank_S[best] + reach <= place:
+            return best
+        near = np.flatnonzero(allowed_S & (self._rank_S <= place + reach))
+        if not near.size:
+            return best
+        return int(near[np.argmax(self._gains(self._shown, near))])
+
+    def put(self, candidate: int) -> None:
+        self._shown.append(candidate)
+        self._left_S[candidate] = False
+        for codes_S, counts in ((self._author_S, self._of_author), (self._topic_S, self._of_topic)):
+            if codes_S[candidate] >= 0:
+                counts[codes_S[candidate]] += 1
+
+    def _relax(self, rule: str) -> None:
+        if rule not in self.relaxed:
+            self.relaxed.append(rule)
+
+
+def _under(cap: int, codes_S: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    if cap == 0 or not len(counts):
+        return np.ones(len(codes_S), bool)
+    return np.where(codes_S < 0, True, counts[codes_S] < cap)
+
+
+def _codes(names: Sequence[str | None]) -> np.ndarray:
+    """int64 [S]: one number per name, -1 for none."""
+    numbers: dict[str, int] = {}
+    return np.array([-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def _first_of_each(names: Sequence[str]) -> np.ndarray:
+    """bool [S]: the first place of each name."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(name, place) == place for place, name in enumerate(names)], bool)

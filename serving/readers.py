@@ -10,6 +10,7 @@ from warehouse.events import RETRACTION
 from warehouse.lake import Lake
 
 FOLLOW = "follow"
+HIDE = "hide"
 
 
 class Readers:
@@ -19,6 +20,7 @@ class Readers:
         self._seen_per_user = seen_per_user
         self._seen: dict[str, dict[str, None]] = {}  # insertion order is age: the newest is last
         self._follows: dict[str, dict[str, set[str]]] = {}  # user -> author -> the events that say so
+        self._hidden: dict[str, dict[str, str]] = {}  # user -> the event that says so -> note
         self._histories: dict[str, list[str]] = {}
         self._attributes: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -56,6 +58,19 @@ class Readers:
                 """,
                 {"t_us": t_us},
             ).fetchall()
+            hidden = connection.execute(
+                """
+                select user_id, event_id, note_id
+                from lake.events
+                where
+                    event_type = 'hide' and user_id is not null and note_id is not null and epoch_us(event_ts) < $t_us
+                    and event_id not in (select retracts from lake.events where retracts is not null)
+                order by event_ts, event_id
+                """,
+                {"t_us": t_us},
+            ).fetchall()
+        for user_id, event_id, note_id in hidden:
+            readers._hidden.setdefault(user_id, {})[event_id] = note_id
         readers._seen = {user_id: dict.fromkeys(note_ids) for user_id, note_ids in seen}
         for user_id, author_id, event_ids in follows:
             readers._follows.setdefault(user_id, {})[author_id] = set(event_ids)
@@ -84,7 +99,10 @@ class Readers:
                         del seen[next(iter(seen))]
                 if event.get("event_type") == FOLLOW and author_id is not None:
                     self._follows.setdefault(user_id, {}).setdefault(author_id, set()).add(event.get("event_id", ""))
+                if event.get("event_type") == HIDE and note_id is not None:
+                    self._hidden.setdefault(user_id, {})[event.get("event_id", "")] = note_id
                 if event.get("event_type") == RETRACTION:
+                    self._hidden.get(user_id, {}).pop(event.get("retracts", ""), None)
                     self._unfollow(user_id, event.get("retracts", ""))
 
     def _unfollow(self, user_id: str, event_id: str) -> None:
@@ -102,6 +120,11 @@ class Readers:
     def follows(self, user_id: str) -> list[str]:
         with self._lock:
             return list(self._follows.get(user_id, ()))
+
+    def hidden(self, user_id: str) -> list[str]:
+        """Notes that the reader does not want to see again."""
+        with self._lock:
+            return list(self._hidden.get(user_id, {}).values())
 
     def history_before_the_log(self, user_id: str) -> list[str]:
         """Notes watched before the first event, oldest first."""

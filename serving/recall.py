@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from serving.page import showable
 from serving.request import Request
 from serving.retrieve import Candidates, Retrieval, retrieve
 
@@ -13,14 +14,14 @@ SEEN_AGAIN = "seen_filter_relaxed"
 
 
 def find_candidates(request: Request, at_least: int) -> Candidates:
-    """The union of the generators, without notes of the future and without what the reader has seen.
+    """The union of the generators, without notes of the future, blocked or hidden ones, and without what the reader has seen.
 
     Where that leaves fewer than `at_least` notes although there are more, the rule that is least missed gives way (first only
     followed authors, then only unseen notes) and `degraded` says so.
     """
     limits, degraded = request.world.settings.generators, request.steps.degraded
-    exists_N = request.world.catalogue.exists_at(request.t_us)
-    unseen_N = _without_seen(request, exists_N)
+    may_N = showable(request)
+    unseen_N = _without_seen(request, may_N)
     if request.feed_type == "NEARBY":
         degraded.append(NO_LOCATIONS)
     if request.feed_type == "FOLLOW":
@@ -29,14 +30,14 @@ def find_candidates(request: Request, at_least: int) -> Candidates:
             return candidates
         degraded.append(NO_FOLLOWED_NOTES)
     candidates = _found(request, unseen_N, limits)
-    if len(candidates) < at_least and exists_N.sum() > len(candidates):
+    if len(candidates) < at_least and may_N.sum() > len(candidates):
         degraded.append(SEEN_AGAIN)
-        candidates = _found(request, exists_N, limits)
+        candidates = _found(request, may_N, limits)
     return candidates
 
 
-def _without_seen(request: Request, exists_N: np.ndarray) -> np.ndarray:
-    row_of, unseen_N = request.world.catalogue.row_of, exists_N.copy()
+def _without_seen(request: Request, may_N: np.ndarray) -> np.ndarray:
+    row_of, unseen_N = request.world.catalogue.row_of, may_N.copy()
     seen = [*request.world.readers.seen(request.user_id), *request.history]
     unseen_N[[row_of[note_id] for note_id in seen if note_id in row_of]] = False
     return unseen_N
@@ -52,6 +53,7 @@ def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int]) 
         history=request.history,
         seeds=request.history[-world.settings.item_to_item_seeds :],
         followed_authors=world.readers.follows(request.user_id),
+        promoted=world.settings.promoted_notes,
     )
     candidates, failed = retrieve(retrieval, limits)
     request.steps.degraded.extend(name for name in failed if name not in request.steps.degraded)

@@ -1,13 +1,15 @@
 """One request under way: who asks, at which instant, through which view, and what has been skipped so far."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from serving.hydrate import UserFeatures, hydrate_user
+from serving.outside import with_outside
 from serving.world import World
 from streaming_sql.online_store import StoreView
+from warehouse.features.kinds.values import Value
 from warehouse.time_algebra import GRACE_US
 
 LAST_CLICKS = "user_last_clicks_30d"
@@ -55,10 +57,17 @@ class Request:
     steps: Steps
 
 
-def begin(world: World, user_id: str, feed_type: str = "EXPLORE", surface: str | None = None) -> Request:
-    """Fixes t, T and K and reads the reader's own features. A reader never met is a cold start, not an error.
+def begin(
+    world: World,
+    user_id: str,
+    feed_type: str = "EXPLORE",
+    surface: str | None = None,
+    said: Mapping[str, Value] | None = None,
+) -> Request:
+    """Fixes t, T and K and reads the reader's own features and the request's. A reader never met is a cold start, not an error.
 
-    t never lies before the instant at which the view's tick may first be read: a clock that was set back must not empty a feed.
+    said: the features of the request, as `outside.said` gives them. t never lies before the instant at which the view's tick
+    may first be read: a clock that was set back must not empty a feed.
     """
     steps = Steps()
     with steps.timed("hydrate_user"):
@@ -67,6 +76,10 @@ def begin(world: World, user_id: str, feed_type: str = "EXPLORE", surface: str |
         t_us = max(now_us, view.tick_us + GRACE_US)
         if t_us > now_us:
             steps.degraded.append(CLOCK_BEHIND)
-        user = hydrate_user(view, world.groups, user_id, t_us)
+        user = hydrate_user(view, world.groups, user_id, t_us, world.tables)
         history = [*world.readers.history_before_the_log(user_id), *user.sequences.get(LAST_CLICKS, [])]
+    if world.kinds.served_inputs:
+        with steps.timed("outside"):
+            keys = {"user_id": user_id, "surface": surface}
+            user = with_outside(user, world.kinds, world.fetcher, keys, said or {}, steps.degraded)
     return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps)

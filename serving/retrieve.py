@@ -29,6 +29,7 @@ class Retrieval:
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
     seeds: Sequence[str]  # the newest part of it
     followed_authors: Sequence[str]
+    promoted: Sequence[str] = ()  # what the settings promote
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,20 @@ def followed_authors(request: Retrieval, limit: int) -> np.ndarray:
     return rows[np.argsort(-request.catalogue.freshness_us()[rows].astype(np.float64), kind="stable")][:limit]
 
 
+def promoted(request: Retrieval, limit: int) -> np.ndarray:
+    """What the settings promote, in their order."""
+    row_of = request.catalogue.row_of
+    rows_C = np.array([row_of[note_id] for note_id in request.promoted if note_id in row_of], dtype=np.int64)
+    return rows_C[request.eligible_N[rows_C]][:limit]
+
+
 GENERATORS: Mapping[str, Callable[[Retrieval, int], np.ndarray]] = {
     "followed_authors": followed_authors,
     "item_to_item": item_to_item,
     "two_tower": two_tower,
     "trending": trending,
     "fresh": fresh,
+    "promoted": promoted,
 }
 
 

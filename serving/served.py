@@ -1,13 +1,14 @@
 """What one request did: everything that the response, `/v1/explain` and the forward log say."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from serving.hydrate import CandidateFeatures, UserFeatures
+from serving.policy import Placed
 from serving.request import Steps
 from serving.retrieve import Candidates
 
@@ -16,8 +17,8 @@ from serving.retrieve import Candidates
 class Served:
     """One answered request.
 
-    Arrays are over the C candidates in order of recall; NaN where a stage did not score one. position_C: place on the page, -1
-    if not shown. logged: the candidates whose features are kept (all shown, and a sampled share of the rest).
+    Arrays are over the C candidates in order of recall; NaN where a stage did not score one. page: what took each place, first
+    place first. logged: the candidates whose features are kept (all shown, and a sampled share of the rest).
     """
 
     request_id: str
@@ -34,25 +35,20 @@ class Served:
     l1_score_C: np.ndarray
     predictions: Mapping[str, np.ndarray]
     final_score_C: np.ndarray
-    position_C: np.ndarray
+    page: Sequence[Placed]
     logged: np.ndarray
     logged_features: CandidateFeatures
 
-    def page(self) -> list[int]:
-        """The candidates shown, first place first."""
-        shown = np.flatnonzero(self.position_C >= 0)
-        return shown[np.argsort(self.position_C[shown])].tolist()
-
-    def impression_id(self, candidate: int) -> str | None:
-        position = int(self.position_C[candidate])
-        return f"{self.request_id}:{position}" if position >= 0 else None
+    def impression_id(self, position: int) -> str:
+        return f"{self.request_id}:{position}"
 
     def predictions_of(self, candidate: int) -> dict[str, float]:
         return {head: float(scores[candidate]) for head, scores in self.predictions.items() if np.isfinite(scores[candidate])}
 
     def as_row(self) -> dict[str, Any]:
         """The row of `lake.forward_log`; instants as microseconds, maps as dicts."""
-        place = {int(candidate): row for row, candidate in enumerate(self.logged)}
+        logged = {int(candidate): row for row, candidate in enumerate(self.logged)}
+        position_of = {placed.candidate: position for position, placed in enumerate(self.page)}
         return {
             "request_id": self.request_id,
             "user_id": self.user_id,
@@ -67,24 +63,29 @@ class Served:
             "user_features": self.user.as_dict(),
             "user_sequences": dict(self.user.sequences),
             "user_maps": dict(self.user.maps),
-            "candidates": [self._candidate(candidate, place) for candidate in range(len(self.candidates))],
+            "candidates": [
+                self._candidate(candidate, position_of.get(candidate), logged.get(candidate))
+                for candidate in range(len(self.candidates))
+            ],
         }
 
-    def _candidate(self, candidate: int, place: Mapping[int, int]) -> dict[str, Any]:
-        position = int(self.position_C[candidate])
+    def _candidate(self, candidate: int, position: int | None, logged: int | None) -> dict[str, Any]:
+        placed = None if position is None else self.page[position]
         return {
-            "impression_id": self.impression_id(candidate),
+            "impression_id": None if position is None else self.impression_id(position),
             "note_id": self.candidates.note_ids[candidate],
             "author_id": self.candidates.author_ids[candidate],
             "sources": list(self.candidates.sources[candidate]),
             "recall_score": finite(self.candidates.recall_score_C[candidate]),
             "l1_score": finite(self.l1_score_C[candidate]),
             "final_score": finite(self.final_score_C[candidate]),
-            "position": position if position >= 0 else None,
-            "shown": position >= 0,
-            "features": self.logged_features.row(place[candidate]) if candidate in place else None,
-            "sequences": self.logged_features.sequences_of(place[candidate]) if candidate in place else None,
-            "maps": self.logged_features.maps_of(place[candidate]) if candidate in place else None,
+            "position": position,
+            "shown": placed is not None,
+            "slot": None if placed is None else placed.slot,
+            "propensity": None if placed is None else placed.propensity,
+            "features": None if logged is None else self.logged_features.row(logged),
+            "sequences": None if logged is None else self.logged_features.sequences_of(logged),
+            "maps": None if logged is None else self.logged_features.maps_of(logged),
             "predictions": self.predictions_of(candidate),
         }
 

@@ -1,13 +1,16 @@
 """The cascade's dials: one frozen dataclass, read from `settings.yml` and, over it, from the file HEADRACE_SERVING names."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from serving.diversity import METHODS
+from serving.policy import COLD_START, EXPLORATION, PROMOTED, Rules
 from serving.retrieve import GENERATORS
 from warehouse.errors import HeadraceError
 
@@ -22,6 +25,20 @@ class Settings:
     l1_top_k: int
     page_size: int
     max_notes_per_author: int
+    max_notes_per_topic: int
+    diversity: str
+    diversity_strength: float
+    diversity_window: int
+    max_displacement: int
+    promoted_notes: Sequence[str]
+    promoted_positions: Sequence[int]
+    cold_start_hours: float
+    cold_start_positions: Sequence[int]
+    exploration_positions: Sequence[int]
+    exploration_share: float
+    blocked_notes: Sequence[str]
+    blocked_authors: Sequence[str]
+    blocked_topics: Sequence[str]
     head_weights: Mapping[str, float]
     seen_per_user: int
     item_to_item_seeds: int
@@ -34,6 +51,8 @@ class Settings:
     waiting_requests: int
     max_candidates: int
     max_body_bytes: int
+    waiting_events: int
+    max_log_bytes: int
 
     @classmethod
     def from_env(cls) -> "Settings":
@@ -45,6 +64,27 @@ class Settings:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.generators) - set(GENERATORS)):
             raise HeadraceError(f"serving settings: {', '.join(unknown)} is no generator; there are {', '.join(GENERATORS)}")
+        if self.diversity not in METHODS:
+            raise HeadraceError(f"serving settings: diversity must be one of {', '.join(METHODS)}, got {self.diversity!r}")
+        if self.exploration_share > 1:
+            raise HeadraceError(f"serving settings: exploration_share is a probability, got {self.exploration_share}")
+
+    @cached_property
+    def rules(self) -> Rules:
+        """The part of the settings that the policy goes by."""
+        slots = dict.fromkeys(self.exploration_positions, EXPLORATION)
+        slots |= dict.fromkeys(self.cold_start_positions, COLD_START)
+        slots |= dict.fromkeys(self.promoted_positions, PROMOTED)
+        return Rules(
+            self.max_notes_per_author,
+            self.max_notes_per_topic,
+            self.diversity,
+            self.diversity_strength,
+            self.diversity_window,
+            self.max_displacement,
+            slots,
+            self.exploration_share,
+        )
 
     @property
     def most_candidates(self) -> int:
@@ -77,10 +117,26 @@ def _checked(path: Path, values: dict[str, Any], defaults: dict[str, Any]) -> di
         if isinstance(defaults[name], dict):
             if not isinstance(value, dict) or not all(_is_number(part) for part in value.values()):
                 raise HeadraceError(f"{path}: {name} must map names to numbers, got {value!r}")
+        elif isinstance(defaults[name], str):
+            if not isinstance(value, str):
+                raise HeadraceError(f"{path}: {name} must be a word, got {value!r}")
+        elif isinstance(defaults[name], list):
+            is_position = name.endswith("_positions")
+            kind = "positions of the page, counted from 0" if is_position else "ids"
+            if not isinstance(value, list) or not all((_is_position if is_position else _is_text)(part) for part in value):
+                raise HeadraceError(f"{path}: {name} must be a list of {kind}, got {value!r}")
         elif not _is_number(value) or value < 0 or (isinstance(defaults[name], int) and int(value) != value):
             kind = "whole number" if isinstance(defaults[name], int) else "number"
             raise HeadraceError(f"{path}: {name} must be a {kind} of at least 0, got {value!r}")
     return values
+
+
+def _is_position(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:

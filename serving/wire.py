@@ -15,7 +15,8 @@ class Wire(BaseModel):
 
 
 class Context(Wire):
-    """What is known of the request itself. Other keys (device, place, ...) may be sent and are not read yet."""
+    """What is known of the request itself. Keys that are declared as features (`kind: request`) are checked and read; others
+    may be sent and are not read."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="allow", allow_inf_nan=False)
 
@@ -98,6 +99,8 @@ class FeedNote(Wire):
     l1_score: float | None
     predictions: dict[str, float]
     final_score: float
+    slot: str = Field(description="What put the note here: ranked, exploration, cold_start or promoted")
+    propensity: float = Field(description="Probability that this note took this place, given the places before it")
 
 
 class FeedResponse(Wire):

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from serving.catalogue import Catalogue
+from serving.fetch import Fetcher
 from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
 from streaming_sql.online_store import OnlineStore, StoreView
+from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.kinds.declared import Kinds
 
 TRENDING_FEATURE = "note_num_clicks_1d"
 
@@ -29,6 +32,11 @@ class World:
     catalogue: Catalogue
     readers: Readers
     models: Models
+    allowed_N: np.ndarray
+    """bool [N]: notes that the settings do not block."""
+    kinds: Kinds
+    tables: TableStore
+    fetcher: Fetcher | None = None
     trending: "Trending" = field(default_factory=lambda: Trending())
 
 

@@ -4,7 +4,7 @@ Shape letters: N keys asked for, F features, M sum columns of a family, W window
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class FeatureMatrix:
     names: tuple[str, ...]
     values: np.ndarray
     sequences: dict[str, list[list[str]]]
-    maps: dict[str, list[dict[str, float]]]
+    maps: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from warehouse.datasets.base import Dataset
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.compute_plan import type_of
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
+from warehouse.features.kinds.declared import load_kinds
+from warehouse.features.kinds.shown import kind_rows
 from warehouse.features.measures import Measure
 from warehouse.home import Home, data_root
 from warehouse.lake import Lake
@@ -176,9 +178,13 @@ def _features(words: list[str]) -> int:
     given = parser.parse_args(words)
     groups = load_groups()
     rows = [row for group in groups.values() for row in _feature_rows(group)]
+    others = kind_rows(load_kinds())
     if given.action == "check":
         print(f"{len(rows)} features in {len(groups)} groups are well declared; hash {declarations_hash(groups)}")
+        if others:
+            print(f"{len(others)} features of other kinds are well declared: {', '.join(row['feature'] for row in others)}")
         return 0
+    rows += others
     if given.action == "show":
         rows = [row for row in rows if row["feature"] == given.name]
         if not rows:

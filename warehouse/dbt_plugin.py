@@ -43,6 +43,7 @@ from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.declarations import load_groups
+from warehouse.features.kinds.declared import load_kinds
 from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
@@ -83,6 +84,8 @@ class Plugin(BasePlugin):
         self.groups = load_groups(Path(get_flags().PROJECT_DIR))
         for group in self.groups.values():
             conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
+        for table in load_kinds(Path(get_flags().PROJECT_DIR)).tables:
+            conn.execute("insert into headrace.feature_groups values (?, ?)", [table.name, json.dumps(table.as_meta())])
         conn.execute("create or replace table headrace.builds (name varchar, built_until timestamptz, definition varchar)")
         for name in self.lake.tables():
             self._note_build(conn, self.lake.table(name))

@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
 from pyiceberg.io.pyarrow import _check_pyarrow_schema_compatible, _dataframe_to_data_files
 from pyiceberg.manifest import DataFile
@@ -119,6 +119,24 @@ class Lake:
                 raise
         return self.table(name)
 
+    def evolve(self, name: str, schema: pa.Schema) -> bool:
+        """Adds the columns of `schema` that the table lacks (null in rows before) and widens types that `schema` has wider
+        (int to long, float to double), in one metadata commit: no file is rewritten. Returns whether anything changed.
+
+        Raises HeadraceError if a column's type can only be reached by a rewrite. Columns that only the table has stay.
+        """
+        table = self.table(name)
+        there = {field.name: field.type for field in table.schema().as_arrow()}
+        wanted = [field for field in schema if not _same_type(there.get(field.name), field.type)]
+        if not wanted:
+            return False
+        try:
+            with table.update_schema() as update:
+                update.union_by_name(pa.schema([field.with_nullable(True) for field in wanted]))
+        except ValidationError as error:
+            raise HeadraceError(f"{name} cannot take its new columns without a rewrite: {error}") from error
+        return True
+
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         self.table(name).append(rows, snapshot_properties=dict(properties or {}))
@@ -210,3 +228,18 @@ def _duckdb_type(field: Any) -> str:
 def stored_bytes(folder: Path) -> int:
     """Bytes on disk under a folder."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not os.path.islink(path))
+
+
+def _same_type(there: pa.DataType | None, wanted: pa.DataType) -> bool:
+    """Iceberg has one string, one binary and one list type, whatever the width of Arrow's offsets; a wider number is enough."""
+    if there is None:
+        return False
+    if pa.types.is_nested(there) or pa.types.is_nested(wanted):
+        return pa.types.is_nested(there) and pa.types.is_nested(wanted)
+    kinds = (pa.types.is_string, pa.types.is_large_string)
+    if any(kind(there) for kind in kinds) and any(kind(wanted) for kind in kinds):
+        return True
+    for number in (pa.types.is_integer, pa.types.is_floating):
+        if number(there) and number(wanted):
+            return there.bit_width >= wanted.bit_width
+    return there == wanted

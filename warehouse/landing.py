@@ -54,11 +54,18 @@ class Landed:
 
 
 def create_tables(lake: Lake) -> None:
-    """Makes the tables that every room expects, empty, where they are missing."""
+    """Makes the tables that every room expects, empty, where they are missing; those of an older version get what is new."""
     lake.create(EVENTS, EVENTS_SCHEMA, {"landed_at": "hour"})
     lake.create(DEAD_LETTERS, DEAD_LETTERS_SCHEMA)
     lake.create(NOTES, NOTES_SCHEMA)
     lake.create(USERS, USERS_SCHEMA)
+    for name, schema in (
+        (EVENTS, EVENTS_SCHEMA),
+        (DEAD_LETTERS, DEAD_LETTERS_SCHEMA),
+        (NOTES, NOTES_SCHEMA),
+        (USERS, USERS_SCHEMA),
+    ):
+        lake.evolve(name, schema)
 
 
 def landed_position(lake: Lake) -> tuple[int, ...]:

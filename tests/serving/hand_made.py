@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -36,9 +36,9 @@ NOT_YET = "not-yet-created"
 MODELS = ("item_to_item", "two_tower", "l1", "l2")
 
 
-def furnish(home: Home, num_users: int, num_notes: int, days: int) -> Dataset:
+def furnish(home: Home, num_users: int, num_notes: int, days: int, more: Sequence[str] = ()) -> Dataset:
     """A home that can serve: a simulated lake with one note of the future, its features built, models trained for one epoch on
-    features drawn at random (they rank, and nothing more is asked of them here)."""
+    features drawn at random (they rank, and nothing more is asked of them here). more: names of further features."""
     dataset = simulate(7, num_users, num_notes, days, START)
     future = {"note_id": NOT_YET, "author_id": "a0", "topics": ["art"], "note_type": "NORMAL", "duration_ms": 9000}
     future["created_at"] = datetime(2030, 1, 1, tzinfo=UTC)
@@ -47,7 +47,7 @@ def furnish(home: Home, num_users: int, num_notes: int, days: int) -> Dataset:
     lake = Lake.open(home)
     land_dataset(lake, dataset)
     build_features(lake)
-    export(home, dataset)
+    export(home, dataset, more=more)
     train(load(home.exports), MODELS, Configs().with_epochs(1), 7, Registry(home.models), lambda name, done, total: None)
     return dataset
 
@@ -79,11 +79,11 @@ def build_features(lake: Lake) -> None:
             put(f"features.{name}_1d", roll_up_sql(group, f"features.{name}_1h", 1440))
 
 
-def export(home: Home, dataset: Dataset, num_rows: int = 1500) -> None:
+def export(home: Home, dataset: Dataset, num_rows: int = 1500, more: Sequence[str] = ()) -> None:
     """A training export of the contract's shape: real impressions, features drawn at random, labels that follow one of them."""
     rng = np.random.default_rng(7)
     views = dataset.events.filter(pc.equal(dataset.events["event_type"], "view")).slice(0, num_rows).sort_by("event_ts")
-    features = [name for group in load_groups().values() for name in group.feature_names]
+    features = [*(name for group in load_groups().values() for name in group.feature_names), *more]
     columns = {name: views[name] for name in ("impression_id", "user_id", "note_id", "author_id", "surface")}
     columns |= {"request_ts": views["event_ts"], "feature_watermark": views["event_ts"]}
     columns |= {name: pa.array(rng.uniform(0, 1 if "ctr" in name or "rate" in name else 50, len(views))) for name in features}

@@ -125,7 +125,7 @@ def test_of_a_batch_the_good_are_taken_and_the_bad_are_told(server):
         CLICK | {"eventId": "batch-3"},
     ]
     answer = server.post(EVENTS, {"events": events})
-    assert answer.status_code == 202
+    assert answer.status_code == 207
     told = answer.json()
     assert (told["accepted"], told["rejected"]) == (2, 2)
     assert [result["status"] for result in told["results"]] == ["accepted", "rejected", "rejected", "accepted"]

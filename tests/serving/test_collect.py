@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from serving.catalogue import Catalogue
-from serving.collect import check, events_of
+from serving.collect import NoJson, check, events_of, parse
 from warehouse.landing import NOTES_SCHEMA
 from warehouse.time_algebra import DAY_US, MINUTE_US
 
@@ -126,3 +126,25 @@ def test_a_body_of_another_shape_is_refused(body, said):
 def test_a_body_is_one_event_or_a_list_of_them():
     assert events_of(CLICK) == [CLICK]
     assert events_of({"events": [CLICK, 5]}) == [CLICK, 5]
+
+
+def test_ndjson_is_one_event_a_line_and_a_line_that_is_none_stays_alone():
+    body = b'{"eventId": "e1"}\n\n{"eventId": \r\n[' + b"[" * 100_000 + b'\n\xff\n{"eventId": "e2"}'
+    first, half, deep, bytes_only, last = parse(body, "application/x-ndjson; charset=utf-8")
+    assert (first, last) == ({"eventId": "e1"}, {"eventId": "e2"})
+    assert all(isinstance(line, NoJson) for line in (half, deep, bytes_only))
+    assert half.text == '{"eventId": '
+    assert half.error.startswith("the line must be JSON: Expecting value")
+
+
+@pytest.mark.parametrize("body", [b"", b"\n \n", b"{}\n" * 1001])
+def test_ndjson_of_no_lines_or_too_many_is_refused(body):
+    with pytest.raises(ValueError, match="1 to 1000 lines"):
+        parse(body, "application/x-ndjson")
+
+
+def test_what_is_refused_becomes_a_dead_letter_with_its_reason(catalogue):
+    bad, line = check([CLICK | {"noteId": None}, NoJson("the line must be JSON: x", "{")], catalogue, NOW)
+    assert "a click needs noteId" in bad.letter().reason
+    assert json.loads(bad.letter().payload) == CLICK | {"noteId": None}
+    assert (line.letter().reason, line.letter().payload) == ("the line must be JSON: x", "{")

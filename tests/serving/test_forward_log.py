@@ -4,7 +4,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from serving.forward_log import CANDIDATE, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog
+from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -35,6 +35,8 @@ def row(request_id="r1"):
                 "final_score": 0.5,
                 "position": 0,
                 "shown": True,
+                "slot": "exploration",
+                "propensity": 0.125,
                 "features": {"note_ctr_1d": None, "note_num_views_1h": 7.0},
                 "predictions": {"click": 0.25},
                 "sequences": {"note_top_readers_1d": ["u2"], "note_last_readers_1d": []},
@@ -50,6 +52,8 @@ def row(request_id="r1"):
                 "final_score": None,
                 "position": None,
                 "shown": False,
+                "slot": None,
+                "propensity": None,
                 "features": None,
                 "predictions": {},
                 "sequences": None,
@@ -70,23 +74,27 @@ def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
     return forward_log
 
 
-def test_a_log_from_before_lists_and_maps_of_candidates_gets_their_columns(lake):
-    older = pa.schema([field for field in FORWARD_LOG_SCHEMA if field.name not in ("user_maps", "candidates")])
-    fields = [field for field in CANDIDATE if field.name not in ("sequences", "maps")]
-    older = older.append(pa.field("candidates", pa.list_(pa.struct(fields)), nullable=False))
-    lake.create(FORWARD_LOG, older, {"request_ts": "day"})
-    before = pa.Table.from_pylist([{"candidates": [], "user_features": [], "user_sequences": [], **_bare()}], schema=older)
-    lake.append(FORWARD_LOG, before)
+def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
+    at = FORWARD_LOG_SCHEMA.get_field_index("candidates")
+    newer = ("slot", "propensity", "sequences", "maps")
+    fields = [field for field in FORWARD_LOG_SCHEMA.field(at).type.value_type if field.name not in newer]
+    older = FORWARD_LOG_SCHEMA.set(at, pa.field("candidates", pa.list_(pa.struct(fields)), nullable=False))
+    older = older.remove(older.get_field_index("user_maps"))
+    lake.create(FORWARD_LOG, older)
+    first, second = row("r1"), row("r2")
+    del second["user_sequences"]["user_last_clicks_30d"]
+    rows = rows_to_table([first]).to_pylist()
+    lake.append(FORWARD_LOG, pa.Table.from_pylist(rows, schema=older))
     forward_log = opened(lake)
-    assert forward_log.offer(row)
+    assert forward_log.offer(lambda: second)
     forward_log.close()
-    stored = lake.scan(FORWARD_LOG).sort_by("request_id").to_pylist(maps_as_pydicts="strict")
-    assert [one["user_maps"] for one in stored] == [None, row()["user_maps"]]
-    assert stored[1]["candidates"] == row()["candidates"]
-
-
-def _bare():
-    return {name: value for name, value in row("r0").items() if not isinstance(value, dict) and name != "candidates"}
+    scanned = lake.scan(FORWARD_LOG).to_pylist(maps_as_pydicts="strict")
+    stored = {item["request_id"]: item for item in scanned}
+    old, new = (stored[name]["candidates"][0] for name in ("r1", "r2"))
+    assert (old["slot"], old["final_score"], old["maps"], stored["r1"]["user_maps"]) == (None, 0.5, None, None)
+    assert (new["slot"], new["propensity"]) == ("exploration", 0.125)
+    assert (new["sequences"], new["maps"]) == (second["candidates"][0]["sequences"], second["candidates"][0]["maps"])
+    assert stored["r2"]["user_maps"] == second["user_maps"]
 
 
 def test_a_row_comes_back_from_the_lake_as_it_was(lake):

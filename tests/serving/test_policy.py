@@ -1,43 +1,186 @@
+"""The page's rules one by one, and together on random candidates."""
+
+from collections import Counter
+from random import Random
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policy import AUTHOR_CAP_RELAXED, arrange
+from serving.diversity import marginal_relevance, sliding_spectrum
+from serving.policy import (
+    AUTHOR_CAP_RELAXED,
+    COLD_START,
+    EXPLORATION,
+    PROMOTED,
+    RANKED,
+    SLOTS,
+    TOPIC_CAP_RELAXED,
+    Pool,
+    Rules,
+    arrange,
+)
+
+
+def pool_of(number, authors=None, topics=None, note_ids=None, vectors=None, blocked=(), promoted=(), cold=()) -> Pool:
+    """Candidates with falling scores."""
+
+    def mask(places):
+        return np.isin(np.arange(number), list(places))
+
+    return Pool(
+        note_ids=note_ids or [f"n{place}" for place in range(number)],
+        author_ids=authors or [None] * number,
+        topics=topics or [None] * number,
+        scores_S=np.linspace(1.0, 0.0, number),
+        vectors_SD=np.zeros((number, 2)) if vectors is None else np.asarray(vectors, float),
+        may_show_S=~mask(blocked),
+        is_promoted_S=mask(promoted),
+        is_cold_S=mask(cold),
+    )
+
+
+def places(pool: Pool, page_size: int, rules: Rules, seed: int = 0) -> tuple[list[int], list[str]]:
+    placed, relaxed = arrange(pool, page_size, rules, Random(seed))
+    return [item.candidate for item in placed], relaxed
 
 
 def test_the_third_note_of_an_author_waits_for_the_next_authors():
-    page, relaxed = arrange(np.arange(5), ["n0", "n1", "n2", "n3", "n4"], ["a", "a", "a", "b", "c"], 4, 2)
-    assert page == [0, 1, 3, 4]
-    assert relaxed == []
+    assert places(pool_of(5, authors=["a", "a", "a", "b", "c"]), 4, Rules(max_notes_per_author=2)) == ([0, 1, 3, 4], [])
 
 
 def test_the_author_cap_gives_way_before_the_page_stays_short():
-    page, relaxed = arrange(np.arange(4), ["n0", "n1", "n2", "n3"], ["a", "a", "a", "b"], 4, 1)
-    assert page == [0, 3, 1, 2]
-    assert relaxed == [AUTHOR_CAP_RELAXED]
+    page, relaxed = places(pool_of(4, authors=["a", "a", "a", "b"]), 4, Rules(max_notes_per_author=1))
+    assert (page, relaxed) == ([0, 3, 1, 2], [AUTHOR_CAP_RELAXED])
+
+
+def test_the_topic_cap_gives_way_before_the_author_cap():
+    pool = pool_of(4, authors=["a", "b", "c", "a"], topics=["x", "x", "x", "y"])
+    rules = Rules(max_notes_per_author=1, max_notes_per_topic=1)
+    assert places(pool, 3, rules) == ([0, 1, 2], [TOPIC_CAP_RELAXED])
+    assert places(pool, 4, rules) == ([0, 1, 2, 3], [TOPIC_CAP_RELAXED, AUTHOR_CAP_RELAXED])
 
 
 def test_notes_without_an_author_have_no_cap_and_a_note_is_shown_once():
-    page, relaxed = arrange(np.arange(4), ["n0", "n0", "n1", "n2"], [None, None, None, None], 3, 1)
-    assert page == [0, 2, 3]
-    assert relaxed == []
+    assert places(pool_of(4, note_ids=["n0", "n0", "n1", "n2"]), 3, Rules(max_notes_per_author=1)) == ([0, 2, 3], [])
 
 
-@pytest.mark.parametrize("candidates", [[], [0]])
-def test_fewer_candidates_than_places_is_a_short_page(candidates):
-    assert arrange(np.array(candidates, int), ["n0"], ["a"], 20, 2) == (candidates, [])
+def test_what_is_blocked_is_not_shown_even_on_a_short_page():
+    assert places(pool_of(3, blocked=[0, 2]), 3, Rules(max_notes_per_author=1)) == ([1], [])
 
 
-@given(
-    authors=st.lists(st.sampled_from(["a", "b", "c", None]), max_size=40),
-    page_size=st.integers(1, 25),
-    cap=st.integers(0, 3),
-)
-def test_the_page_is_full_without_repeats_and_capped_unless_it_says_so(authors, page_size, cap):
-    note_ids = [f"n{place // 2}" for place in range(len(authors))]  # every second note is a repeat
-    page, relaxed = arrange(np.arange(len(authors)), note_ids, authors, page_size, cap)
-    shown = [note_ids[place] for place in page]
-    assert len(shown) == len(set(shown)) == min(page_size, len(set(note_ids)))
-    counts = [sum(authors[place] == author for place in page) for author in ("a", "b", "c")]
-    assert relaxed or cap == 0 or max(counts) <= cap
+@pytest.mark.parametrize("number", [0, 1])
+def test_fewer_candidates_than_places_is_a_short_page(number):
+    assert places(pool_of(number), 20, Rules(diversity="ssd", diversity_strength=1.0, diversity_window=3)) == (
+        list(range(number)),
+        [],
+    )
+
+
+@pytest.mark.parametrize("method", ["ssd", "mmr"])
+def test_a_note_unlike_the_last_goes_before_one_that_repeats_it(method):
+    vectors = [[1, 0], [1, 0], [0, 1], [1, 0]]
+    rules = Rules(diversity=method, diversity_strength=1.0, diversity_window=2, max_displacement=3)
+    assert places(pool_of(4, vectors=vectors), 3, rules)[0] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("method", ["ssd", "mmr"])
+def test_without_strength_the_order_is_that_of_the_scores(method):
+    rules = Rules(diversity=method, diversity_strength=0.0, diversity_window=5, max_displacement=9)
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(9, 4))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert places(pool_of(9, vectors=vectors), 9, rules)[0] == list(range(9))
+
+
+def test_the_volume_of_the_window_is_the_root_of_its_gram_determinant():
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(8, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    gains = sliding_spectrum(np.zeros(8), vectors, strength=1.0, window=4)([0, 1, 2, 3], np.arange(4, 8))
+    for gain, candidate in zip(gains, range(4, 8), strict=True):
+        spanned = vectors[[1, 2, 3, candidate]]
+        assert gain == pytest.approx(np.sqrt(np.linalg.det(spanned @ spanned.T)))
+
+
+def test_a_note_without_a_vector_is_like_no_other():
+    vectors = np.array([[1.0, 0.0], [0.0, 0.0], [0.6, 0.8]])
+    np.testing.assert_allclose(sliding_spectrum(np.zeros(3), vectors, 1.0, 3)([0], np.arange(3)), [0.0, 1.0, 0.8], atol=1e-12)
+    np.testing.assert_allclose(
+        marginal_relevance(np.zeros(3), vectors, 1.0, 3)([0], np.arange(3)), [-1.0, 0.0, -0.6], atol=1e-12
+    )
+
+
+def test_slots_take_the_best_note_that_fits_and_are_ranked_places_otherwise():
+    rules = Rules(slots={0: PROMOTED, 2: COLD_START, 3: PROMOTED})
+    placed, _ = arrange(pool_of(6, promoted=[4], cold=[3, 5]), 5, rules, Random(0))
+    assert [item.candidate for item in placed] == [4, 0, 3, 1, 2]
+    assert [item.slot for item in placed] == [PROMOTED, RANKED, COLD_START, RANKED, RANKED]
+    assert {item.propensity for item in placed} == {1.0}
+
+
+def test_a_logged_propensity_is_how_often_the_note_takes_the_place():
+    pool, rules = pool_of(5, blocked=[3]), Rules(slots={1: EXPLORATION}, exploration_share=0.4)
+    shown, told = Counter(), {}
+    for seed in range(4000):
+        placed, _ = arrange(pool, 3, rules, Random(seed))
+        shown[placed[1].candidate] += 1
+        assert told.setdefault(placed[1].candidate, placed[1].propensity) == placed[1].propensity
+    assert told == pytest.approx({1: 0.6 + 0.4 / 3, 2: 0.4 / 3, 4: 0.4 / 3})
+    for candidate, propensity in told.items():
+        assert shown[candidate] / 4000 == pytest.approx(propensity, abs=5 * np.sqrt(0.25 / 4000))
+
+
+def test_the_same_seed_explores_the_same_way():
+    pool, rules = pool_of(50), Rules(slots={4: EXPLORATION, 9: EXPLORATION}, exploration_share=1.0)
+    assert arrange(pool, 20, rules, Random(7)) == arrange(pool, 20, rules, Random(7))
+    assert arrange(pool, 20, rules, Random(7)) != arrange(pool, 20, rules, Random(8))
+
+
+@settings(max_examples=600)
+@given(seed=st.integers(0, 2**32))
+def test_every_page_keeps_every_rule(seed):
+    random = Random(seed)
+    number, page_size = random.randrange(60), random.randrange(1, 25)
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(number, 4)) * (rng.random((number, 1)) < 0.8)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    pool = Pool(
+        note_ids=[f"n{random.randrange(max(1, number - 5))}" for _ in range(number)],
+        author_ids=[random.choice(["a", "b", "c", "d", None]) for _ in range(number)],
+        topics=[random.choice(["x", "y", None]) for _ in range(number)],
+        scores_S=np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1],
+        vectors_SD=vectors,
+        may_show_S=rng.random(number) < 0.9,
+        is_promoted_S=rng.random(number) < 0.1,
+        is_cold_S=rng.random(number) < 0.1,
+    )
+    rules = Rules(
+        max_notes_per_author=random.choice([0, 0, 1, 3]),
+        max_notes_per_topic=random.choice([0, 0, 1, 5]),
+        diversity=random.choice(["none", "ssd", "mmr"]),
+        diversity_strength=random.choice([0.0, 0.2, 5.0]),
+        diversity_window=random.randrange(6),
+        max_displacement=random.choice([0, 2, 10, 100]),
+        slots={random.randrange(25): random.choice(SLOTS) for _ in range(random.choice([0, 0, 3]))},
+        exploration_share=random.random(),
+    )
+    placed, relaxed = arrange(pool, page_size, rules, Random(seed))
+
+    shown = [item.candidate for item in placed]
+    first = {note_id: place for place, note_id in reversed(list(enumerate(pool.note_ids)))}
+    showable = [place for place in first.values() if pool.may_show_S[place]]
+    assert set(shown) <= set(showable)
+    assert len(shown) == len(set(shown)) == min(page_size, len(showable))
+    assert all(0.0 < item.propensity <= 1.0 for item in placed)
+    assert all(item.slot in (RANKED, rules.slots.get(place)) for place, item in enumerate(placed))
+    for cap, names, rule in (
+        (rules.max_notes_per_author, pool.author_ids, AUTHOR_CAP_RELAXED),
+        (rules.max_notes_per_topic, pool.topics, TOPIC_CAP_RELAXED),
+    ):
+        most = max(Counter(names[place] for place in shown if names[place] is not None).values(), default=0)
+        assert cap == 0 or most <= cap or rule in relaxed
+    if not rules.slots and not rules.max_notes_per_author and not rules.max_notes_per_topic:
+        rank = {place: at for at, place in enumerate(sorted(showable))}
+        assert all(abs(rank[candidate] - place) <= rules.max_displacement for place, candidate in enumerate(shown))

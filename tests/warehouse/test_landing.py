@@ -1,16 +1,19 @@
 """Landing: exactly once, nothing half-written, bad rows set aside with a reason."""
 
+import datetime as dt
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.types import StringType
 
 from tests.parity.generated_events import as_table, event_log
 from warehouse.clock import ManualClock
 from warehouse.datasets.simulator import simulate
 from warehouse.errors import HeadraceError
-from warehouse.landing import DEAD_LETTERS, EVENTS, land_dataset, land_records, landed_position
+from warehouse.events import EVENTS_SCHEMA
+from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, land_dataset, land_records, landed_position
 from warehouse.landing_files import land_file
 from warehouse.time_algebra import DAY_US
 
@@ -145,3 +148,42 @@ def test_a_time_without_a_zone_is_refused_before_anything_lands(lake, tmp_path):
     )
     with pytest.raises(HeadraceError, match="without a zone"):
         land_file(lake, tmp_path / "x.parquet")
+
+
+def test_a_lake_of_an_older_version_gets_new_columns_and_wider_types_without_a_rewrite(lake):
+    older = pa.schema(
+        [
+            field.with_type(pa.int32()) if field.name == "log_offset" else field
+            for field in EVENTS_SCHEMA
+            if field.name != "retracts"
+        ]
+    )
+    lake.create(EVENTS, older, {"landed_at": "hour"})
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    row = {"event_id": "old", "event_type": "view", "event_ts": now, "landed_at": now, "log_partition": 0, "log_offset": 0}
+    row |= {"landing": "log", "properties": '{"a": 1}'}
+    lake.append(EVENTS, pa.Table.from_pylist([row], schema=older), {"headrace.position": "[1, 0]"})
+    files = lake.table(EVENTS).inspect.files()["file_path"].to_pylist()
+    wide = row | {"event_id": "new", "log_offset": 2**40, "retracts": "old", "properties": '{"a": 1, "brand_new": true}'}
+    assert land_records(lake, pa.Table.from_pylist([wide], schema=EVENTS_SCHEMA), (2**40 + 1, 0)) == 1
+    assert set(files) < set(lake.table(EVENTS).inspect.files()["file_path"].to_pylist())
+    expected = [("new", 2**40, "old"), ("old", 0, None)]
+    query = "select event_id, log_offset, retracts from lake.events order by event_id"
+    with lake.duckdb() as connection:
+        assert connection.execute(query).fetchall() == expected
+    by_pyiceberg = lake.scan(EVENTS).sort_by("event_id").select(["event_id", "log_offset", "retracts"]).to_pylist()
+    assert [tuple(one.values()) for one in by_pyiceberg] == expected
+    assert lake.evolve(EVENTS, EVENTS_SCHEMA) is False
+
+
+def test_a_column_of_someone_elses_stays_and_a_type_that_needs_a_rewrite_is_refused(lake):
+    create_tables(lake)
+    with lake.table(EVENTS).update_schema() as update:
+        update.add_column("ours", StringType())
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    row = {"event_id": "e", "event_type": "view", "event_ts": now, "landed_at": now, "log_partition": 0, "log_offset": 0}
+    assert land_records(lake, pa.Table.from_pylist([row | {"landing": "log"}], schema=EVENTS_SCHEMA), (1, 0)) == 1
+    assert lake.scan(EVENTS)["ours"].to_pylist() == [None]
+    lake.create("lake.other", pa.schema([pa.field("a", pa.string())]))
+    with pytest.raises(HeadraceError, match=r"lake\.other cannot take its new columns without a rewrite"):
+        lake.evolve("lake.other", pa.schema([pa.field("a", pa.int64())]))

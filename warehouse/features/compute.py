@@ -16,6 +16,8 @@ from warehouse.features.compute_plan import Plan, plan
 from warehouse.features.compute_spill import answers
 from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
+from warehouse.features.kinds.declared import Kinds, load_kinds
+from warehouse.features.kinds.table_compute import open_tables, table_columns
 from warehouse.lake import BUILT_UNTIL, Lake, duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
 
@@ -26,6 +28,7 @@ def compute(
     features: Sequence[str] | None = None,
     known_at: str | None = None,
     groups: Mapping[str, FeatureGroup] | None = None,
+    kinds: Kinds | None = None,
 ) -> pa.Table:
     """The spine's rows in their order, extra columns and duplicates kept, and one column per feature.
 
@@ -36,7 +39,7 @@ def compute(
     """
     checked = Spine(spine, "the spine")
     declared = load_groups() if groups is None else groups
-    what = plan(declared, checked.schema.names, features)
+    what = plan(declared, checked.schema.names, features, load_kinds() if kinds is None else kinds)
     return pa.concat_tables(computed_chunks(lake, checked, what, known_at))
 
 
@@ -49,13 +52,17 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     with duckdb_connection() as connection:
         for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
             lake.create_view(connection, name)
+        open_tables(lake, connection, what.tables)
 
         def reads() -> Iterator[Reads]:
             return (spine.reads(chunk, what.keys, known_at) for chunk in spine.chunks())
 
-        found = answers(connection, relations, what, span, reads, lake.scratch)
+        found = answers(connection, relations, what.without_tables(), span, reads, lake.scratch)
         for chunk, columns in zip(spine.chunks(), found, strict=True):
-            yield pa.table({**dict(zip(chunk.column_names, chunk.columns, strict=True)), **columns})
+            for table in what.tables:
+                columns |= table_columns(connection, table, spine.reads(chunk, what.keys, known_at))
+            made = {name: columns[name] for name in what.features}
+            yield pa.table({**dict(zip(chunk.column_names, chunk.columns, strict=True)), **made})
 
 
 def _check_built(lake: Lake, what: Plan, span: Span) -> None:

@@ -16,6 +16,7 @@ from warehouse.features.compute import computed_chunks
 from warehouse.features.compute_plan import Plan, plan
 from warehouse.features.compute_spine import REQUEST_TS, Spine, spool_csv, spool_sql
 from warehouse.features.declarations import load_groups
+from warehouse.features.kinds.declared import load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -62,7 +63,7 @@ def compute_file(
     what was computed. Raises HeadraceError for bad input.
     """
     _check_paths(source, out)
-    groups = load_groups()
+    groups, kinds = load_groups(), load_kinds()
     lake = Lake.open(home)
     spooled = home.tmp / f"spine.{os.getpid()}.parquet"
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.part")
@@ -72,11 +73,12 @@ def compute_file(
             spine = Spine(spooled, "the spine")
         elif source.suffix == ".csv":
             keys = dict.fromkeys(key for group in groups.values() for key in group.entity_keys)
+            keys |= dict.fromkeys(key for table in kinds.tables for key in table.keys)
             spool_csv(source, tuple(keys), (REQUEST_TS, *([known_at] if known_at else [])), spooled)
             spine = Spine(spooled, str(source))
         else:
             spine = Spine(source, str(source))
-        what = plan(groups, spine.schema.names, features)
+        what = plan(groups, spine.schema.names, features, kinds)
         return _write(lake, spine, what, known_at, out, unfinished), what
     finally:
         spooled.unlink(missing_ok=True)

@@ -9,11 +9,11 @@ from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import Derived, FeatureGroup
+from warehouse.features.kinds.declared import Kinds, TableFeatures
 from warehouse.features.measures import Measure
 
 _ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64()}
-
-
+TABLE_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "boolean": pa.bool_()}
 _FRACTIONS = ("avg", "var", "stddev", "approx_quantile")
 
 
@@ -25,11 +25,19 @@ class Plan:
     features: tuple[str, ...]
     left_out: tuple[str, ...]
     """Names of groups that were not asked for by name and whose keys the spine lacks."""
+    tables: tuple[TableFeatures, ...] = ()
+    """Batch tables that some of the features are columns of."""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Key columns that the spine must have."""
-        return tuple(dict.fromkeys(key for group in self.groups for key in group.entity_keys))
+        keyed: list[FeatureGroup | TableFeatures] = [*self.groups, *self.tables]
+        return tuple(dict.fromkeys(key for of in keyed for key in of.entity_keys))
+
+    def without_tables(self) -> "Plan":
+        """The part that is made of events."""
+        of_tables = {name for table in self.tables for name in table.feature_names}
+        return replace(self, features=tuple(name for name in self.features if name not in of_tables), tables=())
 
     def types(self) -> dict[str, pa.DataType]:
         """The Arrow type of every output column."""
@@ -39,6 +47,8 @@ class Plan:
                 of = type_of(measure)
                 known |= {f"{group.entity}_{measure.name}_{window.name}": of for window in measure.windows}
             known |= {f"{group.entity}_{derived.name}": pa.float64() for derived in group.derived}
+        for table in self.tables:
+            known |= {value.name: TABLE_TYPES[value.type] for _, value in table.columns}
         return {name: known[name] for name in self.features}
 
 
@@ -52,29 +62,44 @@ def type_of(measure: Measure) -> pa.DataType:
     return pa.map_(pa.string(), number) if measure.shape == "map" else number
 
 
-def plan(groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: Sequence[str] | None) -> Plan:
-    """Which groups and measures give the features; without names, every feature whose keys are among the columns.
+def plan(
+    groups: Mapping[str, FeatureGroup], columns: Sequence[str], features: Sequence[str] | None, kinds: Kinds | None = None
+) -> Plan:
+    """Which groups, measures and batch tables give the features; without names, every feature whose keys are among the columns.
 
-    Raises HeadraceError for a name that is no feature, a name given twice, and columns that hold no group's keys.
+    kinds: what may be asked for besides; what only the forward log knows cannot be. Raises HeadraceError for a name that is no
+    feature, a name given twice, and columns that hold no group's keys.
     """
-    owner = {name: group for group in groups.values() for name in group.all_names}
+    kinds = kinds or Kinds()
+    everything: list[FeatureGroup | TableFeatures] = [*groups.values(), *kinds.tables]
+    owner = {name: group for group in everything for name in group.all_names}
     if features is None:
-        chosen = [group for group in groups.values() if set(group.entity_keys) <= set(columns)]
+        chosen = [group for group in everything if set(group.entity_keys) <= set(columns)]
         if not chosen:
-            keys = "; ".join(f"{group.name}: {', '.join(group.entity_keys)}" for group in groups.values())
+            keys = "; ".join(f"{group.name}: {', '.join(group.entity_keys)}" for group in everything)
             raise HeadraceError(f"the spine holds no group's keys ({keys}); it has {', '.join(columns)}")
         wanted = tuple(name for group in chosen for name in group.all_names)
-        left_out = tuple(group.name for group in groups.values() if group not in chosen)
+        left_out = tuple(group.name for group in everything if group not in chosen)
     else:
         wanted, left_out = tuple(features), ()
         if unknown := [name for name in wanted if name not in owner]:
+            if why := kinds.why_not(unknown[0]):
+                raise HeadraceError(why)
             raise HeadraceError(f"no feature {', '.join(map(repr, unknown))}; see `headrace features list`")
         if not wanted:
             raise HeadraceError("no features are asked for; name some, or leave features out for all")
         if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
             raise HeadraceError(f"{', '.join(repeated)} is asked for twice")
     cut = [_cut(group, {name for name in wanted if owner[name] is group}) for group in groups.values()]
-    return Plan(tuple(group for group in cut if group.measures), wanted, left_out)
+    tables = [_cut_table(table, set(wanted)) for table in kinds.tables]
+    return Plan(
+        tuple(group for group in cut if group.measures), wanted, left_out, tuple(table for table in tables if table.columns)
+    )
+
+
+def _cut_table(table: TableFeatures, wanted: set[str]) -> TableFeatures:
+    """The table with only the columns that are asked for; all of them still tell equal rows apart."""
+    return replace(table, columns=tuple((column, value) for column, value in table.columns if value.name in wanted))
 
 
 def _cut(group: FeatureGroup, wanted: set[str]) -> FeatureGroup:

@@ -140,7 +140,7 @@ def load_groups(project_dir: Path | None = None) -> dict[str, FeatureGroup]:
     groups: dict[str, FeatureGroup] = {}
     for model in models:
         meta = ((model.get("config") or {}).get("meta") or {}).get("features")
-        if meta is None:
+        if meta is None or isinstance(meta, list) or "kind" in meta:  # the other kinds: warehouse/features/kinds
             continue
         group = _group(model["name"], meta, columns, f"{model['__file__']}:{meta.get('__line__', model['__line__'])}")
         if group.name in groups:
@@ -164,7 +164,7 @@ def _without_prose(value: Any) -> Any:
     return [_without_prose(item) for item in value] if isinstance(value, list) else value
 
 
-class _LineLoader(yaml.SafeLoader):
+class LineLoader(yaml.SafeLoader):
     """Keeps the line of every mapping under `__line__`."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -176,7 +176,7 @@ class _LineLoader(yaml.SafeLoader):
 def _models(path: Path, root: Path) -> Iterator[dict[str, Any]]:
     where = path.relative_to(root)
     try:
-        content = yaml.load(path.read_text(), Loader=_LineLoader) or {}
+        content = yaml.load(path.read_text(), Loader=LineLoader) or {}
     except yaml.YAMLError as error:
         raise HeadraceError(f"{where}: not valid YAML: {error}") from error
     for model in content.get("models") or []:

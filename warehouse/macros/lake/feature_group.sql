@@ -67,3 +67,9 @@
         ref('stg_engagements'), ref('stg_shadowed_arrivals'), ref('stg_retractions')
     ) }}
 {%- endmacro %}
+
+{# The features of a batch table (`kind: table`) for each row of a spine, each at its own t and K. `relation`: ref() or source() of the
+   table that declares them. #}
+{% macro features_of_table(name, spine, relation) -%}
+    {{ table_features_at(feature_group(name) if execute else {'keys': ['key'], 'event_time': 'event_time', 'available_at': 'event_time', 'order': [], 'columns': []}, spine, relation) }}
+{%- endmacro %}

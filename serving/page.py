@@ -1,0 +1,112 @@
+"""The last stage: what L2 has scored becomes a page, by the rules of the policy.
+
+Shape letters: C candidates in order of recall, S survivors of L1, N notes of the catalogue, D dimensions of a note's vector.
+"""
+
+import logging
+from random import Random
+
+import numpy as np
+
+from serving.policy import COLD_START, PROMOTED, Placed, Pool, arrange
+from serving.request import Request
+from serving.retrieve import Candidates
+from serving.settings import Settings
+from serving.world import World
+from warehouse.time_algebra import HOUR_US
+
+log = logging.getLogger(__name__)
+
+
+def allowed_notes(
+    settings: Settings, note_ids: list[str], author_ids: list[str | None], topics: list[str | None]
+) -> np.ndarray:
+    """bool [N]: notes that the settings do not block, by their own id, their author or their topic."""
+    notes, authors, blocked = set(settings.blocked_notes), set(settings.blocked_authors), set(settings.blocked_topics)
+    return np.array(
+        [
+            note_id not in notes and author_id not in authors and topic not in blocked
+            for note_id, author_id, topic in zip(note_ids, author_ids, topics, strict=True)
+        ],
+        dtype=bool,
+    )
+
+
+def reserve(request: Request, candidates: Candidates, l1_order_C: np.ndarray, top_k: int) -> np.ndarray:
+    """int64 [S]: the top_k of L1, the last of them making room for notes that promoted and cold-start places want: L1 has
+    nothing good to say of a note that nobody has seen."""
+    survivors_S = l1_order_C[:top_k]
+    slots = list(request.world.settings.rules.slots.values())
+    if not slots or len(l1_order_C) <= top_k:
+        return survivors_S
+    wanted: list[int] = []
+    for slot, is_fit_C in ((PROMOTED, _promoted(request, candidates)), (COLD_START, _cold(request, candidates))):
+        number = slots.count(slot)
+        missing = number - int(is_fit_C[survivors_S].sum())
+        wanted += [candidate for candidate in l1_order_C[top_k:].tolist() if is_fit_C[candidate]][: max(missing, 0)]
+    wanted = list(dict.fromkeys(wanted))[:top_k]
+    return np.concatenate([survivors_S[: top_k - len(wanted)], np.array(wanted, dtype=np.int64)]) if wanted else survivors_S
+
+
+def lay_out(
+    request: Request, candidates: Candidates, order_C: np.ndarray, score_C: np.ndarray, page_size: int, request_id: str
+) -> list[Placed]:
+    """The page, first place first; `candidate` is a place in `candidates`. What had to give way is added to `degraded`.
+
+    order_C: candidates to choose from, best first. What is explored depends on the request's id alone, so that a page can be
+    made again.
+    """
+    world = request.world
+    picked = candidates.take(order_C)
+    row_of = world.catalogue.row_of
+    rows_S = [row_of[note_id] for note_id in picked.note_ids]
+    pool = Pool(
+        note_ids=picked.note_ids,
+        author_ids=picked.author_ids,
+        topics=[world.catalogue.topics[row] for row in rows_S],
+        scores_S=score_C[order_C],
+        vectors_SD=_vectors(request, np.array(rows_S, dtype=np.int64)),
+        may_show_S=showable(request)[rows_S],
+        is_promoted_S=_promoted(request, picked),
+        is_cold_S=_cold(request, picked),
+    )
+    placed, relaxed = arrange(pool, page_size, world.settings.rules, Random(request_id))
+    request.steps.degraded.extend(relaxed)
+    return [Placed(int(order_C[item.candidate]), item.slot, item.propensity) for item in placed]
+
+
+def showable(request: Request) -> np.ndarray:
+    """bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not."""
+    world = request.world
+    may_N = world.catalogue.exists_at(request.t_us) & world.allowed_N
+    hidden = [
+        world.catalogue.row_of[note_id]
+        for note_id in world.readers.hidden(request.user_id)
+        if note_id in world.catalogue.row_of
+    ]
+    may_N[hidden] = False
+    return may_N
+
+
+def _vectors(request: Request, rows_S: np.ndarray) -> np.ndarray:
+    """float [S, D]: what diversity compares; zeros, and a word in `degraded`, where the vectors cannot be had."""
+    if request.world.settings.diversity != "none":
+        try:
+            return request.world.models.vectors_of(rows_S)
+        except Exception:  # costs the page its variety, never the page
+            log.exception("no vectors of notes; the page is laid out without diversity")
+            request.steps.degraded.append("diversity")
+    return np.zeros((len(rows_S), 1))
+
+
+def _promoted(request: Request, candidates: Candidates) -> np.ndarray:
+    promoted = set(request.world.settings.promoted_notes)
+    return np.array([note_id in promoted for note_id in candidates.note_ids], dtype=bool)
+
+
+def _cold(request: Request, candidates: Candidates) -> np.ndarray:
+    """Notes made, or first seen, within the hours of a cold start."""
+    world: World = request.world
+    since_us = request.t_us - round(world.settings.cold_start_hours * HOUR_US)
+    rows = [world.catalogue.row_of[note_id] for note_id in candidates.note_ids]
+    return world.catalogue.freshness_us()[rows] >= since_us
