@@ -230,12 +230,24 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not os.path.islink(path))
 
 
+def _same_parts(there: pa.DataType, wanted: pa.DataType) -> bool:
+    """Of lists, maps and structs; a struct may have more than what is wanted."""
+    if pa.types.is_struct(there) and pa.types.is_struct(wanted):
+        parts = {field.name: field.type for field in there.fields}
+        return all(_same_type(parts.get(field.name), field.type) for field in wanted.fields)
+    if pa.types.is_map(there) and pa.types.is_map(wanted):
+        return _same_type(there.key_type, wanted.key_type) and _same_type(there.item_type, wanted.item_type)
+    if pa.types.is_map(there) or pa.types.is_map(wanted) or pa.types.is_struct(there) or pa.types.is_struct(wanted):
+        return False
+    return _same_type(there.value_type, wanted.value_type)
+
+
 def _same_type(there: pa.DataType | None, wanted: pa.DataType) -> bool:
     """Iceberg has one string, one binary and one list type, whatever the width of Arrow's offsets; a wider number is enough."""
     if there is None:
         return False
-    if pa.types.is_nested(there) or pa.types.is_nested(wanted):
-        return pa.types.is_nested(there) and pa.types.is_nested(wanted)
+    if pa.types.is_nested(there) and pa.types.is_nested(wanted):
+        return _same_parts(there, wanted)
     kinds = (pa.types.is_string, pa.types.is_large_string)
     if any(kind(there) for kind in kinds) and any(kind(wanted) for kind in kinds):
         return True
