@@ -9,6 +9,7 @@ COMMANDS = {
     "sql": ("warehouse.cli", "read the lake with SQL, read-only"),
     "lake": ("warehouse.lake_cli", "compact tables, expire snapshots, find orphaned files"),
     "features": ("warehouse.cli", "list, show, check, plan, compute and verify declared features"),
+    "features get": ("streaming_sql.features_cli", "the features of one entity, now or then, with the blocks behind them"),
     "export-training": ("warehouse.cli", "write the training examples as Parquet"),
     "stream": ("streaming_sql.cli", "run or inspect the embedded stream"),
     "train": ("models_ml.cli", "train, evaluate and publish the models"),
@@ -32,12 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
-    if words[0] not in COMMANDS:
+    command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    if command not in COMMANDS:
         print(f"headrace: no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     from warehouse.errors import HeadraceError
 
-    room = importlib.import_module(COMMANDS[words[0]][0])
+    room = importlib.import_module(COMMANDS[command][0])
     try:
         return room.main(words)
     except HeadraceError as error:

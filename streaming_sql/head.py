@@ -92,15 +92,7 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
         condition = " and ".join([f"({measure.where})"] * bool(measure.where) + [f"({text}) is not null" for text in given])
         conditions.append(condition or "true")
         items.append(f"case when {condition or 'true'} then {_measured(measure)} end as {measure.name}")
-    keys = ", ".join(
-        [
-            *group.entity_keys,
-            *(
-                f"cast(extract({CALENDAR_PARTS[part.part]} from event_ts at time zone '{part.zone}') as varchar) as {part.name}"
-                for part in group.calendar
-            ),
-        ]
-    )
+    keys = ", ".join(f"{of_event} as {name}" for name, of_event in key_sql(group).items())
     known = " and ".join(f"{key} is not null" for key in group.entity_keys)
     return (
         f"select {keys}, epoch_us(event_ts) as head_event_ts, event_id as head_event_id, epoch_us(known_at) as head_known_at, "
@@ -108,6 +100,15 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
         f"{', '.join(items)} "
         f"from {events} where {known} and ({' or '.join(f'coalesce({one}, false)' for one in conditions)})"
     )
+
+
+def key_sql(group: FeatureGroup) -> dict[str, str]:
+    """Key column of the group's blocks → the DuckDB expression that gives it of an event."""
+    parts = {
+        part.name: f"cast(extract({CALENDAR_PARTS[part.part]} from event_ts at time zone '{part.zone}') as varchar)"
+        for part in group.calendar
+    }
+    return {key: parts.get(key, key) for key in group.keys}
 
 
 def _measured(measure: Measure) -> str:

@@ -73,18 +73,27 @@ class Runner:
         clock: Clock,
         settings: RunnerSettings | None = None,
         status_path: Path | None = None,
+        only_reads: bool = False,
     ):
-        """status_path: where to leave a report for `headrace stream status` about once a second; none by default."""
+        """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
+        only_reads: it can catch up and nothing else; neither lake nor log is written."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
         self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log))
-        self._lander = Lander(lake, log, clock, self._settings.lander)
+        self._only_reads = only_reads
+        self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
         self._reported = (time.monotonic(), self._feed.position)
         self.totals = Taken()
         self.failure: BaseException | None = None
+
+    @property
+    def _lander(self) -> Lander:
+        if self._its_lander is None:
+            raise HeadraceError("this runner only reads; it cannot land")
+        return self._its_lander
 
     @property
     def store(self) -> OnlineStore:
@@ -161,7 +170,8 @@ class Runner:
             raise HeadraceError("the runner has not caught up with the lake: call catch_up() first")
 
     def _feed_once(self, limit: int) -> tuple[int, Taken]:
-        self._log.heartbeat(self._settings.heartbeat_idle_us)
+        if not self._only_reads:
+            self._log.heartbeat(self._settings.heartbeat_idle_us)
         records = self._log.read(self._feed.position, limit)
         taken = self._feed.take(records) if records.num_rows else Taken()
         self._count(taken)
@@ -181,6 +191,8 @@ class Runner:
     def start(self) -> None:
         """Runs until `stop()`. If a round fails, the thread ends, `failure` holds why and `is_healthy` turns false."""
         self._must_have_caught_up()
+        if self._only_reads:
+            raise HeadraceError("this runner only reads; it can catch up, not run or land")
         if self._threads:
             raise HeadraceError("the runner is already running")
         self._stopping.clear()

@@ -3,7 +3,7 @@ of it answer, each at its own tick and position."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow as pa
 from streaming_sql.event_log import Position
 from streaming_sql.feed import Feed
 from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
+from streaming_sql.key_index import Key
 from streaming_sql.online_store import OnlineStore, StoreView
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
@@ -58,7 +59,7 @@ def live_answers(
 
 def answer(view: StoreView, group: FeatureGroup, read: Read) -> dict[str, Any]:
     """What the view says to a read of one key, in the shapes of SQL: None for NULL, maps as pairs."""
-    matrix = view.assemble(group.name, [read.key], read.request_us)
+    matrix = view.assemble(group.name, [cast(Key, read.key)], read.request_us)  # a NULL is looked up like an unknown key
     numbers = zip(matrix.names, matrix.values[0].tolist(), strict=True)
     return {
         **{name: None if np.isnan(value) else value for name, value in numbers},

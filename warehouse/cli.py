@@ -170,7 +170,7 @@ def _features(words: list[str]) -> int:
         "Shows and checks what is declared; plans a build; computes it for any spine; proves it on generated events.",
         "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d\n"
         "  headrace features plan\n"
-        "  headrace features compute --help\n  headrace features verify --help",
+        "  headrace features get --help\n  headrace features compute --help\n  headrace features verify --help",
     )
     parser.add_argument("action", choices=("check", "list", "show", *_FEATURE_COMMANDS))
     parser.add_argument("name", nargs="?", help="show: a feature")

@@ -1,5 +1,5 @@
-"""The live store (feed, micro-batches, head, layers of blocks) against the oracle on generated events, partitions interleaved in
-any way."""
+"""The live store (feed, micro-batches, head, layers of blocks) against the oracle on generated events, partitions
+interleaved in any way."""
 
 from random import Random
 

@@ -13,8 +13,8 @@ from warehouse.features.kinds.declared import Kinds, TableFeatures
 from warehouse.features.measures import Measure
 
 _ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64()}
-TABLE_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "boolean": pa.bool_()}
 _FRACTIONS = ("avg", "var", "stddev", "approx_quantile")
+TABLE_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "boolean": pa.bool_()}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Plan:
     @property
     def keys(self) -> tuple[str, ...]:
         """Key columns that the spine must have."""
-        keyed: list[FeatureGroup | TableFeatures] = [*self.groups, *self.tables]
-        return tuple(dict.fromkeys(key for of in keyed for key in of.entity_keys))
+        sources: list[FeatureGroup | TableFeatures] = [*self.groups, *self.tables]
+        return tuple(dict.fromkeys(key for source in sources for key in source.entity_keys))
 
     def without_tables(self) -> "Plan":
         """The part that is made of events."""

@@ -86,10 +86,6 @@ class TableFeatures:
         return tuple(value.name for _, value in self.columns)
 
     @property
-    def entity_keys(self) -> tuple[str, ...]:
-        return self.keys
-
-    @property
     def sequence_names(self) -> tuple[str, ...]:
         return ()
 
@@ -100,6 +96,10 @@ class TableFeatures:
     @property
     def all_names(self) -> tuple[str, ...]:
         return self.feature_names
+
+    @property
+    def entity_keys(self) -> tuple[str, ...]:
+        return self.keys
 
     def as_meta(self) -> dict[str, Any]:
         """As the macro `table_features_at` reads it."""
