@@ -11,6 +11,7 @@ from streaming_sql.verify import live_answers
 from tests.parity.generated_events import CLOCKS_CHANGE_US, START_US, event_log
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal
 from warehouse.features.oracle import values
+from warehouse.features.verify import in_float64
 
 WITH_CALENDAR = [name for name, group in GROUPS.items() if group.calendar]
 WITHOUT = [name for name, group in GROUPS.items() if not group.calendar]
@@ -32,8 +33,5 @@ def assert_live(groups, events, random):
     for name, read, answer in live_answers(groups, events, random):
         asked.add(name)
         for feature, value in values(groups[name], events, read).items():
-            if isinstance(value, int):
-                assert answer[feature] == float(value), (feature, read)
-            else:
-                assert_equal(answer[feature], value, (feature, read))
+            assert_equal(answer[feature], in_float64(value), (feature, read))
     assert asked == set(groups)

@@ -164,7 +164,7 @@ def verify(
     for execution, answered in (others or {}).items():
         for name, read, answer in answered(ours, rows, random):
             expected = values(ours[name], _related(ours[name], rows, read), read)
-            held = {feature: _in_float64(value) for feature, value in expected.items()}
+            held = {feature: in_float64(value) for feature, value in expected.items()}
             _compare(execution, [answer], [read], [held], verdicts[name], seed)
 
 
@@ -257,10 +257,10 @@ def _is_same(got: Any, expected: Any) -> bool:
     return got == expected
 
 
-def _in_float64(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
     """As a feature is held in memory: integers beyond 2^53 are rounded."""
     if isinstance(value, dict):
-        return {entry: _in_float64(number) for entry, number in value.items()}
+        return {entry: in_float64(number) for entry, number in value.items()}
     return float(value) if isinstance(value, int) and abs(value) > 2**53 else value
 
 
