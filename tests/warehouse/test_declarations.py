@@ -36,6 +36,12 @@ def test_a_feature_is_named_entity_measure_window(tmp_path):
     assert groups["group"].feature_names == ("note_num_views_1h", "note_num_views_30d", "note_half")
 
 
+def test_a_division_of_doubles_by_what_is_never_0_is_taken(tmp_path):
+    of = "-(cast(watch_ms as double precision) * 2 + 1) / 3 / nullif(watch_ms, 0)"
+    group = declare(tmp_path, f"- {{name: a, aggregation: sum, of: {of!r}, type: double, windows: [1h]}}")["group"]
+    assert group.measures[0].of == of
+
+
 def test_every_setting_is_read(tmp_path):
     group = declare(
         tmp_path,
@@ -96,6 +102,14 @@ def test_every_setting_is_read(tmp_path):
         (
             {"measures": "- {name: a, aggregation: count, windows: [{kind: hop, gap: 5m}]}"},
             "lifetime, or {kind: session, gap: 30m}",
+        ),
+        (
+            {"measures": "- {name: a, aggregation: sum, of: watch_ms / 3, type: double, windows: [1h]}"},
+            r"watch_ms / 3 divides integers.*cast\(… as double precision\) / …",
+        ),
+        (
+            {"measures": "- {name: a, aggregation: count, where: 1 < cast(1 as double) / watch_ms, windows: [1h]}"},
+            r"may divide by 0.*nullif\(…, 0\)",
         ),
         ({"keys": "[{name: hour, part: hour, zone: UTC}]"}, "has calendar keys only"),
         ({"keys": "[note_id, {name: hour, part: hour, zone: Mars}]"}, "no time zone 'Mars'"),

@@ -286,11 +286,11 @@ def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str
         )
     for setting in ("where", "of", "bucket_by"):
         if entry.get(setting):
-            check_expression(
-                str(entry[setting]),
-                columns,
-                lambda problem, setting=setting: fail(f"measure {name}: {setting}: {problem}", entry),
-            )
+
+            def refuse(problem: str, setting: str = setting) -> HeadraceError:
+                return fail(f"measure {name}: {setting}: {problem}", entry)
+
+            check_division(check_expression(str(entry[setting]), columns, refuse), refuse)
     return Measure(
         name,
         aggregation,
@@ -358,3 +358,27 @@ def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expr:
         if isinstance(node, exp.Column) and node.name not in columns:
             raise fail(f"no column {node.name}; there are {', '.join(sorted(columns))}")
     return tree
+
+
+def check_division(tree: exp.Expr, fail: Any) -> None:
+    """Refuses divisions that engines do not do alike: of two integers (DuckDB divides as doubles, PostgreSQL and RisingWave cut
+    the rest off), and by what may be 0 (NULL, infinity or an error). Derived expressions have rules of their own for both."""
+    for node in tree.find_all(exp.Div):
+        text = node.sql(dialect="duckdb")
+        if not _is_double(node.this):
+            raise fail(f"{text} divides integers, which engines do not do alike; write cast(… as double precision) / …")
+        divisor = node.expression.unnest()
+        is_number = isinstance(divisor, exp.Literal) and not divisor.is_string and float(divisor.this) != 0
+        is_guarded = isinstance(divisor, exp.Nullif) and divisor.expression.sql() == "0"
+        if not is_number and not is_guarded:
+            raise fail(f"{text} may divide by 0, which engines do not do alike; write … / nullif(…, 0)")
+
+
+def _is_double(node: exp.Expr) -> bool:
+    if isinstance(node, exp.Cast):
+        return node.to.is_type(exp.DataType.Type.DOUBLE)
+    if isinstance(node, exp.Paren | exp.Neg | exp.Abs | exp.Div):
+        return _is_double(node.this)
+    if isinstance(node, exp.Add | exp.Sub | exp.Mul):
+        return _is_double(node.this) or _is_double(node.expression)
+    return isinstance(node, exp.Sqrt | exp.Ln)
