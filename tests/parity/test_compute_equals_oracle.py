@@ -125,7 +125,7 @@ def test_arrays_equal_the_equation(name, seed):
     questions = as_spines_ask(random, some_reads(random, group, events))
     with duckdb.connect() as connection:
         build(connection, group, as_table(events))
-        assert_answers(group, events, questions, answers(connection, group, questions, arrays=True))
+        assert_answers(group, events, questions, answers(connection, group, questions, arrays=True, chunk=20))
 
 
 @pytest.mark.parametrize("name", ["everything", "everything_of_a_user_and_author", "moments_and_events", "hours"])
