@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test faults clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,6 +58,9 @@ lint: $(READY) ## format, imports between rooms, types, SQL
 
 test: lint ## lint, then every test this machine can run; those it cannot name what is missing
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+faults: $(READY) ## kill collector, lander and runner KILLS times each (50) over all their write boundaries; minutes
+	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

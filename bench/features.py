@@ -39,7 +39,8 @@ from warehouse.features.compute import computed_chunks
 from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_spine import Spine
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 from warehouse.features.render import block_sql, point_in_time_sql, retractions_sql, roll_up_sql, staging_sql
 from warehouse.home import Home
 from warehouse.lake import BUILT_UNTIL, Lake

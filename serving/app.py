@@ -19,6 +19,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from serving import answers, cascade, collect, wire
+from serving.budget import Budget
 from serving.engine import Engine
 from serving.explain import find_row
 from serving.http import Edge, install_error_bodies, json_response, sentence
@@ -135,9 +136,11 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
     async def feed(body: wire.FeedRequest) -> Response:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
         world = _world(app)
+        budget = Budget.of_ms(body.deadline_ms or world.settings.deadline_ms)
         page_size = body.limit or world.settings.page_size
+        context = _said(world, body.context)
         work = functools.partial(
-            cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface, _said(world, body.context)
+            cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface, context, budget
         )
         served = await _compute(app, metrics, work)
         _engine(app).remember(served)

@@ -3,19 +3,20 @@
 Shape letters: C candidates in order of recall, S survivors of L1, F features. Nothing here waits for a disk or a network.
 """
 
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from serving.budget import Budget
+from serving.hurry import L2_SKIPPED, RANKING, affordable, has_time_for_l2, page_without_ranking
 from serving.hydrate import CandidateFeatures, hydrate_candidates
 from serving.page import lay_out, reserve
-from serving.rank import as_given, best_first, run_l1, run_l2
+from serving.rank import as_given, best_first, run_l1, run_l2, score_so_far
 from serving.recall import find_candidates
-from serving.request import Request, begin
+from serving.request import NO_DEADLINE, Request, begin
 from serving.retrieve import Candidates
-from serving.served import Served
+from serving.served import Served, new_request_id
 from serving.world import World
 from warehouse.features.kinds.values import Value
 
@@ -23,14 +24,24 @@ Said = Mapping[str, Value] | None
 """The features of the request, as `outside.said` gives them."""
 
 
-def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: str | None = None, said: Said = None) -> Served:
-    """A page of notes for one reader: the whole path."""
-    settings = world.settings
-    request = begin(world, user_id, feed_type, surface, said)
+def feed(
+    world: World,
+    user_id: str,
+    feed_type: str,
+    page_size: int,
+    surface: str | None = None,
+    said: Said = None,
+    budget: Budget = NO_DEADLINE,
+) -> Served:
+    """A page of notes for one reader: the whole path. What the budget has no time for is left out (`serving.hurry`)."""
+    settings, pace = world.settings, world.pace
+    request = begin(world, user_id, feed_type, surface, said, budget)
     steps = request.steps
+    if (in_a_hurry := page_without_ranking(request, page_size)) is not None:
+        return in_a_hurry
 
     with steps.timed("retrieve"):
-        candidates = find_candidates(request, page_size)
+        candidates = affordable(request, find_candidates(request, page_size), page_size)
     with steps.timed("hydrate_candidates"):
         features_CF = _hydrate(request, candidates.note_ids, candidates.author_ids)
     with steps.timed("l1"):
@@ -38,9 +49,12 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
         survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
     with steps.timed("l2"):
         note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S]
-        predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
+        if has_time_for_l2(request, len(note_ids_S)):
+            predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
+        else:
+            predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
-    request_id = uuid.uuid4().hex
+    request_id = new_request_id()
     with steps.timed("policy"):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
         page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
@@ -49,17 +63,12 @@ def feed(world: World, user_id: str, feed_type: str, page_size: int, surface: st
     is_logged_C[[placed.candidate for placed in page]] = True
     logged = np.flatnonzero(is_logged_C)
     steps.note_total()
-    return Served(
-        request_id=request_id,
-        user_id=user_id,
-        feed_type=feed_type,
-        t_us=request.t_us,
-        tick_us=request.view.tick_us,
-        position=tuple(request.view.position),
-        declarations_hash=world.declarations_hash,
-        model_versions=world.models.versions,
-        steps=steps,
-        user=request.user,
+    for stage in RANKING:
+        if not (stage == "l2" and L2_SKIPPED in steps.degraded):
+            pace.note(stage, steps.timings_ms[stage], len(survivors_S) if stage in ("l2", "policy") else len(candidates))
+    return Served.of(
+        request,
+        request_id,
         candidates=candidates,
         l1_score_C=l1_score_C,
         predictions={head: _spread(scores_S, survivors_S, len(candidates)) for head, scores_S in predictions_S.items()},

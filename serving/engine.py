@@ -16,7 +16,9 @@ from serving.catalogue import Catalogue
 from serving.explain import Recent
 from serving.fetch import Fetcher
 from serving.forward_log import ForwardLog
+from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
+from serving.last_pages import LastPages
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
@@ -106,6 +108,8 @@ class Engine:
         assert self.world is not None
         positions = self.log.append(events)
         self.world.readers.note_events(events)
+        for user_id in {event["user_id"] for event in events}:
+            self.world.last_pages.forget(user_id)
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
@@ -121,6 +125,8 @@ class Engine:
     def remember(self, served: Served) -> None:
         assert self.forward_log is not None
         self.recent.add(served)
+        if self.world is not None and CACHED_PAGE not in served.steps.degraded:
+            self.world.last_pages.keep(served)
         self.forward_log.offer(served.as_row)
 
     def stop(self) -> None:
@@ -188,6 +194,7 @@ class Engine:
             store=store,
             catalogue=catalogue,
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
+            last_pages=LastPages(self.settings.last_pages, self.settings.last_page_minutes),
             allowed_N=allowed_notes(self.settings, catalogue.note_ids, catalogue.author_ids, catalogue.topics),
             models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
             kinds=kinds,

@@ -59,7 +59,12 @@ def run_l2(
     except Exception:
         log.exception("L2 failed; the order of the stage before it stands")
         request.steps.degraded.append("l2")
-        return {}, np.where(np.isfinite(score_so_far_C), score_so_far_C, as_given(len(note_ids)))
+        return {}, score_so_far(score_so_far_C)
+
+
+def score_so_far(scores_C: np.ndarray) -> np.ndarray:
+    """float64 [C]: the scores of the stage before; where it gave none, ones that keep the order that came in."""
+    return np.where(np.isfinite(scores_C), scores_C, as_given(len(scores_C)))
 
 
 def mix(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

@@ -10,6 +10,7 @@ from serving.retrieve import Candidates, Retrieval, retrieve
 
 NO_LOCATIONS = "nearby_without_locations"
 NO_FOLLOWED_NOTES = "no_followed_notes"
+GENERATORS_SKIPPED = "generators_skipped"
 SEEN_AGAIN = "seen_filter_relaxed"
 
 
@@ -36,6 +37,17 @@ def find_candidates(request: Request, at_least: int) -> Candidates:
     return candidates
 
 
+def find_popular(request: Request, at_least: int) -> Candidates:
+    """What is trending and fresh, without asking any model; seen notes too where there is too little else."""
+    limits = {"trending": 4 * at_least, "fresh": 4 * at_least}
+    may_N = showable(request)
+    candidates = _found(request, _without_seen(request, may_N), limits, ranked=False)
+    if len(candidates) < at_least and may_N.sum() > len(candidates):
+        request.steps.degraded.append(SEEN_AGAIN)
+        candidates = _found(request, may_N, limits, ranked=False)
+    return candidates
+
+
 def _without_seen(request: Request, may_N: np.ndarray) -> np.ndarray:
     row_of, unseen_N = request.world.catalogue.row_of, may_N.copy()
     seen = [*request.world.readers.seen(request.user_id), *request.history]
@@ -43,7 +55,8 @@ def _without_seen(request: Request, may_N: np.ndarray) -> np.ndarray:
     return unseen_N
 
 
-def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int]) -> Candidates:
+def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int], ranked: bool = True) -> Candidates:
+    """ranked: whether candidates will be, so that time must be left for it."""
     world = request.world
     retrieval = Retrieval(
         catalogue=world.catalogue,
@@ -55,6 +68,12 @@ def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int]) 
         followed_authors=world.readers.follows(request.user_id),
         promoted=world.settings.promoted_notes,
     )
-    candidates, failed = retrieve(retrieval, limits)
+    stages = ("hydrate_candidates", "l1", "policy")
+
+    def is_late(num_candidates: int) -> bool:
+        return ranked and request.world.pace.expected_ms(stages, num_candidates) > request.budget.left_ms()
+
+    candidates, failed, is_cut = retrieve(retrieval, limits, is_late)
+    failed = [*failed, GENERATORS_SKIPPED] if is_cut else failed
     request.steps.degraded.extend(name for name in failed if name not in request.steps.degraded)
     return candidates

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from serving.budget import Budget
 from serving.hydrate import UserFeatures, hydrate_user
 from serving.outside import with_outside
 from serving.world import World
@@ -12,6 +13,7 @@ from streaming_sql.online_store import StoreView
 from warehouse.features.kinds.values import Value
 from warehouse.time_algebra import GRACE_US
 
+NO_DEADLINE = Budget()
 LAST_CLICKS = "user_last_clicks_30d"
 CLOCK_BEHIND = "clock_behind_the_log"
 
@@ -55,6 +57,7 @@ class Request:
     user: UserFeatures
     history: list[str]
     steps: Steps
+    budget: Budget = NO_DEADLINE
 
 
 def begin(
@@ -63,6 +66,7 @@ def begin(
     feed_type: str = "EXPLORE",
     surface: str | None = None,
     said: Mapping[str, Value] | None = None,
+    budget: Budget = NO_DEADLINE,
 ) -> Request:
     """Fixes t, T and K and reads the reader's own features and the request's. A reader never met is a cold start, not an error.
 
@@ -82,4 +86,4 @@ def begin(
         with steps.timed("outside"):
             keys = {"user_id": user_id, "surface": surface}
             user = with_outside(user, world.kinds, world.fetcher, keys, said or {}, steps.degraded)
-    return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps)
+    return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps, budget)

@@ -123,15 +123,26 @@ GENERATORS: Mapping[str, Callable[[Retrieval, int], np.ndarray]] = {
 }
 
 
-def retrieve(request: Retrieval, limits: Mapping[str, int]) -> tuple[Candidates, list[str]]:
-    """The union of the generators named in `limits`, each note once, and the names of generators that failed.
+def _never_late(num_candidates: int) -> bool:
+    return False
+
+
+def retrieve(
+    request: Retrieval, limits: Mapping[str, int], is_late: Callable[[int], bool] = _never_late
+) -> tuple[Candidates, list[str], bool]:
+    """The union of the generators named in `limits`, each note once; the names of generators that failed; whether some were not
+    asked, because with as many notes as there were it had become late. They are asked in the order of `limits`.
 
     A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
     shares_of: dict[int, list[tuple[float, str]]] = {}
-    failed = []
+    failed: list[str] = []
+    is_cut = False
     for name, limit in limits.items():
+        if shares_of and is_late(len(shares_of)):
+            is_cut = True
+            break
         try:
             rows = GENERATORS[name](request, int(limit))
         except Exception:  # one generator's failure costs its notes, never the page
@@ -149,7 +160,7 @@ def retrieve(request: Retrieval, limits: Mapping[str, int]) -> tuple[Candidates,
         [tuple(name for _, name in sorted(shares_of[row], key=lambda pair: -pair[0])) for row in rows_C],
         np.array([score_of[row] for row in rows_C], dtype=np.float64),
     )
-    return candidates, failed
+    return candidates, failed, is_cut
 
 
 def _largest(values_N: np.ndarray, limit: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What one request did: everything that the response, `/v1/explain` and the forward log say."""
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from serving.hydrate import CandidateFeatures, UserFeatures
 from serving.policy import Placed
-from serving.request import Steps
+from serving.request import Request, Steps
 from serving.retrieve import Candidates
 
 
@@ -39,6 +40,24 @@ class Served:
     logged: np.ndarray
     logged_features: CandidateFeatures
 
+    @classmethod
+    def of(cls, request: Request, request_id: str, **made: Any) -> "Served":
+        """What `made` says, under the request's own reader, instants and versions."""
+        world = request.world
+        return cls(
+            request_id=request_id,
+            user_id=request.user_id,
+            feed_type=request.feed_type,
+            t_us=request.t_us,
+            tick_us=request.view.tick_us,
+            position=tuple(request.view.position),
+            declarations_hash=world.declarations_hash,
+            model_versions=world.models.versions,
+            steps=request.steps,
+            user=request.user,
+            **made,
+        )
+
     def impression_id(self, position: int) -> str:
         return f"{self.request_id}:{position}"
 
@@ -62,6 +81,7 @@ class Served:
             "timings_ms": json.dumps(self.steps.timings_ms),
             "user_features": self.user.as_dict(),
             "user_sequences": dict(self.user.sequences),
+            "user_maps": dict(self.user.maps),
             "candidates": [
                 self._candidate(candidate, position_of.get(candidate), logged.get(candidate))
                 for candidate in range(len(self.candidates))
@@ -83,8 +103,14 @@ class Served:
             "slot": None if placed is None else placed.slot,
             "propensity": None if placed is None else placed.propensity,
             "features": None if logged is None else self.logged_features.row(logged),
+            "sequences": None if logged is None else self.logged_features.sequences_of(logged),
+            "maps": None if logged is None else self.logged_features.maps_of(logged),
             "predictions": self.predictions_of(candidate),
         }
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex
 
 
 def finite(value: float) -> float | None:

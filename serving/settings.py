@@ -40,6 +40,9 @@ class Settings:
     blocked_authors: Sequence[str]
     blocked_topics: Sequence[str]
     head_weights: Mapping[str, float]
+    deadline_ms: float
+    last_pages: int
+    last_page_minutes: float
     seen_per_user: int
     item_to_item_seeds: int
     logged_share: float

@@ -28,6 +28,9 @@ class FeedRequest(Wire):
     feed_type: FeedType = "EXPLORE"
     context: Context = Field(default_factory=Context)
     limit: int | None = Field(None, ge=1, le=200, description="Notes on the page; `page_size` of the settings by default")
+    deadline_ms: float | None = Field(
+        None, ge=1, le=60_000, description="Milliseconds the answer is of use; stages that would come later are skipped"
+    )
 
 
 class RetrieveRequest(Wire):

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from serving.budget import Pace
 from serving.catalogue import Catalogue
 from serving.fetch import Fetcher
 from serving.models import Models
@@ -16,6 +18,9 @@ from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
+
+if TYPE_CHECKING:  # it keeps answers, which know the world they come from
+    from serving.last_pages import LastPages
 
 TRENDING_FEATURE = "note_num_clicks_1d"
 
@@ -32,11 +37,13 @@ class World:
     catalogue: Catalogue
     readers: Readers
     models: Models
+    last_pages: "LastPages"
     allowed_N: np.ndarray
     """bool [N]: notes that the settings do not block."""
     kinds: Kinds
     tables: TableStore
     fetcher: Fetcher | None = None
+    pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())
 
 

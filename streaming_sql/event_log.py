@@ -8,6 +8,7 @@ commit): whoever gets the writer's lock commits for everyone who is waiting. Kno
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -460,11 +461,8 @@ _NUMBERS = {"event_ts", "landed_at", "log_partition", "log_offset"}
 _SELECTED = ", ".join("'log' as landing" if field.name == "landing" else field.name for field in EVENTS_SCHEMA)
 
 
+_in_stored_order = itemgetter(*((*ROW_FIELDS, "landed_at", "log_partition", "log_offset").index(name) for name in _STORED))
+
+
 def _record(row: tuple, landed_at: int, partition: int, offset: int) -> tuple:
-    values = {
-        **dict(zip(ROW_FIELDS, row, strict=True)),
-        "landed_at": landed_at,
-        "log_partition": partition,
-        "log_offset": offset,
-    }
-    return tuple(values[name] for name in _STORED)
+    return _in_stored_order((*row, landed_at, partition, offset))

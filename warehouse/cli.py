@@ -15,10 +15,12 @@ from rich.table import Table
 
 from warehouse.datasets.base import Dataset
 from warehouse.errors import HeadraceError, disk_full_said
+from warehouse.features.compute_plan import type_of
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.features.kinds.declared import load_kinds
 from warehouse.features.kinds.shown import kind_rows
 from warehouse.features.lineage import lineage
+from warehouse.features.measures import Measure
 from warehouse.home import Home, data_root
 from warehouse.lake import Lake
 
@@ -211,6 +213,13 @@ def _unit_tests(groups: dict[str, FeatureGroup]) -> int:
     return 1 if wrong else 0
 
 
+def _empty(measure: Measure) -> Any:
+    """The value of an empty set."""
+    if measure.shape != "number":
+        return {} if measure.shape == "map" else []
+    return 0 if measure.aggregation in ("count", "sum", "approx_count_distinct") else measure.empty
+
+
 def _feature_rows(group: FeatureGroup) -> list[dict]:
     common = {"group": group.name, "keys": list(group.keys), "events": group.events, "declared_in": group.source}
     rows = [
@@ -222,7 +231,13 @@ def _feature_rows(group: FeatureGroup) -> list[dict]:
             "window": window.name,
             "freshness": measure.freshness,
             "anchor": measure.anchor,
-            "empty": 0 if measure.aggregation in ("count", "sum") else ([] if measure.is_sequence else None),
+            "type": str(type_of(measure)),
+            "empty": _empty(measure),
+            **{
+                setting: value
+                for setting in ("n", "k", "q", "relative_error", "bucket_by")
+                if (value := getattr(measure, setting)) is not None
+            },
             **common,
         }
         for measure in group.measures

@@ -5,7 +5,7 @@ Knows nothing of tables, engines or features. The SQL twin of each function is i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SECOND_US = 1_000_000
@@ -24,25 +24,59 @@ FURTHEST_AHEAD_US = 10 * MINUTE_US
 _WINDOW = re.compile(r"^([1-9][0-9]*)([mhd])$")
 _UNIT_US = {"m": MINUTE_US, "h": HOUR_US, "d": DAY_US}
 LONGEST_WINDOW_US = 30 * DAY_US
+LIFETIME_US = 54_750 * DAY_US
+"""150 years: longer than any log, and still an interval that every engine can subtract."""
+LONGEST_SESSION_US = DAY_US
+"""A session reaches back no further than this."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A look-back length: `name` as declared (`6h`), `length_us` in microseconds."""
+    """A look-back length: `name` as declared (`6h`, `lifetime`), `length_us` in microseconds.
+
+    Of a session window (`session_30m`), session_gap_us ends it and length_us is the longest that it can be.
+    """
 
     name: str
     length_us: int
+    session_gap_us: int | None = None
 
 
 def parse_window(text: str) -> Window:
-    """`"5m"`, `"6h"`, `"30d"` → Window. Raises ValueError unless a multiple of 5 minutes between 5m and 30d."""
+    """`"5m"`, `"6h"`, `"30d"`, `"lifetime"` → Window. Raises ValueError unless a multiple of 5 minutes between 5m and 30d."""
+    if text == "lifetime":
+        return Window("lifetime", LIFETIME_US)
+    return Window(str(text), _length_us(text, LONGEST_WINDOW_US, "30d", "window"))
+
+
+def session_window(gap: str) -> Window:
+    """The window `session_<gap>`. Raises ValueError unless the gap is a multiple of 5 minutes below a day."""
+    gap_us = _length_us(gap, LONGEST_SESSION_US - FIVE_MINUTES_US, "23h", "gap")
+    return Window(f"session_{gap}", LONGEST_SESSION_US, gap_us)
+
+
+def session_start(block_starts_us: Iterable[int], upper_us: int, gap_us: int) -> int | None:
+    """Where the session that is on at `upper_us` began; None where none is.
+
+    Sessions are cut on the grid of 5-minute blocks: going back from floor_5m(upper), a session is over where at least `gap_us`
+    of whole blocks hold no event of the measure's set. block_starts_us: the blocks that hold one.
+    """
+    start_us, edge_us = None, floor_5m(upper_us)
+    for block_us in sorted(block_starts_us, reverse=True):
+        if edge_us - (block_us + FIVE_MINUTES_US) >= gap_us:
+            break
+        start_us = edge_us = block_us
+    return start_us
+
+
+def _length_us(text: str, longest_us: int, longest: str, what: str) -> int:
     match = _WINDOW.match(str(text))
     if match is None:
-        raise ValueError(f"window must look like 5m, 6h or 7d, got {text!r}")
+        raise ValueError(f"{what} must look like 5m, 6h or 7d, got {text!r}")
     length_us = int(match[1]) * _UNIT_US[match[2]]
-    if length_us % FIVE_MINUTES_US or length_us > LONGEST_WINDOW_US:
-        raise ValueError(f"window must be a multiple of 5m and at most 30d, got {text!r}")
-    return Window(str(text), length_us)
+    if length_us % FIVE_MINUTES_US or length_us > longest_us:
+        raise ValueError(f"{what} must be a multiple of 5m and at most {longest}, got {text!r}")
+    return length_us
 
 
 def floor_5m(t_us: int) -> int:

@@ -28,6 +28,8 @@ from warehouse.time_algebra import (
 )
 
 START_US = 1_767_225_600_000_000  # 2026-01-01 00:00 UTC
+CLOCKS_CHANGE_US = START_US + 66 * DAY_US + 6 * HOUR_US + 50 * MINUTE_US
+"""2026-03-08 06:50 UTC: ten minutes before New York's 2 o'clock becomes 3."""
 BASES_US = (0, HOUR_US, DAY_US)
 EDGES_US = (0, -1, 1, SECOND_US, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
 DELAYS_US = (
@@ -68,7 +70,9 @@ IDS = ("1", "12", "é")
 WINDOWS_US = (FIVE_MINUTES_US, 2 * FIVE_MINUTES_US, HOUR_US, DAY_US, 7 * DAY_US, 30 * DAY_US)
 
 
-def event_log(random: Random, num_events: int = 80, num_retractions: int | None = None) -> list[dict[str, Any]]:
+def event_log(
+    random: Random, num_events: int = 80, num_retractions: int | None = None, start_us: int = START_US
+) -> list[dict[str, Any]]:
     """Rows of `lake.events` with times in microseconds and the staging model's `watch_ms`, in order of landing.
 
     num_retractions: by default a quarter as many as there are events, which leaves no key untouched.
@@ -76,7 +80,7 @@ def event_log(random: Random, num_events: int = 80, num_retractions: int | None 
     lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
     rows = []
     for number in range(num_events):
-        event_ts = START_US + random.choice(BASES_US) + random.randrange(4) * FIVE_MINUTES_US + random.choice(EDGES_US)
+        event_ts = start_us + random.choice(BASES_US) + random.randrange(4) * FIVE_MINUTES_US + random.choice(EDGES_US)
         partition = random.randrange(2)
         watch_ms = random.choice((None, -3, 0, 1, 2, 5, 2**52))
         event_type = random.choice(EVENT_TYPES)
@@ -145,7 +149,9 @@ def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], 
     questions = []
     for _ in range(number):
         event = random.choice(rows)
-        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.keys)
+        key = tuple(
+            random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.entity_keys
+        )
         aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
         aim += random.choice((0, 0, *WINDOWS_US)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
@@ -202,7 +208,7 @@ def spine_table(group: FeatureGroup, questions: list[Read]) -> pa.Table:
     return pa.table(
         {
             "row_id": pa.array(range(len(questions)), pa.int64()),
-            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.keys)},
+            **{key: pa.array([read.key[at] for read in questions], pa.string()) for at, key in enumerate(group.entity_keys)},
             "request_ts": times([read.request_us for read in questions]),
             "feature_watermark": times([read.tick_us for read in questions]),
             "known_at": times([read.known_tick_us for read in questions]),

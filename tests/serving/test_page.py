@@ -24,6 +24,7 @@ def server(tmp_path_factory):
     settings = dataclasses.replace(
         Settings.load(),
         l1_top_k=40,
+        deadline_ms=60_000.0,
         promoted_notes=[promoted],
         promoted_positions=[0],
         cold_start_hours=9.0,

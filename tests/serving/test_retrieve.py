@@ -69,7 +69,7 @@ def request(seen=(), vectors=None, **changes):
 
 
 def found(name, limit=10, **changes):
-    candidates, failed = retrieve(request(**changes), {name: limit})
+    candidates, failed, _ = retrieve(request(**changes), {name: limit})
     assert failed == []
     return candidates.note_ids
 
@@ -103,8 +103,16 @@ def test_a_reader_without_a_past_gets_nothing_from_generators_that_need_one():
     assert found("item_to_item", **nobody) == found("two_tower", **nobody) == found("followed_authors", **nobody) == []
 
 
+def test_generators_are_not_asked_once_it_is_late():
+    asked = {"trending": 10, "item_to_item": 10}
+    candidates, failed, is_cut = retrieve(request(), asked, lambda num_candidates: num_candidates > 0)
+    assert {source for sources in candidates.sources for source in sources} == {"trending"}
+    assert (failed, is_cut) == ([], True)
+    assert retrieve(request(), asked, lambda num_candidates: num_candidates > 1000)[2] is False
+
+
 def test_the_union_holds_each_note_once_with_all_its_sources():
-    candidates, _ = retrieve(request(), {"trending": 10, "item_to_item": 10})
+    candidates, _, _ = retrieve(request(), {"trending": 10, "item_to_item": 10})
     assert candidates.note_ids == ["n0", "n2", "n3"]
     assert candidates.sources == [("trending", "item_to_item"), ("trending",), ("item_to_item",)]
     assert candidates.recall_score_C.tolist() == pytest.approx([1 / 62 + 1 / 62, 1 / 61, 1 / 61])
@@ -117,7 +125,7 @@ def test_a_generator_that_breaks_is_named_and_the_others_go_on(caplog):
             raise RuntimeError("index torn")
 
     models = SimpleNamespace(item_to_item=Broken())
-    candidates, failed = retrieve(dataclasses.replace(request(), models=models), {"item_to_item": 5, "trending": 5})
+    candidates, failed, _ = retrieve(dataclasses.replace(request(), models=models), {"item_to_item": 5, "trending": 5})
     assert failed == ["item_to_item"]
     assert candidates.note_ids == ["n2", "n0"]
     assert "index torn" in caplog.text
@@ -141,5 +149,5 @@ def test_a_model_that_knows_none_of_a_readers_notes_brings_nothing():
             return np.zeros(2, dtype=np.float32)
 
     models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=Blank(), rows_of_vectors=np.array([3, -1, 1]))
-    candidates, failed = retrieve(dataclasses.replace(request(), models=models), {"two_tower": 5})
+    candidates, failed, _ = retrieve(dataclasses.replace(request(), models=models), {"two_tower": 5})
     assert (candidates.note_ids, failed) == ([], [])

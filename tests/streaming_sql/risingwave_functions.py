@@ -6,13 +6,16 @@ date_diff, epoch_ms, hash. Lower case, as written in the SQL.
 
 FUNCTIONS = {
     # aggregates
-    "count", "sum", "min", "max", "avg", "array_agg", "first_value", "last_value", "string_agg", "jsonb_agg",
+    "count", "sum", "min", "max", "avg", "var_pop", "array_agg", "first_value", "last_value", "string_agg", "jsonb_agg",
     # window functions
     "lag", "lead", "row_number", "rank", "dense_rank",
     # scalars
+    "md5", "substr", "strpos", "ltrim", "length",
     "coalesce", "nullif", "greatest", "least", "abs", "sqrt", "ln", "floor", "ceil", "round",
     "date_bin", "date_trunc", "extract", "to_timestamp", "now", "jsonb_build_object", "cast",
 }  # fmt: skip
-KEYWORDS = {"as", "and", "or", "not", "in", "from", "where", "by", "filter", "over", "when", "then", "on", "select", "join"}
+KEYWORDS = {
+    "as", "and", "or", "not", "in", "from", "where", "by", "filter", "over", "when", "then", "else", "on", "select", "join",
+}  # fmt: skip
 """Words that may stand before a parenthesis without being a function."""
 OPERATORS = {"->>", "->", "~"}

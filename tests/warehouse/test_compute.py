@@ -17,7 +17,8 @@ from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import compute_cli, render, verify
 from warehouse.features.compute import compute
 from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
-from warehouse.features.declarations import AGGREGATIONS, ALLOWED_FUNCTIONS, Measure, load_groups
+from warehouse.features.declarations import ALLOWED_FUNCTIONS, load_groups
+from warehouse.features.measures import AGGREGATIONS, Measure
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import BUILT_UNTIL, Lake
 
@@ -363,6 +364,7 @@ def test_verify_finds_all_equal_on_the_declarations_of_this_project(capsys):
     assert set(verdicts) == set(load_groups())
     for verdict in verdicts.values():
         assert verdict["compared"] == verdict["equal"]
+        assert set(verdict["compared"]) == {"batch SQL", "compute", "live store"}
         assert min(verdict["compared"].values()) > 20
     assert verdicts["note_engagement"]["not_empty"] > 100
 

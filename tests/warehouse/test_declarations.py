@@ -36,6 +36,30 @@ def test_a_feature_is_named_entity_measure_window(tmp_path):
     assert groups["group"].feature_names == ("note_num_views_1h", "note_num_views_30d", "note_half")
 
 
+def test_a_division_of_doubles_by_what_is_never_0_is_taken(tmp_path):
+    of = "-(cast(watch_ms as double precision) * 2 + 1) / 3 / nullif(watch_ms, 0)"
+    group = declare(tmp_path, f"- {{name: a, aggregation: sum, of: {of!r}, type: double, windows: [1h]}}")["group"]
+    assert group.measures[0].of == of
+
+
+def test_every_setting_is_read(tmp_path):
+    group = declare(
+        tmp_path,
+        "- {name: p90, aggregation: approx_quantile, of: watch_ms, q: 0.9, empty: -1, "
+        "windows: [lifetime, {kind: session, gap: 30m}]}\n            "
+        "- {name: num, aggregation: count, bucket_by: event_type, windows: [1h]}",
+        keys="[{name: hour_of_day, part: hour, zone: Asia/Shanghai}, note_id]",
+    )["group"]
+    assert group.keys == ("note_id", "hour_of_day")
+    assert group.entity_keys == ("note_id",)
+    assert group.block_key(("n",), 1_767_225_600_000_000) == ("n", "8")
+    assert group.feature_names == ("note_p90_lifetime", "note_p90_session_30m")
+    assert group.map_names == ("note_num_1h",)
+    p90 = group.measures[0]
+    assert (p90.q, p90.relative_error, p90.empty, p90.type, p90.representation) == (0.9, 0.01, -1.0, "double", "map")
+    assert [window.session_gap_us for window in p90.windows] == [None, 30 * 60_000_000]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -56,8 +80,41 @@ def test_a_feature_is_named_entity_measure_window(tmp_path):
         ),
         ({"measures": "- {name: a, aggregation: count, where: random() > 0.5, windows: [1h]}"}, "is not allowed; use"),
         ({"measures": "- {name: a, aggregation: count, where: event_type =, windows: [1h]}"}, "cannot be parsed"),
-        ({"measures": "- {name: a, aggregation: last_n, of: note_id, windows: [1h]}"}, "last_n takes type varchar"),
-        ({"measures": "- {name: a, aggregation: last_n, of: note_id, type: varchar, windows: [1h]}"}, "needs a positive n"),
+        (
+            {"measures": "- {name: a, aggregation: last_n, of: note_id, type: bigint, n: 2, windows: [1h]}"},
+            "last_n takes type varchar, got 'bigint'",
+        ),
+        ({"measures": "- {name: a, aggregation: last_n, of: note_id, windows: [1h]}"}, "needs a positive n"),
+        ({"measures": "- {name: a, aggregation: count, n: 3, windows: [1h]}"}, "n is a setting of first_n, last_n"),
+        ({"measures": "- {name: a, aggregation: approx_quantile, of: watch_ms, q: 90, windows: [1h]}"}, "needs q, from 0 to 1"),
+        (
+            {"measures": "- {name: a, aggregation: approx_quantile, of: watch_ms, q: 1, relative_error: 0.5, windows: [1h]}"},
+            "is from 0.001 to 0.1; got 0.5",
+        ),
+        ({"measures": "- {name: a, aggregation: var, of: watch_ms, bucket_by: note_id, windows: [1h]}"}, "bucket_by goes with"),
+        ({"measures": "- {name: a, aggregation: count, bucket_by: nope, windows: [1h]}"}, "bucket_by: no column nope"),
+        ({"measures": "- {name: a, aggregation: sum, of: watch_ms, empty: 1, windows: [1h]}"}, "sum is never NULL"),
+        ({"measures": "- {name: a, aggregation: max, of: watch_ms, empty: none, windows: [1h]}"}, "cannot take 'none'"),
+        (
+            {"measures": "- {name: a, aggregation: count, windows: [{kind: session, gap: 7m}]}"},
+            "measure a: gap must be a multiple of 5m",
+        ),
+        (
+            {"measures": "- {name: a, aggregation: count, windows: [{kind: hop, gap: 5m}]}"},
+            "lifetime, or {kind: session, gap: 30m}",
+        ),
+        (
+            {"measures": "- {name: a, aggregation: sum, of: watch_ms / 3, type: double, windows: [1h]}"},
+            r"watch_ms / 3 divides integers.*cast\(… as double precision\) / …",
+        ),
+        (
+            {"measures": "- {name: a, aggregation: count, where: 1 < cast(1 as double) / watch_ms, windows: [1h]}"},
+            r"may divide by 0.*nullif\(…, 0\)",
+        ),
+        ({"keys": "[{name: hour, part: hour, zone: UTC}]"}, "has calendar keys only"),
+        ({"keys": "[note_id, {name: hour, part: hour, zone: Mars}]"}, "no time zone 'Mars'"),
+        ({"keys": "[note_id, {name: hour, part: minute, zone: UTC}]"}, "part must be one of hour, day_of_week"),
+        ({"keys": "[{name: user_id, part: hour, zone: UTC}, note_id]"}, "has the name of a column of the events"),
         ({"measures": "- {name: a, aggregation: count, freshness: event, anchor: tick, windows: [1h]}"}, "freshness is block"),
         (
             {"measures": "\n            ".join(["- {name: num, aggregation: count, windows: [1h]}"] * 2)},

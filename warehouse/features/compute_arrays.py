@@ -338,11 +338,11 @@ class HeadArrays:
             yield read_X[known], row_X[known]
 
 
-class NewestArrays:
-    """The newest n events of a window that were known in time: what last_n reads.
+class EventArrays:
+    """The newest, or the oldest, n events of a window that were known in time: what first_n and last_n read.
 
-    codes, event_us, known [R] in the order (event_ts, event_id); values: string [R]. `known` is compared with what a read
-    knows: an event counts when known < limit.
+    codes, event_us, known, values [R] in the order (event_ts, event_id). `known` is compared with what a read
+    knows: an event counts when known < limit. values: one per event, of any type.
     """
 
     def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, values: pa.Array):
@@ -351,15 +351,24 @@ class NewestArrays:
         self._known = known[self._places.order]
         self._values = values.take(pa.array(self._places.order))
 
-    def lists(self, n: int, codes: np.ndarray, lower_us: np.ndarray, upper_us: np.ndarray, limit: np.ndarray) -> pa.Array:
-        """list<string> [N], oldest first, at most n each: events with lower <= event_ts < upper and known < limit."""
+    def lists(
+        self,
+        n: int,
+        codes: np.ndarray,
+        lower_us: np.ndarray,
+        upper_us: np.ndarray,
+        limit: np.ndarray,
+        from_oldest: bool = False,
+    ) -> pa.ListArray:
+        """Lists [N], oldest first, of at most n values each: of events with lower <= event_ts < upper and known < limit, the
+        newest or, from_oldest, the oldest."""
         starts = self._places.before(codes, np.searchsorted(self._ranks, lower_us))
         ends = self._places.before(codes, np.searchsorted(self._ranks, upper_us))
         counts, rows = [np.zeros(1, np.int64)], []
         at_once = max(PAIRS_AT_ONCE // (4 * n), 1)
         for first in range(0, len(codes), at_once):
             some = slice(first, first + at_once)
-            count, row = self._newest(n, starts[some], ends[some], limit[some])
+            count, row = self._nearest(n, starts[some], ends[some], limit[some], from_oldest)
             counts.append(count)
             rows.append(row)
         offsets = np.cumsum(np.concatenate(counts))
@@ -370,21 +379,25 @@ class NewestArrays:
             )
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._values.take(pa.array(chosen)))
 
-    def _newest(self, n: int, starts: np.ndarray, ends: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many events each read gets, and their rows, oldest first. Looks further back while unknown ones took the room."""
+    def _nearest(
+        self, n: int, starts: np.ndarray, ends: np.ndarray, limit: np.ndarray, from_oldest: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many events each read gets, and their rows, oldest first. Looks further while unknown ones took the room."""
         wanted = n
         while True:
-            row_NX = ends[:, None] - 1 - np.arange(wanted)
-            is_there = row_NX >= starts[:, None]
+            steps = np.arange(wanted)
+            row_NX = starts[:, None] + steps if from_oldest else ends[:, None] - 1 - steps
+            is_there = (row_NX >= starts[:, None]) & (row_NX < ends[:, None])
             if len(self._known):
-                is_there &= self._known[np.maximum(row_NX, 0)] < limit[:, None]
+                is_there &= self._known[np.clip(row_NX, 0, len(self._known) - 1)] < limit[:, None]
             is_there &= np.cumsum(is_there, axis=1) <= n
             count = is_there.sum(axis=1)
             if not ((count < n) & (ends - starts > wanted)).any():
-                return count, row_NX[:, ::-1][is_there[:, ::-1]]
+                in_order = slice(None) if from_oldest else slice(None, None, -1)
+                return count, row_NX[:, in_order][is_there[:, in_order]]
             wanted *= 2
             if len(starts) > 1 and len(starts) * wanted > PAIRS_AT_ONCE:
                 half = len(starts) // 2
-                first = self._newest(n, starts[:half], ends[:half], limit[:half])
-                second = self._newest(n, starts[half:], ends[half:], limit[half:])
+                first = self._nearest(n, starts[:half], ends[:half], limit[:half], from_oldest)
+                second = self._nearest(n, starts[half:], ends[half:], limit[half:], from_oldest)
                 return np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))

@@ -72,7 +72,7 @@ def compute_file(
             spool_sql(lake, source, spooled)
             spine = Spine(spooled, "the spine")
         elif source.suffix == ".csv":
-            keys = dict.fromkeys(key for group in groups.values() for key in group.keys)
+            keys = dict.fromkeys(key for group in groups.values() for key in group.entity_keys)
             keys |= dict.fromkeys(key for table in kinds.tables for key in table.keys)
             spool_csv(source, tuple(keys), (REQUEST_TS, *([known_at] if known_at else [])), spooled)
             spine = Spine(spooled, str(source))

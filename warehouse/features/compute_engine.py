@@ -1,9 +1,9 @@
 """Answers reads for a plan: every measure by SQL or by arrays, then the derived features.
 
-Arrays take exact sums (count, sum and avg of integers), min, max and last_n; sums of doubles, which are covered and never
-subtracted, and whatever a relation holds that arrays do not know, go through the SQL of `point_in_time`. So do the reads of
-keys that a retraction has touched (they are few, and what it did to their blocks the SQL knows), and those of fresh features
-at a log position.
+Arrays take exact sums (count, sum and avg of integers), min, max, first, last, first_n and last_n; sums of doubles, which are
+covered and never subtracted, moments, maps, sessions and whatever a relation holds that arrays do not know, go through the SQL
+of `point_in_time`. So do the reads of keys that a retraction has touched (they are few, and what it did to their blocks the SQL
+knows), and those of fresh features at a log position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,23 @@ from dataclasses import dataclass, replace
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from warehouse.events import TIMESTAMP
 from warehouse.features.compute_arrays import (
     BlockArrays,
+    EventArrays,
     Extreme,
     HeadArrays,
     KeyCodes,
-    NewestArrays,
     add_pairs,
     block_index,
 )
-from warehouse.features.compute_plan import Plan, inputs_of
+from warehouse.features.compute_plan import Plan, inputs_of, type_of
 from warehouse.features.compute_spine import REQUEST_TS, Reads, Span
-from warehouse.features.declarations import FeatureGroup, Measure
-from warehouse.features.render import point_in_time_sql
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
+from warehouse.features.render import calendar_sql, point_in_time_sql
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
 
 STAGING = "staging"
@@ -90,6 +92,17 @@ def _cast(values: pa.Array | pa.ChunkedArray, of: pa.DataType) -> pa.Array:
     return values
 
 
+def _with_calendar(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, reads: Reads) -> Reads:
+    """The questions with the calendar keys of the group: parts of each t."""
+    if not group.calendar:
+        return reads
+    connection.register("compute_times", pa.table({REQUEST_TS: pa.array(reads.request_us).cast(TIMESTAMP)}))
+    items = ", ".join(f"{calendar_sql(part, REQUEST_TS)} as {part.name}" for part in group.calendar)
+    parts = connection.execute(f"select {items} from compute_times").to_arrow_table()
+    connection.unregister("compute_times")
+    return replace(reads, keys=reads.keys | {name: _cast(parts[name], pa.string()) for name in parts.column_names})
+
+
 class _GroupEngine:
     """One group's measures, each by the way that suits it, then its derived features."""
 
@@ -100,10 +113,10 @@ class _GroupEngine:
         source = Source(connection, group, relations, span)
         by_arrays = source.suitable() if arrays else ()
         self._by_sql = tuple(measure for measure in group.measures if measure not in by_arrays)
-        self._parts: list[_Windows | _Sequence] = []
-        if windows := [measure for measure in by_arrays if not measure.is_sequence]:
+        self._parts: list[_Windows | _Events] = []
+        if windows := [measure for measure in by_arrays if not _is_events(measure)]:
             self._parts.append(_Windows(source, windows))
-        self._parts += [_Sequence(source, measure) for measure in by_arrays if measure.is_sequence]
+        self._parts += [_Events(source, measure) for measure in by_arrays if _is_events(measure)]
         self._touched = None
         self._by_sql_alone = _GroupEngine(connection, group, relations, span, arrays=False) if self._parts else None
         if self._parts and (touched := source.touched_keys()).num_rows:
@@ -111,6 +124,7 @@ class _GroupEngine:
 
     def columns(self, reads: Reads, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
         """Features by full name; those that `types` names are of its types."""
+        reads = _with_calendar(self._connection, self._group, reads)
         found = self._columns(reads)
         found = {name: _cast(values, types[name]) for name, values in found.items() if name in types}
         rows = self._beyond_arrays(reads)
@@ -144,7 +158,7 @@ class _GroupEngine:
         spine = pa.table(
             {
                 "row_id": pa.array(np.arange(len(reads))),
-                **{key: reads.keys[key] for key in group.keys},
+                **{key: reads.keys[key] for key in group.entity_keys},
                 REQUEST_TS: pa.array(reads.request_us).cast(TIMESTAMP),
                 "feature_watermark": pa.array(reads.tick_us).cast(TIMESTAMP),
                 "known_at": pa.array(reads.known_us).cast(TIMESTAMP),
@@ -192,7 +206,7 @@ class Source:
     def suitable(self) -> tuple[Measure, ...]:
         """The measures that arrays can answer, for keys that no retraction touches. None where a relation has columns that may
         give its rows a meaning that only the SQL knows."""
-        representations = {column for measure in self.group.measures for column in representation_columns(measure)}
+        representations = {column for measure in self.group.measures for column in measure.columns}
         blocks = self._columns(self.relations.blocks) - {
             *self.group.keys,
             "block_start",
@@ -202,11 +216,12 @@ class Source:
         }
         if any(column.startswith(("rebuilt", "is_", "retract")) for column in blocks):
             return ()
-        of_blocks = [m for m in self.group.measures if m.freshness == "block" and (_is_extreme(m) or m.is_invertible)]
-        of_events = [m for m in self.group.measures if m.freshness == "event" or m.is_sequence]
+        known = [m for m in self.group.measures if not m.has_sessions and not m.bucket_by]
+        of_blocks = [m for m in known if m.freshness == "block" and (_is_extreme(m) or m.is_invertible)]
+        of_events = [m for m in known if m.freshness == "event" or _is_events(m)]
         if of_events and not any(column.startswith("retract") for column in self._columns(self.relations.events)):
             integral = self._integral(of_events)
-            of_events = [m for m in of_events if m.is_sequence or _is_extreme(m) or (m.is_invertible and m.name in integral)]
+            of_events = [m for m in of_events if _is_events(m) or _is_extreme(m) or (m.is_invertible and m.name in integral)]
         else:
             of_events = []
         return tuple(measure for measure in self.group.measures if measure in of_blocks or measure in of_events)
@@ -216,10 +231,16 @@ class Source:
         count."""
         keys = self.group.keys
         return self.connection.execute(
-            f"select distinct {', '.join(keys)} from {self.relations.events} "
+            f"select distinct {', '.join(keys)} from {self._events} "
             f"where event_id in (select retracts from {self.relations.retractions}) "
             f"and {' and '.join(f'{key} is not null' for key in keys)}"
         ).to_arrow_table()
+
+    @property
+    def _events(self) -> str:
+        """The staged events, with the calendar keys of the group."""
+        items = ", ".join(f"{calendar_sql(part, 'event_ts')} as {part.name}" for part in self.group.calendar)
+        return f"(select *, {items} from {self.relations.events})" if items else self.relations.events
 
     def _columns(self, relation: str) -> frozenset[str]:
         return frozenset(row[0] for row in self.connection.execute(f"describe {relation}").fetchall())
@@ -248,7 +269,7 @@ class Source:
         keys = self.group.keys
         return self.connection.execute(
             f"select {', '.join((*keys, *items))}, epoch_us(event_ts) as event_us, epoch_us(landed_at) as landed_us, "
-            f"epoch_us(known_at) as known_us from {self.relations.events} "
+            f"epoch_us(known_at) as known_us from {self._events} "
             f"where {' and '.join(f'{key} is not null' for key in keys)} and ({condition}) "
             f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)} {order}"
         ).to_arrow_table()
@@ -262,14 +283,14 @@ def _instant(instant_us: int) -> str:
     return f"make_timestamptz({instant_us})"
 
 
-def representation_columns(measure: Measure) -> tuple[str, ...]:
-    """The columns that a measure stores in a block: the twin of the macro of that name."""
-    return (f"{measure.name}__sum", f"{measure.name}__n") if measure.aggregation == "avg" else (measure.name,)
+def _is_events(measure: Measure) -> bool:
+    """Whether the arrays answer it from events, in their order."""
+    return measure.aggregation in ("first", "last", "first_n", "last_n")
 
 
 def state_columns(group: FeatureGroup) -> int:
     """How many columns of the group's block rows are held while its features are computed."""
-    return sum(len(representation_columns(measure)) for measure in group.measures if not measure.is_sequence)
+    return sum(len(measure.columns) for measure in group.measures if not _is_events(measure))
 
 
 def _is_extreme(measure: Measure) -> bool:
@@ -289,7 +310,7 @@ def _event_items(measure: Measure) -> list[str]:
         return [f"case when {condition} then 1::bigint else 0::bigint end as {measure.name}"]
     if _is_extreme(measure):
         return [f"case when {condition} then cast(({measure.of}) as {measure.type}) end as {measure.name}"]
-    total, number = (*representation_columns(measure), None)[:2]
+    total, number = (*measure.columns, None)[:2]
     items = [f"case when {condition} then cast(({measure.of}) as bigint) else 0::bigint end as {total}"]
     return items if number is None else [*items, f"case when {condition} then 1::bigint else 0::bigint end as {number}"]
 
@@ -323,7 +344,7 @@ class _Windows:
 
     def __init__(self, source: Source, measures: Sequence[Measure]):
         self._measures, self._keys = measures, source.group.keys
-        self._sum_columns = [column for m in measures if not _is_extreme(m) for column in representation_columns(m)]
+        self._sum_columns = [column for m in measures if not _is_extreme(m) for column in m.columns]
         extremes = [measure for measure in measures if _is_extreme(measure)]
         rows = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
         self._codes = KeyCodes([rows[key] for key in self._keys])
@@ -365,16 +386,24 @@ class _Windows:
                     extreme = self._blocks.extreme(measure.name, codes, known, upper, lower)
                     if head is not None:
                         head.consider(extreme, measure, edges.anchor_us - window.length_us)
-                    found[f"{measure.name}_{window.name}"] = extreme.array()
+                    found[f"{measure.name}_{window.name}"] = _or_empty(measure, extreme.array())
         return found
 
 
 def _finalized(measure: Measure, total: Mapping[str, np.ndarray]) -> pa.Array:
-    first, *number = (total[column] for column in representation_columns(measure))
+    first, *number = (total[column] for column in measure.columns)
     if not number:
         return pa.array(first)
     empty = number[0] == 0
-    return pa.array(first.astype(np.float64) / np.where(empty, 1, number[0]), mask=empty)
+    return _or_empty(measure, pa.array(first.astype(np.float64) / np.where(empty, 1, number[0]), mask=empty))
+
+
+def _or_empty(measure: Measure, values: pa.Array) -> pa.Array:
+    """The declared number where there is nothing."""
+    if measure.empty is None:
+        return values
+    of = type_of(measure)
+    return pc.fill_null(values.cast(of), pa.scalar(measure.empty).cast(of))
 
 
 class _Head:
@@ -389,9 +418,7 @@ class _Head:
         )
         self._codes = KeyCodes([rows[key] for key in self._keys])
         self._event_us = _numbers(rows, "event_us")
-        self._sums = {
-            column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in representation_columns(m)
-        }
+        self._sums = {column: _numbers(rows, column) for m in measures if not _is_extreme(m) for column in m.columns}
         self._extremes = {measure.name: _values(rows, measure) for measure in measures if _is_extreme(measure)}
         self._arrays = HeadArrays(self._codes.codes, self._event_us, _numbers(rows, "landed_us"), GRACE_US)
 
@@ -425,22 +452,23 @@ class _HeadOfReads:
             extreme.take(read_X[inside], value[row_X[inside]])
 
 
-class _Sequence:
-    """The newest n values of a window: read from events, which are fewer than the lists that blocks hold of them."""
+class _Events:
+    """The first or last n values of a window: read from events, which are fewer than the lists that blocks hold of them."""
 
     def __init__(self, source: Source, measure: Measure):
         self._measure, self._keys = measure, source.group.keys
+        self._is_list = measure.is_sequence
+        of = "varchar" if self._is_list else measure.type
         rows = source.events(
-            [f"cast(({measure.of}) as varchar) as value"],
+            [f"cast(({measure.of}) as {of}) as value"],
             _condition(measure),
             source.first_event_us,
             "order by event_ts, event_id, value",
         )
         known = _numbers(rows, "landed_us" if measure.freshness == "event" else "known_us")
         self._codes = KeyCodes([rows[key] for key in self._keys])
-        values = rows["value"].cast(pa.string()).combine_chunks()
-        values = values if isinstance(values, pa.Array) else pa.concat_arrays(values.chunks)
-        self._newest = NewestArrays(self._codes.codes, _numbers(rows, "event_us"), known, values)
+        values = _cast(rows["value"], pa.string() if self._is_list else rows.schema.field("value").type)
+        self._arrays = EventArrays(self._codes.codes, _numbers(rows, "event_us"), known, values)
 
     def columns(self, reads: Reads) -> dict[str, pa.Array]:
         measure = self._measure
@@ -450,12 +478,27 @@ class _Sequence:
         is_fresh = measure.freshness == "event"
         upper_us = reads.request_us if is_fresh else edges.upper_us
         limit_us = reads.request_us if is_fresh else edges.known_us + 1
-        return {
-            f"{measure.name}_{window.name}": self._newest.lists(
-                measure.n, codes, np.minimum(edges.anchor_us - window.length_us, upper_us), upper_us, limit_us
+        of_window = {
+            window.name: self._arrays.lists(
+                measure.n,
+                codes,
+                np.minimum(edges.anchor_us - window.length_us, upper_us),
+                upper_us,
+                limit_us,
+                from_oldest=measure.aggregation in ("first", "first_n"),
             )
             for window in measure.windows
         }
+        if self._is_list:
+            return {f"{measure.name}_{name}": lists for name, lists in of_window.items()}
+        return {f"{measure.name}_{name}": _or_empty(measure, _only(lists)) for name, lists in of_window.items()}
+
+
+def _only(lists: pa.ListArray) -> pa.Array:
+    """The entry of lists of at most one, NULL of empty ones."""
+    lengths = np.diff(lists.offsets.to_numpy())
+    place = pa.array(lists.offsets.to_numpy()[:-1].astype(np.int64), mask=lengths == 0)
+    return lists.values.take(place)
 
 
 def _numbers(rows: pa.Table, column: str) -> np.ndarray:

@@ -36,8 +36,8 @@ def model_chunks(
     connection: knows the group's relations, at the snapshots that are meant. The spine is kept in a temporary table of
     its database, which spills to disk; of the answers one chunk is in memory. scratch: a folder for files of the time being.
     """
-    what = plan({group.name: group}, group.keys, _as_in_sql(group))
-    asked = {*group.keys, REQUEST_TS, WATERMARK, KNOWN_AT, KNOWN_POSITION}
+    what = plan({group.name: group}, group.entity_keys, _as_in_sql(group))
+    asked = {*group.entity_keys, REQUEST_TS, WATERMARK, KNOWN_AT, KNOWN_POSITION}
     with connection.cursor() as spine, connection.cursor() as engine:
         for cursor in (spine, engine):
             cursor.execute("set TimeZone = 'UTC'")
@@ -85,7 +85,7 @@ def _reads(chunk: pa.Table, group: FeatureGroup) -> Reads:
         return chunk[name].cast(of).combine_chunks()
 
     return Reads(
-        {key: column(key, pa.string()) for key in group.keys},
+        {key: column(key, pa.string()) for key in group.entity_keys},
         instants(REQUEST_TS),
         instants(WATERMARK),
         instants(KNOWN_AT),

@@ -10,8 +10,10 @@ from sqlglot import expressions as exp
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import Derived, FeatureGroup
 from warehouse.features.kinds.declared import Kinds, TableFeatures
+from warehouse.features.measures import Measure
 
-_ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "varchar": pa.list_(pa.string())}
+_ARROW_TYPES = {"bigint": pa.int64(), "double": pa.float64()}
+_FRACTIONS = ("avg", "var", "stddev", "approx_quantile")
 TABLE_TYPES = {"bigint": pa.int64(), "double": pa.float64(), "boolean": pa.bool_()}
 
 
@@ -28,7 +30,9 @@ class Plan:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(key for of in ([g.keys for g in self.groups] + [t.keys for t in self.tables]) for key in of))
+        """Key columns that the spine must have."""
+        sources: list[FeatureGroup | TableFeatures] = [*self.groups, *self.tables]
+        return tuple(dict.fromkeys(key for source in sources for key in source.entity_keys))
 
     def without_tables(self) -> "Plan":
         """The part that is made of events."""
@@ -40,12 +44,22 @@ class Plan:
         known: dict[str, pa.DataType] = {}
         for group in self.groups:
             for measure in group.measures:
-                of = pa.float64() if measure.aggregation == "avg" else _ARROW_TYPES[measure.type]
+                of = type_of(measure)
                 known |= {f"{group.entity}_{measure.name}_{window.name}": of for window in measure.windows}
             known |= {f"{group.entity}_{derived.name}": pa.float64() for derived in group.derived}
         for table in self.tables:
             known |= {value.name: TABLE_TYPES[value.type] for _, value in table.columns}
         return {name: known[name] for name in self.features}
+
+
+def type_of(measure: Measure) -> pa.DataType:
+    """The Arrow type of a measure's features."""
+    if measure.shape == "list":
+        return pa.list_(pa.string())
+    number = pa.float64() if measure.aggregation in _FRACTIONS else _ARROW_TYPES.get(measure.type, pa.int64())
+    if measure.empty is not None and not measure.empty.is_integer():
+        number = pa.float64()
+    return pa.map_(pa.string(), number) if measure.shape == "map" else number
 
 
 def plan(
@@ -58,13 +72,13 @@ def plan(
     """
     kinds = kinds or Kinds()
     everything: list[FeatureGroup | TableFeatures] = [*groups.values(), *kinds.tables]
-    owner = {name: group for group in everything for name in (*group.feature_names, *group.sequence_names)}
+    owner = {name: group for group in everything for name in group.all_names}
     if features is None:
-        chosen = [group for group in everything if set(group.keys) <= set(columns)]
+        chosen = [group for group in everything if set(group.entity_keys) <= set(columns)]
         if not chosen:
-            keys = "; ".join(f"{group.name}: {', '.join(group.keys)}" for group in everything)
+            keys = "; ".join(f"{group.name}: {', '.join(group.entity_keys)}" for group in everything)
             raise HeadraceError(f"the spine holds no group's keys ({keys}); it has {', '.join(columns)}")
-        wanted = tuple(name for group in chosen for name in (*group.feature_names, *group.sequence_names))
+        wanted = tuple(name for group in chosen for name in group.all_names)
         left_out = tuple(group.name for group in everything if group not in chosen)
     else:
         wanted, left_out = tuple(features), ()

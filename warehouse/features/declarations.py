@@ -6,23 +6,21 @@ asking sqlglot whether an expression is one that every execution can evaluate.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import sqlglot
 import yaml
 from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
+from warehouse.features.measures import AGGREGATIONS, BUCKETED, CALENDAR_PARTS, CalendarKey, Measure
 from warehouse.home import REPOSITORY
-from warehouse.time_algebra import Window, parse_window
+from warehouse.time_algebra import Window, parse_window, session_window
 
-AGGREGATIONS = ("count", "sum", "avg", "min", "max", "last_n")
-INVERTIBLE = ("count", "sum", "avg")
-"""Aggregations whose representation can be subtracted: windows are differences of prefix sums (exact for integers)."""
-TYPES = ("bigint", "double", "varchar")
 FRESHNESS = ("block", "event")
 ANCHORS = ("tick", "request")
 
@@ -33,30 +31,6 @@ _ALLOWED: tuple[type[exp.Expr], ...] = (
     exp.Abs, exp.Sqrt, exp.Ln, exp.Cast, exp.DataType, exp.DataTypeParam,
 )  # fmt: skip
 ALLOWED_FUNCTIONS = "+ - * / and or not = <> < <= > >= is in between case coalesce nullif least greatest abs sqrt ln cast"
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One aggregation over a group's events; one feature per window."""
-
-    name: str
-    aggregation: str
-    where: str | None
-    of: str | None
-    type: str
-    n: int | None
-    windows: tuple[Window, ...]
-    freshness: str
-    anchor: str
-    description: str
-
-    @property
-    def is_sequence(self) -> bool:
-        return self.aggregation == "last_n"
-
-    @property
-    def is_invertible(self) -> bool:
-        return self.aggregation in INVERTIBLE and self.type == "bigint"
 
 
 @dataclass(frozen=True)
@@ -91,29 +65,48 @@ class FeatureGroup:
     name: str
     entity: str
     keys: tuple[str, ...]
+    """Key columns of its blocks: the entity's, then the calendar ones."""
     events: str
     measures: tuple[Measure, ...]
     derived: tuple[Derived, ...]
     source: str
     """Where it is declared: `warehouse/models/blocks/_blocks.yml:5`."""
+    calendar: tuple[CalendarKey, ...] = ()
+
+    @property
+    def entity_keys(self) -> tuple[str, ...]:
+        """The key columns that a reader gives; calendar keys are parts of its t."""
+        return self.keys[: len(self.keys) - len(self.calendar)]
+
+    def block_key(self, key: Sequence[str | None], request_us: int) -> tuple[str | None, ...]:
+        """The key of the blocks that a reader with this entity key reads at t."""
+        return (*key, *(part.of(request_us) for part in self.calendar))
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Scalar features: every measure and window in order, then the derived ones."""
-        windowed = [
-            f"{self.entity}_{measure.name}_{window.name}"
-            for measure in self.measures
-            if not measure.is_sequence
-            for window in measure.windows
-        ]
-        return (*windowed, *(f"{self.entity}_{derived.name}" for derived in self.derived))
+        """Features that are numbers: every measure and window in order, then the derived ones."""
+        return (*self._names("number"), *(f"{self.entity}_{derived.name}" for derived in self.derived))
 
     @property
     def sequence_names(self) -> tuple[str, ...]:
+        """Features that are lists of text."""
+        return self._names("list")
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """Features that are maps of text to numbers."""
+        return self._names("map")
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Numbers, lists and maps."""
+        return (*self.feature_names, *self.sequence_names, *self.map_names)
+
+    def _names(self, shape: str) -> tuple[str, ...]:
         return tuple(
             f"{self.entity}_{measure.name}_{window.name}"
             for measure in self.measures
-            if measure.is_sequence
+            if measure.shape == shape
             for window in measure.windows
         )
 
@@ -123,8 +116,16 @@ class FeatureGroup:
             "entity": self.entity,
             "events": self.events,
             "keys": list(self.keys),
+            "calendar": [{**asdict(part), "field": CALENDAR_PARTS[part.part]} for part in self.calendar],
             "measures": [
-                {**asdict(measure), "windows": [window.name for window in measure.windows]} for measure in self.measures
+                {
+                    **asdict(measure),
+                    "windows": [window.name for window in measure.windows],
+                    "representation": measure.representation,
+                    "shape": measure.shape,
+                    "columns": list(measure.columns),
+                }
+                for measure in self.measures
             ],
             "derived": [{**asdict(derived), "sql": derived.sql} for derived in self.derived],
         }
@@ -197,46 +198,83 @@ def _group(name: str, meta: dict[str, Any], columns: dict[str, frozenset[str]], 
     if meta["events"] not in columns:
         raise fail(f"feature group {name} reads {meta['events']}, which is no model of this project")
     event_columns = columns[meta["events"]]
-    for key in meta["keys"]:
+    keys = tuple(key for key in meta["keys"] if not isinstance(key, dict))
+    calendar = tuple(_calendar_key(key, event_columns, fail) for key in meta["keys"] if isinstance(key, dict))
+    for key in keys:
         if key not in event_columns:
             raise fail(f"key {key} is no column of {meta['events']}; it has {', '.join(sorted(event_columns))}")
+    if not keys:
+        raise fail(f"feature group {name} has calendar keys only; give a column of {meta['events']} as well")
     measures = tuple(_measure(entry, meta, event_columns, fail) for entry in meta["measures"])
     windowed = frozenset(
-        f"{measure.name}_{window.name}" for measure in measures if not measure.is_sequence for window in measure.windows
+        f"{measure.name}_{window.name}" for measure in measures if measure.shape == "number" for window in measure.windows
     )
     derived = tuple(_derived(entry, windowed, fail) for entry in meta.get("derived") or [])
     names = [measure.name for measure in measures] + [entry.name for entry in derived]
     for repeated in {entry for entry in names if names.count(entry) > 1}:
         raise fail(f"{repeated} is declared twice in feature group {name}")
-    return FeatureGroup(name, meta["entity"], tuple(meta["keys"]), meta["events"], measures, derived, source)
+    keys = (*keys, *(part.name for part in calendar))
+    return FeatureGroup(name, meta["entity"], keys, meta["events"], measures, derived, source, calendar)
+
+
+def _calendar_key(entry: dict[str, Any], columns: frozenset[str], fail: Any) -> CalendarKey:
+    name, part, zone = entry.get("name"), entry.get("part"), entry.get("zone")
+    if set(entry) - {"name", "part", "zone", "__line__"} or not name or not zone:
+        raise fail("a calendar key is {name: hour_of_day, part: hour, zone: Asia/Shanghai}", entry)
+    if name in columns:
+        raise fail(f"calendar key {name} has the name of a column of the events; give it another", entry)
+    if part not in CALENDAR_PARTS:
+        raise fail(f"calendar key {name}: part must be one of {', '.join(CALENDAR_PARTS)}, got {part!r}", entry)
+    try:
+        ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise fail(f"calendar key {name}: no time zone {zone!r}; write for example UTC or Asia/Shanghai", entry) from None
+    return CalendarKey(name, part, zone)
+
+
+_SETTINGS = (
+    "name", "aggregation", "where", "of", "type", "n", "k", "q", "relative_error", "bucket_by", "empty", "windows", "freshness",
+    "anchor", "description",
+)  # fmt: skip
+_RELATIVE_ERROR = 0.01
 
 
 def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str], fail: Any) -> Measure:
-    known = {"name", "aggregation", "where", "of", "type", "n", "windows", "freshness", "anchor", "description", "__line__"}
     name = entry.get("name")
     if not name:
         raise fail("a measure has no name", entry)
-    if unknown := set(entry) - known:
-        raise fail(f"measure {name} has unknown settings {sorted(unknown)}; allowed are {sorted(known - {'__line__'})}", entry)
+    if unknown := set(entry) - {*_SETTINGS, "__line__"}:
+        raise fail(f"measure {name} has unknown settings {sorted(unknown)}; allowed are {sorted(_SETTINGS)}", entry)
     aggregation = entry.get("aggregation")
     if aggregation not in AGGREGATIONS:
         raise fail(f"measure {name}: aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}", entry)
     if aggregation != "count" and not entry.get("of"):
         raise fail(f"measure {name}: {aggregation} needs `of`, the column or expression it aggregates", entry)
-    value_type = entry.get("type") or "bigint"
-    if value_type not in TYPES:
-        raise fail(f"measure {name}: type must be one of {', '.join(TYPES)}, got {value_type!r}", entry)
-    if (value_type == "varchar") != (aggregation == "last_n"):
+    types = AGGREGATIONS[aggregation].types
+    value_type = entry.get("type") or types[0]
+    if value_type not in types:
+        raise fail(f"measure {name}: {aggregation} takes type {' or '.join(types)}, got {value_type!r}", entry)
+    numbers = _numbers(name, aggregation, entry, fail)
+    if entry.get("bucket_by") and aggregation not in BUCKETED:
+        raise fail(f"measure {name}: bucket_by goes with {', '.join(BUCKETED)}, not with {aggregation}", entry)
+    empty = entry.get("empty")
+    if empty is not None and (
+        isinstance(empty, bool)
+        or not isinstance(empty, int | float)
+        or AGGREGATIONS[aggregation].shape != "number"
+        or aggregation in ("count", "sum", "approx_count_distinct")
+        or entry.get("bucket_by")
+    ):
         raise fail(
-            f"measure {name}: last_n takes type varchar, the others bigint or double; got {aggregation} of {value_type}", entry
+            f"measure {name}: empty is a number in place of NULL, and {aggregation} "
+            + ("of buckets " if entry.get("bucket_by") else "")
+            + ("is never NULL" if aggregation in ("count", "sum", "approx_count_distinct") else f"cannot take {empty!r}"),
+            entry,
         )
-    n = entry.get("n")
-    if (aggregation == "last_n") != (isinstance(n, int) and n > 0):
-        raise fail(f"measure {name}: last_n, and only last_n, needs a positive n; got {n!r}", entry)
     if not entry.get("windows"):
         raise fail(f"measure {name} has no windows; write for example windows: [1h, 7d]", entry)
     try:
-        windows = tuple(parse_window(window) for window in entry["windows"])
+        windows = tuple(_window(window) for window in entry["windows"])
     except ValueError as error:
         raise fail(f"measure {name}: {error}", entry) from None
     freshness = entry.get("freshness") or meta.get("freshness") or "block"
@@ -246,25 +284,59 @@ def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str
             f"measure {name}: freshness is block (anchor tick or request) or event (anchor request), got {freshness}, {anchor}",
             entry,
         )
-    for setting in ("where", "of"):
+    for setting in ("where", "of", "bucket_by"):
         if entry.get(setting):
-            check_expression(
-                str(entry[setting]),
-                columns,
-                lambda problem, setting=setting: fail(f"measure {name}: {setting}: {problem}", entry),
-            )
+
+            def refuse(problem: str, setting: str = setting) -> HeadraceError:
+                return fail(f"measure {name}: {setting}: {problem}", entry)
+
+            check_division(check_expression(str(entry[setting]), columns, refuse), refuse)
     return Measure(
         name,
         aggregation,
         entry.get("where"),
         entry.get("of"),
         value_type,
-        n,
+        *numbers,
+        entry.get("bucket_by"),
+        None if empty is None else float(empty),
         windows,
         freshness,
         anchor,
         entry.get("description") or "",
     )
+
+
+def _numbers(
+    name: str, aggregation: str, entry: dict[str, Any], fail: Any
+) -> tuple[int | None, int | None, float | None, float | None]:
+    """n, k, q and relative_error."""
+    needed = AGGREGATIONS[aggregation].setting
+    for setting in ("n", "k", "q"):
+        given = entry.get(setting)
+        if setting != needed:
+            if given is not None:
+                owners = ", ".join(known for known, of in AGGREGATIONS.items() if of.setting == setting)
+                raise fail(f"measure {name}: {setting} is a setting of {owners}, not of {aggregation}", entry)
+        elif setting == "q":
+            if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+                raise fail(f"measure {name}: {aggregation} needs q, from 0 to 1; got {given!r}", entry)
+        elif isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise fail(f"measure {name}: {aggregation} needs a positive {setting}; got {given!r}", entry)
+    error = entry.get("relative_error")
+    if error is not None and (needed != "q" or not isinstance(error, float) or not 0.001 <= error <= 0.1):
+        raise fail(f"measure {name}: relative_error, of approx_quantile only, is from 0.001 to 0.1; got {error!r}", entry)
+    n = 1 if aggregation in ("first", "last") else entry.get("n")
+    q = None if needed != "q" else float(entry["q"])
+    return n, entry.get("k"), q, (error or _RELATIVE_ERROR) if needed == "q" else None
+
+
+def _window(entry: Any) -> Window:
+    if not isinstance(entry, dict):
+        return parse_window(entry)
+    if entry.get("kind") != "session" or set(entry) - {"kind", "gap", "__line__"}:
+        raise ValueError("a window is a length such as 6h, lifetime, or {kind: session, gap: 30m}")
+    return session_window(str(entry.get("gap")))
 
 
 def _derived(entry: dict[str, Any], columns: frozenset[str], fail: Any) -> Derived:
@@ -286,3 +358,27 @@ def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expr:
         if isinstance(node, exp.Column) and node.name not in columns:
             raise fail(f"no column {node.name}; there are {', '.join(sorted(columns))}")
     return tree
+
+
+def check_division(tree: exp.Expr, fail: Any) -> None:
+    """Refuses divisions that engines do not do alike: of two integers (DuckDB divides as doubles, PostgreSQL and RisingWave cut
+    the rest off), and by what may be 0 (NULL, infinity or an error). Derived expressions have rules of their own for both."""
+    for node in tree.find_all(exp.Div):
+        text = node.sql(dialect="duckdb")
+        if not _is_double(node.this):
+            raise fail(f"{text} divides integers, which engines do not do alike; write cast(… as double precision) / …")
+        divisor = node.expression.unnest()
+        is_number = isinstance(divisor, exp.Literal) and not divisor.is_string and float(divisor.this) != 0
+        is_guarded = isinstance(divisor, exp.Nullif) and divisor.expression.sql() == "0"
+        if not is_number and not is_guarded:
+            raise fail(f"{text} may divide by 0, which engines do not do alike; write … / nullif(…, 0)")
+
+
+def _is_double(node: exp.Expr) -> bool:
+    if isinstance(node, exp.Cast):
+        return node.to.is_type(exp.DataType.Type.DOUBLE)
+    if isinstance(node, exp.Paren | exp.Neg | exp.Abs | exp.Div):
+        return _is_double(node.this)
+    if isinstance(node, exp.Add | exp.Sub | exp.Mul):
+        return _is_double(node.this) or _is_double(node.expression)
+    return isinstance(node, exp.Sqrt | exp.Ln)

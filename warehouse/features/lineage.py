@@ -7,8 +7,9 @@ import sqlglot
 from sqlglot import expressions as exp
 
 from warehouse.features.compute_plan import inputs_of
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
 from warehouse.features.meanings import block_tables
+from warehouse.features.measures import Measure
 
 EXACT = "none: equal to the bit in every execution"
 RELATIVE = "1e-9 relative between executions"
@@ -42,8 +43,8 @@ def lineage(group: FeatureGroup, feature: str) -> dict[str, Any]:
 
 
 def _columns(group: FeatureGroup, measure: Measure) -> list[str]:
-    read = {"event_ts", *group.keys}
-    for expression in (measure.where, measure.of):
+    read = {"event_ts", *group.entity_keys}
+    for expression in (measure.where, measure.of, measure.bucket_by):
         if expression:
             read |= {column.name for column in sqlglot.parse_one(expression, dialect="duckdb").find_all(exp.Column)}
     return sorted(read)
@@ -66,7 +67,7 @@ def described(groups: Mapping[str, FeatureGroup]) -> list[dict[str, Any]]:
     rows = []
     for group in groups.values():
         descriptions = {measure.name: measure.description for measure in group.measures}
-        for feature in (*group.feature_names, *group.sequence_names):
+        for feature in group.all_names:
             measure = feature.removeprefix(f"{group.entity}_").rpartition("_")[0]
             common = {"feature": feature, "group": group.name, "keys": list(group.keys), "declared_in": group.source}
             rows.append({**common, "description": descriptions.get(measure, ""), **lineage(group, feature)})

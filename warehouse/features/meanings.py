@@ -11,9 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from warehouse.features.compute_plan import inputs_of
-from warehouse.features.declarations import FeatureGroup, Measure
+from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import Measure
 
 _PROSE = ("description", "windows")
+_OF_READERS = ("freshness", "anchor", "empty", "k", "q")
+"""Settings that change what is read of a block, not what is stored."""
 
 
 def measure_meanings(group: FeatureGroup) -> dict[str, str]:
@@ -59,13 +62,13 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 
 def _block_meaning(group: FeatureGroup, measure: Measure) -> list[Any]:
-    settings = {name: value for name, value in _meaning(group, measure)[2].items() if name not in ("freshness", "anchor")}
-    return [group.events, group.keys, settings]
+    events, keys, settings, *calendar = _meaning(group, measure)
+    return [events, keys, {name: value for name, value in settings.items() if name not in _OF_READERS}, *calendar]
 
 
 def _meaning(group: FeatureGroup, measure: Measure) -> list[Any]:
-    settings = {name: value for name, value in asdict(measure).items() if value and name not in _PROSE}
-    return [group.events, group.keys, settings]
+    settings = {name: value for name, value in asdict(measure).items() if value is not None and name not in _PROSE}
+    return [group.events, group.keys, settings, *(asdict(part) for part in group.calendar)]
 
 
 def _hash(value: Any) -> str:

@@ -13,11 +13,11 @@ STAGING = "staging"
 def recompute(lake: Lake, group: FeatureGroup, spine: pa.Table) -> pa.Table:
     """The group's features for each row of the spine, in the spine's order.
 
-    spine: `row_id` (unique), the group's keys (string), `request_ts`, `feature_watermark` (timestamptz), `known_position`
+    spine: `row_id` (unique), the entity's keys (string), `request_ts`, `feature_watermark` (timestamptz), `known_position`
     (list<bigint>: next offset per log partition; null: landed before t) and optionally `known_at` (timestamptz, K of
     block-fresh features; T where missing). Blocks must be built past the largest T. Raises HeadraceError if they are not.
     """
-    missing = {"row_id", *group.keys, "request_ts", "feature_watermark", "known_position"} - set(spine.column_names)
+    missing = {"row_id", *group.entity_keys, "request_ts", "feature_watermark", "known_position"} - set(spine.column_names)
     if missing:
         raise HeadraceError(
             f"the spine for {group.name} lacks {', '.join(sorted(missing))}; it has {', '.join(spine.column_names)}"
@@ -40,7 +40,7 @@ def recompute(lake: Lake, group: FeatureGroup, spine: pa.Table) -> pa.Table:
             f"""
             create temp table spine as
             select
-                row_id, {", ".join(group.keys)}, request_ts, feature_watermark,
+                row_id, {", ".join(group.entity_keys)}, request_ts, feature_watermark,
                 {known_at} as known_at, cast(known_position as bigint[]) as known_position
             from given
             """

@@ -12,6 +12,7 @@ import jinja2
 from warehouse.errors import HeadraceError
 from warehouse.events import NUM_PARTITIONS
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.measures import CALENDAR_PARTS, CalendarKey
 from warehouse.home import REPOSITORY
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, GRACE_US, SECOND_US
 
@@ -51,6 +52,11 @@ def macros_digest() -> str:
 def render_macro(macro: str, *arguments: Any, dialect: str = "duckdb", **keywords: Any) -> str:
     """The SQL text of one macro of the algebra."""
     return str(getattr(_macros(dialect), macro)(*arguments, **keywords)).strip()
+
+
+def calendar_sql(key: CalendarKey, instant: str) -> str:
+    """A calendar key of an instant (a SQL expression), as text."""
+    return render_macro("calendar_part", {"field": CALENDAR_PARTS[key.part], "zone": key.zone}, instant)
 
 
 def block_sql(group: FeatureGroup, events: str, retracted: str, dialect: str = "duckdb") -> str:

@@ -9,7 +9,7 @@ or written.
 import argparse
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
@@ -74,12 +74,20 @@ class Verdict:
         return self.compared == self.equal
 
 
-def main(words: Sequence[str]) -> int:
-    """Runs `features verify WORDS`: 0 when everything agrees, 1 with the first differences."""
+Answers = Iterator[tuple[str, Read, Mapping[str, Any]]]
+"""(group, question, its answer with maps as pairs)."""
+Execution = Callable[[Mapping[str, FeatureGroup], Sequence[Mapping[str, Any]], Random], Answers]
+"""A way to answer that is not of this room: it is given groups and generated rows, and puts its own questions."""
+
+
+def main(words: Sequence[str], others: Mapping[str, Execution] | None = None) -> int:
+    """Runs `features verify WORDS`: 0 when everything agrees, 1 with the first differences. others: executions by name that are
+    held to the oracle besides batch SQL and `compute`."""
     parser = argparse.ArgumentParser(
         prog="headrace features verify",
-        description="Computes the declared features on generated events, by batch SQL and by `compute`, and compares every "
-        "value with the oracle: the definition written plainly.",
+        description="Computes the declared features on generated events, by "
+        f"{', '.join(('batch SQL', '`compute`', *(f'the {name}' for name in others or {})))}, "
+        "and compares every value with the oracle: the definition written plainly.",
         epilog="examples:\n  headrace features verify\n  headrace features verify --seed 7 --seeds 1 --events 2000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,7 +103,7 @@ def main(words: Sequence[str]) -> int:
     with Progress(console=Console(stderr=True), disable=given.json) as progress:
         task = progress.add_task("verifying", total=given.seeds * len(groups))
         for seed in range(given.seed, given.seed + given.seeds):
-            for group in verify(groups, seed, given.events, verdicts):
+            for group in verify(groups, seed, given.events, verdicts, others=others):
                 progress.update(task, advance=1, description=f"seed {seed}: {group}")
     if given.json:
         print(json.dumps([asdict(verdict) for verdict in verdicts.values()], indent=2, default=str))
@@ -131,6 +139,7 @@ def verify(
     num_events: int,
     verdicts: Mapping[str, Verdict],
     num_reads: int = READS_PER_GROUP,
+    others: Mapping[str, Execution] | None = None,
 ) -> Iterator[str]:
     """Adds one seed's comparisons to the verdicts; yields the name of each group as it is done."""
     random = Random(seed)
@@ -152,6 +161,11 @@ def verify(
             else:
                 verdict.skipped = f"not verified: it reads {group.events}, and events are generated for {STAGED}"
             yield name
+    for execution, answered in (others or {}).items():
+        for name, read, answer in answered(ours, rows, random):
+            expected = values(ours[name], _related(ours[name], rows, read), read)
+            held = {feature: in_float64(value) for feature, value in expected.items()}
+            _compare(execution, [answer], [read], [held], verdicts[name], seed)
 
 
 def _verify_group(
@@ -174,7 +188,7 @@ def _verify_group(
     wanted = [value for read, value, fits in zip(reads, expected, as_spine, strict=True) if fits and None not in read.key]
     _compare("batch SQL", _by_sql(connection, group, relations, reads), reads, expected, verdict, seed)
     _compare("compute", _by_compute(connection, group, relations, asked), asked, wanted, verdict, seed)
-    verdict.not_empty += sum(value not in (None, 0, []) for answer in expected for value in answer.values())
+    verdict.not_empty += sum(value not in (None, 0, [], {}) for answer in expected for value in answer.values())
 
 
 def _by_sql(
@@ -206,7 +220,7 @@ def _by_compute(
 
 
 def _spine(group: FeatureGroup, reads: Sequence[Read], times: Mapping[str, list[int]]) -> pa.Table:
-    columns = {key: pa.array([read.key[at] for read in reads], pa.string()) for at, key in enumerate(group.keys)}
+    columns = {key: pa.array([read.key[at] for read in reads], pa.string()) for at, key in enumerate(group.entity_keys)}
     instants = {"request_ts": [read.request_us for read in reads], **times}
     return pa.table({**columns, **{name: pa.array(found, pa.int64()).cast(TIMESTAMP) for name, found in instants.items()}})
 
@@ -232,18 +246,28 @@ def _compare(
 
 
 def _is_same(got: Any, expected: Any) -> bool:
-    """Integers and sequences exactly, doubles within 1e-9 relative, NULL as NULL."""
+    """Integers and lists exactly, doubles within 1e-9 relative, NULL as NULL; maps have the same entries in the same order."""
     if isinstance(expected, list):
         return (got or []) == expected
+    if isinstance(expected, dict):
+        same = [entry for entry, _ in got] == list(expected)
+        return same and all(map(_is_same, (number for _, number in got), expected.values()))
     if isinstance(expected, float) and got is not None:
         return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
     return got == expected
 
 
+def in_float64(value: Any) -> Any:
+    """As a feature is held in memory: integers beyond 2^53 are rounded."""
+    if isinstance(value, dict):
+        return {entry: in_float64(number) for entry, number in value.items()}
+    return float(value) if isinstance(value, int) and abs(value) > 2**53 else value
+
+
 def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> list[dict[str, Any]]:
     """The rows that can bear on a key: every arrival of each event_id that ever came with it, and of each that retracts one.
     The oracle looks at each row for each value, and duplicates are a matter of one id, so the others change nothing."""
-    ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.keys) == read.key}
+    ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.entity_keys) == read.key}
     ids |= {row["event_id"] for row in rows if row["retracts"] in ids}
     return [row for row in rows if row["event_id"] in ids]
 
@@ -306,9 +330,9 @@ def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> lis
 
 def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
     """Values per column: ids for keys, what expressions compare a column with and its neighbours, others, and NULL."""
-    keys = {key for group in groups for key in group.keys} | {"user_id", "note_id", "author_id"}
+    keys = {key for group in groups for key in group.entity_keys} | {"user_id", "note_id", "author_id"}
     compared: dict[str, list[Any]] = {"event_type": [], **{key: list(IDS) for key in sorted(keys)}}
-    for text in (text for group in groups for m in group.measures for text in (m.where, m.of) if text):
+    for text in (text for group in groups for m in group.measures for text in (m.where, m.of, m.bucket_by) if text):
         for column in sqlglot.parse_one(text, dialect="duckdb").find_all(exp.Column):
             pool = compared.setdefault(column.name, [])
             pool += [value for literal in _compared_with(column) for value in _around(literal)]
@@ -317,7 +341,7 @@ def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
         if name == "event_type":  # never NULL
             others: list[Any] = ["other"]
         elif name in EVENTS_SCHEMA.names:
-            others = ["other", None]
+            others = ["other", "é", "Z", "a b", None]
         else:  # an integer out of `properties`
             others = [None, -3, 0, 1, 2, 5, 2**52]
         pools[name] = list(dict.fromkeys([*values_near, *others]))
@@ -343,7 +367,9 @@ def _reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], numb
     reads = []
     for at in range(number):
         event = random.choice(rows)
-        key = tuple(random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.keys)
+        key = tuple(
+            random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys
+        )
         aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
         aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))

@@ -89,6 +89,18 @@ class TableFeatures:
     def sequence_names(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return self.feature_names
+
+    @property
+    def entity_keys(self) -> tuple[str, ...]:
+        return self.keys
+
     def as_meta(self) -> dict[str, Any]:
         """As the macro `table_features_at` reads it."""
         return {

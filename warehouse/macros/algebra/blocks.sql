@@ -21,7 +21,7 @@ with touched as (
             {%- endfor %}
             {{ floor_minutes('event_ts', 5) }} as block_start,
             retracted_at as known_at
-        from {{ retracted }}
+        from {{ with_calendar(features, retracted, 'event_ts') }} as retracted_events
         where
             retracted_at > known_at
             {%- for key in keys %}
@@ -44,7 +44,7 @@ as_they_came as (
         select
             *,
             {{ floor_minutes('event_ts', 5) }} as block_start
-        from {{ events }}
+        from {{ with_calendar(features, events, 'event_ts') }} as staged_events
         where
             {%- for key in keys %}
             {{ 'and ' if not loop.first }}{{ key }} is not null
@@ -81,7 +81,7 @@ whole as (
         select
             *,
             {{ floor_minutes('event_ts', 5) }} as block_start
-        from {{ events }}
+        from {{ with_calendar(features, events, 'event_ts') }} as staged_events
     ) as came
         on
             {%- for key in keys %}
@@ -93,23 +93,42 @@ whole as (
         on
             came.log_partition = retracted.log_partition
             and came.log_offset = retracted.log_offset
+),
+
+placed as (
+    select * from as_they_came
+    union all
+    select * from whole
 )
 
+{% set group = (keys + ['block_start', 'row_known_at', 'is_rebuilt']) | join(', ') -%}
+{%- set maps = [] -%}
+{%- for measure in features['measures'] -%}
+    {%- if is_map(measure) == 'yes' and target.type == 'duckdb' -%}
+        {%- set entries -%}
+    select
+        {{ group }},
+        {{ mapped_entry(measure) }}
+    from placed
+    where {{ event_condition(measure, 'is_counted') }}
+        {%- endset -%}
+        {%- do maps.append((measure, entries)) -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set plain -%}
 select
     {%- for key in keys %}
     {{ key }},
     {%- endfor %}
     block_start,
-    row_known_at as known_at,
-    is_rebuilt,
+    row_known_at{{ ' as known_at' if not maps }},
+    is_rebuilt
     {%- for measure in features['measures'] %}
-    {{ mapped(measure, 'is_counted') }}{{ ',' if not loop.last }}
+    {%- if is_map(measure) == 'no' or target.type != 'duckdb' %},
+    {{ mapped(measure, 'is_counted') }}
+    {%- endif %}
     {%- endfor %}
-from (
-    select * from as_they_came
-    union all
-    select * from whole
-) as placed
+from placed
 group by
     {%- for key in keys %}
     {{ key }},
@@ -117,6 +136,39 @@ group by
     block_start,
     row_known_at,
     is_rebuilt
+{%- endset -%}
+{{ with_maps(features, plain, maps, group, 'row_known_at') if maps else plain }}
+{%- endmacro %}
+
+{# Rows with the plain measures of a group → rows with all of them: each map comes from its entries (`maps`: pairs of a measure and a
+   select). `group` names the columns of a row, `known_at` the one of them that becomes known_at. DuckDB. #}
+{% macro with_maps(features, plain, maps, group, known_at) -%}
+select
+    {%- for column in group.split(', ') %}
+    plain_rows.{{ column }}{{ ' as known_at' if column == known_at and column != 'known_at' }},
+    {%- endfor %}
+    {%- for measure in features['measures'] %}
+    {%- set last = loop.last %}
+    {%- for column in representation_columns(measure).split(',') %}
+    {%- if is_map(measure) == 'yes' %}
+    coalesce({{ measure.name }}_maps.{{ column }}, []) as {{ column }}
+    {%- else %}
+    plain_rows.{{ column }}
+    {%- endif %}{{ ',' if not (last and loop.last) }}
+    {%- endfor %}
+    {%- endfor %}
+from (
+{{ plain }}
+) as plain_rows
+{%- for measure, entries in maps %}
+left join (
+{{ stored_maps(measure, entries, group) }}
+) as {{ measure.name }}_maps
+    on
+        {%- for column in group.split(', ') %}
+        {{ 'and ' if not loop.first }}plain_rows.{{ column }} = {{ measure.name }}_maps.{{ column }}
+        {%- endfor %}
+{%- endfor %}
 {%- endmacro %}
 
 {# Block rows that a rebuilt one takes the place of, and from which tick on: keys, block_start, known_at, replaced_at. Few: only blocks
@@ -244,23 +296,36 @@ whole as (
             touched.parent_start = {{ floor_minutes('children.block_start', minutes) }}
             and touched.known_at >= children.known_at
             and coalesce(touched.known_at < children.replaced_at, true)
+),
+
+placed as (
+    select * from as_they_came
+    union all by name
+    select * from whole
 )
 
+{% set group = (keys + ['block_start', 'known_at', 'is_rebuilt']) | join(', ') -%}
+{%- set maps = [] -%}
+{%- for measure in features['measures'] -%}
+    {%- if is_map(measure) == 'yes' -%}
+        {%- set items = (keys + ['parent_start as block_start', 'known_at', 'is_rebuilt']) | join(', ') -%}
+        {%- do maps.append((measure, stored_entries(measure, 'placed', items, ''))) -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set plain -%}
 select
     {%- for key in keys %}
     {{ key }},
     {%- endfor %}
     parent_start as block_start,
     known_at,
-    is_rebuilt,
+    is_rebuilt
     {%- for measure in features['measures'] %}
-    {{ combined(measure) }}{{ ',' if not loop.last }}
+    {%- if is_map(measure) == 'no' %},
+    {{ combined(measure) }}
+    {%- endif %}
     {%- endfor %}
-from (
-    select * from as_they_came
-    union all by name
-    select * from whole
-) as placed
+from placed
 group by
     {%- for key in keys %}
     {{ key }},
@@ -268,4 +333,6 @@ group by
     parent_start,
     known_at,
     is_rebuilt
+{%- endset -%}
+{{ with_maps(features, plain, maps, group, 'known_at') if maps else plain }}
 {%- endmacro %}

@@ -1,6 +1,6 @@
 {# Point-in-time features: one row per row of `spine`, the values of design §4's equation at the row's own (t, T, K). DuckDB.
 
-   spine    row_id (unique), the keys, request_ts (t), feature_watermark (T), known_at (K of block features, most often T) and, for
+   spine    row_id (unique), the entity's keys, request_ts (t), feature_watermark (T), known_at (K of block features, most often T) and, for
             event-fresh measures, known_position (bigint[]: next offset per log partition) or null for `landed_at < t`
    blocks, hours, days   the group's rows of 5 minutes, 1 hour, 1 day
    events, shadowed, retractions   the staging model, its shadowed arrivals and the retractions (read only for event-fresh measures)
@@ -8,7 +8,8 @@
    Sums and counts of integers are differences of prefix sums over on-time rows (one ASOF join per window edge: plain equalities and
    one inequality, DuckDB has open faults with more), plus a join on late rows. A rebuilt row is a late one; from its tick on, the
    late rows that it replaces are left out and the on-time row that it replaces is taken off. What cannot be subtracted is combined
-   over an exact cover of days, hours and 5-minute blocks. Event-fresh measures add the head: known events that no block of tick T
+   over an exact cover of days, hours and 5-minute blocks. Where a session began is found from the 5-minute blocks of its last day
+   that hold something of the measure's set; it is combined from them. Event-fresh measures add the head: known events that no block of tick T
    holds. A row of the spine that knows a retraction whose target the blocks of T still hold is *opened*: it takes all its events one
    by one, and none of its blocks. #}
 {% macro point_in_time(features, spine, blocks, hours, days, events, shadowed, retractions) -%}
@@ -33,7 +34,7 @@ with spine as (
         known_at,
         known_position,
         {{ floor_minutes('request_ts', 5) }} as request_tick
-    from {{ spine }}
+    from {{ with_calendar(features, spine, 'request_ts') }} as given
 ),
 
 on_time as (
@@ -69,7 +70,7 @@ late as (
         and on_time.known_at = replaced.known_at
 ),
 {% for family in families %}
-{{ family_reads(family, keys, blocks, hours, days, events, shadowed, retractions) }}
+{{ family_reads(features, family, blocks, hours, days, events, shadowed, retractions) }}
 {%- endfor %}
 
 finalized as (
@@ -80,7 +81,7 @@ finalized as (
         {%- for measure in family.measures %}
         {%- set measure_last = loop.last %}
         {%- for window in measure.windows %}
-        {{ finalized(measure, window, parts_of(family, measure).split(',')) }} as {{ measure.name }}_{{ window }}
+        {{ finalized(measure, window, parts_of(family, measure, window).split(',')) }} as {{ measure.name }}_{{ window }}
             {{- ',' if not (outer_last and measure_last and loop.last) }}
         {%- endfor %}
         {%- endfor %}
@@ -89,7 +90,7 @@ finalized as (
     {%- for family in families %}
     inner join {{ family.name }}_readers on spine.row_id = {{ family.name }}_readers.row_id
     {%- for part in part_names(family).split(',') %}
-    {%- if part == family.name ~ '_head' %}
+    {%- if family.name == 'event' and part not in ('event_prefixes', 'event_late', 'event_covers') %}
     left join {{ part }} on spine.row_id = {{ part }}.row_id
     {%- else %}
     left join {{ part }} on {{ family.name }}_readers.read_id = {{ part }}.read_id
@@ -115,45 +116,51 @@ from finalized
 {% macro part_names(family) -%}
     {%- set names = [] -%}
     {%- for measure in family.measures -%}
-        {%- for name in parts_of(family, measure).split(',') -%}
-            {%- if name not in names -%}{%- do names.append(name) -%}{%- endif -%}
+        {%- for window in measure.windows -%}
+            {%- for name in parts_of(family, measure, window).split(',') -%}
+                {%- if name not in names -%}{%- do names.append(name) -%}{%- endif -%}
+            {%- endfor -%}
         {%- endfor -%}
     {%- endfor -%}
     {{- names | join(',') -}}
 {%- endmacro %}
 
-{# The CTEs that a measure's value is put together from, comma-separated. #}
-{% macro parts_of(family, measure) -%}
+{# The CTEs that a feature's value is put together from, comma-separated. Those of the event family are by row of the spine, but for
+   what its blocks alone say; all others are by read. #}
+{% macro parts_of(family, measure, window) -%}
     {%- set names = [] -%}
-    {%- if subtractable(measure) == 'yes' -%}
+    {%- if is_map(measure) == 'yes' -%}
+        {%- do names.append(family.name ~ '_map_' ~ measure.name) -%}
+    {%- elif is_session(window) == 'yes' -%}
+        {%- do names.append(family.name ~ '_sessions') -%}
+    {%- elif subtractable(measure) == 'yes' -%}
         {%- do names.append(family.name ~ '_prefixes') -%}
         {%- do names.append(family.name ~ '_late') -%}
     {%- else -%}
         {%- do names.append(family.name ~ '_covers') -%}
     {%- endif -%}
-    {%- if family.name == 'event' -%}{%- do names.append(family.name ~ '_head') -%}{%- endif -%}
+    {%- if family.name == 'event' and is_map(measure) == 'no' -%}{%- do names.append(family.name ~ '_head') -%}{%- endif -%}
     {{- names | join(',') -}}
 {%- endmacro %}
 
 {# 'yes' where windows are differences of prefix sums: exact types only (doubles are covered, never subtracted). #}
 {% macro subtractable(measure) -%}
-    {{- 'yes' if measure.aggregation in ('count', 'sum', 'avg') and measure.type == 'bigint' else 'no' -}}
+    {{- 'yes' if measure.aggregation in ('count', 'sum', 'avg') and measure.type == 'bigint' and not measure.bucket_by else 'no' -}}
 {%- endmacro %}
 
 {# The CTEs of one family: its distinct reads, then its parts. `anchor` is where windows hang: T, or floor_5m(t). #}
-{% macro family_reads(family, keys, blocks, hours, days, events, shadowed, retractions) -%}
-{%- set name = family.name -%}
-{%- set subtracted = [] -%}
-{%- set covered = [] -%}
-{%- set edges = [] -%}
-{%- set cover_windows = [] -%}
+{% macro family_reads(features, family, blocks, hours, days, events, shadowed, retractions) -%}
+{%- set name, keys = family.name, features['keys'] -%}
+{%- set subtracted, covered, lasting, maps, edges, cover_windows = [], [], [], [], [], [] -%}
 {%- for measure in family.measures -%}
-    {%- if subtractable(measure) == 'yes' -%}
-        {%- do subtracted.append(measure) -%}
-        {%- for window in measure.windows -%}{%- if window not in edges -%}{%- do edges.append(window) -%}{%- endif -%}{%- endfor -%}
-    {%- else -%}
-        {%- do covered.append(measure) -%}
-        {%- for window in measure.windows -%}{%- if window not in cover_windows -%}{%- do cover_windows.append(window) -%}{%- endif -%}{%- endfor -%}
+    {%- if sessions_of(measure) -%}{%- do lasting.append(measure) -%}{%- endif -%}
+    {%- if is_map(measure) == 'yes' -%}{%- do maps.append(measure) -%}{%- endif -%}
+    {%- set windows = edges if subtractable(measure) == 'yes' else cover_windows -%}
+    {%- if fixed_windows_of(measure) -%}
+        {%- do (subtracted if subtractable(measure) == 'yes' else covered).append(measure) -%}
+        {%- for window in fixed_windows_of(measure).split(',') -%}
+            {%- if window not in windows -%}{%- do windows.append(window) -%}{%- endif -%}
+        {%- endfor -%}
     {%- endif -%}
 {%- endfor %}
 {{ name }}_reads as (
@@ -195,7 +202,7 @@ from finalized
     select
         reads.read_id,
         {%- for measure in subtracted %}
-        {%- for window in measure.windows %}
+        {%- for window in fixed_windows_of(measure).split(',') %}
         {%- for column in representation_columns(measure).split(',') %}
         coalesce(at_upper.{{ column }}, 0) - coalesce(at_{{ window }}.{{ column }}, 0) as {{ column }}_{{ window }},
         {%- endfor %}
@@ -213,7 +220,7 @@ from finalized
     select
         reads.read_id,
         {%- for measure in subtracted %}
-        {%- for window in measure.windows %}
+        {%- for window in fixed_windows_of(measure).split(',') %}
         {{ combined(measure, 'late.block_start >= reads.lower_' ~ window, '_' ~ window) }},
         {%- endfor %}
         {%- endfor %}
@@ -282,26 +289,29 @@ from finalized
     {%- endif %}
     {%- endfor %}
 ),
-
+{% if covered | rejectattr('name', 'in', maps | map(attribute='name') | list) | list %}
 {{ name }}_covers as (
     select
         read_id,
         {%- for measure in covered %}
-        {%- for window in measure.windows %}
-        {{ combined(measure, "look_back = '" ~ window ~ "'" ~ (' and ' ~ measure.name ~ ' is not null' if measure.aggregation == 'last_n' else ''), '_' ~ window) }},
+        {%- if is_map(measure) == 'no' %}
+        {%- for window in fixed_windows_of(measure).split(',') %}
+        {{ combined(measure, "look_back = '" ~ window ~ "'", '_' ~ window) }},
         {%- endfor %}
+        {%- endif %}
         {%- endfor %}
     from {{ name }}_cover_rows
     group by read_id
 ),
 {% endif %}
+{%- endif %}
 {%- if name == 'event' %}
 {%- set windows = [] -%}
 {%- for measure in family.measures -%}{%- do windows.extend(measure.windows) -%}{%- endfor %}
 event_arrivals as (
-    select *, null as shadowed_by from {{ events }}
+    select *, null as shadowed_by from {{ with_calendar(features, events, 'event_ts') }} as staged_events
     union all by name
-    select * exclude (retracts) from {{ shadowed }}
+    select * exclude (retracts) from {{ with_calendar(features, shadowed, 'event_ts') }} as shadowed_events
     where event_type <> 'retraction'
 ),
 
@@ -337,14 +347,12 @@ event_opened as (
     where is_in_blocks
 ),
 
-event_head as (
+event_known as (
     select
-        spine_row_id as row_id,
-        {%- for measure in family.measures %}
-        {%- for window in measure.windows %}
-        {{ mapped(measure, 'event_ts >= request_tick - ' ~ seconds(window_seconds(window)), '_' ~ window) }},
-        {%- endfor %}
-        {%- endfor %}
+        known_events.*
+        {%- if lasting %},
+        {{ floor_minutes('known_events.event_ts', 5) }} as block_start
+        {%- endif %}
     from (
         select
             spine.row_id as spine_row_id,
@@ -374,7 +382,6 @@ event_head as (
             known_events.spine_row_id = event_withdrawn.row_id
             and known_events.log_partition = event_withdrawn.log_partition
             and known_events.log_offset = event_withdrawn.log_offset
-    group by spine_row_id
 ),
 {% endif %}
 {#- the read whose blocks a row of the spine takes; none where it is opened (not a condition of the joins: those would be nested loops) -#}
@@ -395,6 +402,207 @@ event_head as (
     {%- if name == 'event' %}
     left join event_opened on spine.row_id = event_opened.row_id
     {%- endif %}
+),
+{%- if lasting %}
+{{ sessions(name, keys, lasting, blocks) }}
+{%- endif %}
+{%- if name == 'event' and maps | length < family.measures | length %}
+event_head as (
+    select
+        event_known.spine_row_id as row_id,
+        {%- for measure in family.measures %}
+        {%- if is_map(measure) == 'no' %}
+        {%- for window in measure.windows %}
+        {{ mapped(measure, 'event_known.event_ts >= ' ~ head_edge(measure, window), '_' ~ window) }},
+        {%- endfor %}
+        {%- endif %}
+        {%- endfor %}
+    from event_known
+    {%- if lasting %}
+    left join event_starts on event_known.spine_row_id = event_starts.row_id
+    {%- endif %}
+    group by event_known.spine_row_id
+),
+{% endif %}
+{%- for measure in maps %}
+{{ family_map(name, measure) }}
+{%- endfor %}
+{%- endmacro %}
+
+{# Where a window of the head begins. #}
+{% macro head_edge(measure, window) -%}
+    {%- if is_session(window) == 'yes' -%}event_starts.{{ measure.name }}_{{ window }}
+    {%- else -%}event_known.request_tick - {{ seconds(window_seconds(window)) }}
+    {%- endif -%}
+{%- endmacro %}
+
+{# The CTEs of a family's sessions: where each began, going back over the 5-minute blocks that hold something of its measure's set, and
+   its blocks combined. Of fresh measures the head has such blocks too, so theirs are by row of the spine. #}
+{% macro sessions(name, keys, measures, blocks) -%}
+{%- set id = 'row_id' if name == 'event' else 'read_id' %}
+{{ name }}_session_rows as (
+    select
+        {{ 'readers.row_id' if name == 'event' else 'reads.read_id' }},
+        rows_of.block_start,
+        {%- for measure in measures %}
+        {%- for column in representation_columns(measure).split(',') %}
+        rows_of.{{ column }},
+        {%- endfor %}
+        {%- endfor %}
+    from {{ name }}_reads as reads
+    {%- if name == 'event' %}
+    inner join event_readers as readers on reads.read_id = readers.read_id
+    {%- endif %}
+    inner join (
+{{ with_replacement(keys, blocks) }}
+    ) as rows_of
+        on {% for key in keys %}reads.{{ key }} = rows_of.{{ key }} and {% endfor -%}
+        rows_of.known_at <= reads.blocks_known_at
+        and coalesce(rows_of.replaced_at > reads.blocks_known_at, true)
+        and rows_of.block_start >= reads.anchor - {{ seconds(86400) }}
+        and rows_of.block_start < reads.upper_edge
+),
+
+{{ name }}_active as (
+    {%- for measure in measures %}
+    {%- set last = loop.last %}
+    select
+        {{ id }},
+        '{{ measure.name }}' as measure,
+        block_start
+    from {{ name }}_session_rows
+    where {{ is_not_empty(measure) }}
+    {%- if name == 'event' %}
+    union
+    select
+        spine_row_id as row_id,
+        '{{ measure.name }}' as measure,
+        block_start
+    from event_known
+    where {{ event_condition(measure, 'event_ts >= request_tick - ' ~ seconds(86400)) }}
+    {%- endif %}
+    {%- if not last %}
+    union
+    {%- endif %}
+    {%- endfor %}
+),
+
+{{ name }}_gaps as (
+    select
+        active.{{ id }},
+        active.measure,
+        active.block_start,
+        epoch_us(coalesce(
+            lead(active.block_start) over (partition by active.{{ id }}, active.measure order by active.block_start),
+            {{ 'spine.request_tick' if name == 'event' else 'reads.upper_edge' }}
+        )) - epoch_us(active.block_start) - 300000000 as nothing_us
+    from {{ name }}_active as active
+    {%- if name == 'event' %}
+    inner join spine on active.row_id = spine.row_id
+    {%- else %}
+    inner join {{ name }}_reads as reads on active.read_id = reads.read_id
+    {%- endif %}
+),
+
+{{ name }}_starts as (
+    select
+        {{ id }},
+        {%- for measure in measures %}
+        {%- for window in sessions_of(measure).split(',') %}
+        min(block_start) filter (where measure = '{{ measure.name }}' and block_start > coalesce(over_{{ window }}, timestamptz '-infinity')) as {{ measure.name }}_{{ window }},
+        {%- endfor %}
+        {%- endfor %}
+    from (
+        select
+            *,
+            {%- for window in all_sessions(measures).split(',') %}
+            max(block_start) filter (where nothing_us >= {{ session_gap_seconds(window) }}000000) over (partition by {{ id }}, measure) as over_{{ window }},
+            {%- endfor %}
+        from {{ name }}_gaps
+    ) as with_ends
+    group by {{ id }}
+),
+
+{{ name }}_sessions as (
+    select
+        session_rows.{{ id }},
+        {%- for measure in measures %}
+        {%- if is_map(measure) == 'no' %}
+        {%- for window in sessions_of(measure).split(',') %}
+        {{ combined(measure, 'session_rows.block_start >= starts.' ~ measure.name ~ '_' ~ window, '_' ~ window) }},
+        {%- endfor %}
+        {%- endif %}
+        {%- endfor %}
+    from {{ name }}_session_rows as session_rows
+    inner join {{ name }}_starts as starts on session_rows.{{ id }} = starts.{{ id }}
+    group by session_rows.{{ id }}
+),
+{%- endmacro %}
+
+{% macro all_sessions(measures) -%}
+    {%- set found = [] -%}
+    {%- for measure in measures -%}
+        {%- for window in sessions_of(measure).split(',') -%}
+            {%- if window not in found -%}{%- do found.append(window) -%}{%- endif -%}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- found | join(',') -}}
+{%- endmacro %}
+
+{# The CTEs of one map of a family: its entries in blocks and head, one per entry, then the features. #}
+{% macro family_map(name, measure) -%}
+{%- set id = 'row_id' if name == 'event' else 'read_id' -%}
+{%- set entries = [] -%}
+{%- if fixed_windows_of(measure) -%}
+    {%- set windows = "look_back in ('" ~ fixed_windows_of(measure).replace(',', "', '") ~ "')" -%}
+    {%- set rows = name ~ '_cover_rows' -%}
+    {%- if name == 'event' -%}
+        {%- set rows = rows ~ ' as cover_rows inner join event_readers as readers on cover_rows.read_id = readers.read_id' -%}
+    {%- endif -%}
+    {%- do entries.append(stored_entries(measure, rows, id ~ ', look_back', windows)) -%}
+{%- endif -%}
+{%- for window in sessions_of(measure).split(',') if window -%}
+    {%- set rows = name ~ '_session_rows as session_rows inner join ' ~ name ~ '_starts as starts on session_rows.' ~ id ~ ' = starts.' ~ id -%}
+    {%- set items = 'session_rows.' ~ id ~ ", '" ~ window ~ "' as look_back" -%}
+    {%- do entries.append(stored_entries(measure, rows, items, 'session_rows.block_start >= starts.' ~ measure.name ~ '_' ~ window)) -%}
+{%- endfor %}
+{%- if name == 'event' %}
+event_entries_{{ measure.name }} as (
+    select
+        spine_row_id,
+        request_tick,
+        event_ts,
+        {{ mapped_entry(measure) }}
+    from event_known
+    {%- if event_condition(measure) %}
+    where {{ event_condition(measure) }}
+    {%- endif %}
+),
+    {%- for window in measure.windows -%}
+        {%- set of_head -%}
+select
+    event_known.spine_row_id as row_id,
+    '{{ window }}' as look_back,
+    event_known.entry,
+    {%- for column in representation_columns(measure).split(',') %}
+    event_known.{{ column }}{{ ',' if not loop.last }}
+    {%- endfor %}
+from event_entries_{{ measure.name }} as event_known
+{%- if is_session(window) == 'yes' %}
+inner join event_starts on event_known.spine_row_id = event_starts.row_id
+{%- endif %}
+where event_known.event_ts >= {{ head_edge(measure, window) }}
+        {%- endset -%}
+        {%- do entries.append(of_head) -%}
+    {%- endfor %}
+{%- endif %}
+
+{{ name }}_known_{{ measure.name }} as (
+{{ combined_entries(measure, entries | join('\nunion all by name\n'), id ~ ', look_back') }}
+),
+
+{{ name }}_map_{{ measure.name }} as (
+{{ read_maps(measure, name ~ '_known_' ~ measure.name, id) }}
 ),
 {%- endmacro %}
 

@@ -36,8 +36,41 @@
     {{ floor_minutes('(' ~ request_ts ~ ' - ' ~ seconds(var('grace_seconds')) ~ ')', 5) }}
 {%- endmacro %}
 
-{# window_seconds('6h') is 21600. #}
+{# window_seconds('6h') is 21600; of `lifetime` 150 years, of a session the longest that it can be. #}
 {% macro window_seconds(window) -%}
     {%- set units = {'m': 60, 'h': 3600, 'd': 86400} -%}
-    {{- window[:-1] | int * units[window[-1]] -}}
+    {%- if window == 'lifetime' -%}{{ 54750 * 86400 }}
+    {%- elif is_session(window) == 'yes' -%}86400
+    {%- else -%}{{ window[:-1] | int * units[window[-1]] }}
+    {%- endif -%}
+{%- endmacro %}
+
+{# 'yes' of `session_30m`. #}
+{% macro is_session(window) -%}
+    {{- 'yes' if window[:8] == 'session_' else 'no' -}}
+{%- endmacro %}
+
+{# How long nothing happens before `session_30m` is over: 1800. #}
+{% macro session_gap_seconds(window) -%}
+    {{- window_seconds(window[8:]) -}}
+{%- endmacro %}
+
+{# A relation with the calendar keys of a group: parts of an instant in a zone, as text. #}
+{% macro with_calendar(features, relation, instant) -%}
+    {%- if features['calendar'] -%}
+(
+        select
+            *,
+            {%- for key in features['calendar'] %}
+            {{ calendar_part(key, instant) }} as {{ key.name }}{{ ',' if not loop.last }}
+            {%- endfor %}
+        from {{ relation }}
+    )
+    {%- else -%}
+{{ relation }}
+    {%- endif -%}
+{%- endmacro %}
+
+{% macro calendar_part(key, instant) -%}
+    cast(extract({{ key.field }} from {{ instant }} at time zone '{{ key.zone }}') as varchar)
 {%- endmacro %}

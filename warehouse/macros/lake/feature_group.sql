@@ -3,7 +3,7 @@
    On DuckDB it comes from the Python side, which has refused what is wrong with file and line. Elsewhere (no connection while
    compiling) it is the model's own `meta`, with the defaults filled in. #}
 {% macro feature_group(name) -%}
-    {%- if not execute -%}{{ return({'entity': '', 'keys': ['key'], 'measures': [], 'derived': []}) }}{%- endif -%}
+    {%- if not execute -%}{{ return({'entity': '', 'keys': ['key'], 'calendar': [], 'measures': [], 'derived': []}) }}{%- endif -%}
     {%- if target.type == 'duckdb' -%}
         {%- set found = run_query("select meta from headrace.feature_groups where name = '" ~ name ~ "'") -%}
         {%- if found.rows | length == 0 -%}
@@ -14,14 +14,34 @@
     {%- for node in graph.nodes.values() -%}
         {%- if node.name == name and node.config.meta.features -%}
             {%- set declared = node.config.meta.features -%}
-            {%- set measures = [] -%}
+            {%- set measures, keys, calendar = [], [], [] -%}
             {%- for measure in declared.measures -%}
-                {%- do measures.append(dict({'where': none, 'of': none, 'type': 'bigint', 'n': none}, **measure)) -%}
+                {%- do measures.append(with_defaults(measure)) -%}
             {%- endfor -%}
-            {{ return(dict(declared, measures=measures)) }}
+            {%- set fields = {'hour': 'hour', 'day_of_week': 'isodow', 'day_of_month': 'day', 'month': 'month'} -%}
+            {%- for key in declared['keys'] -%}
+                {%- do keys.append(key if key is string else key.name) -%}
+                {%- if key is not string -%}{%- do calendar.append(dict(key, field=fields[key.part])) -%}{%- endif -%}
+            {%- endfor -%}
+            {{ return(dict(declared, keys=keys, calendar=calendar, measures=measures)) }}
         {%- endif -%}
     {%- endfor -%}
     {{ exceptions.raise_compiler_error("feature_group: no enabled model " ~ name ~ " declares config.meta.features") }}
+{%- endmacro %}
+
+{# A measure as it is declared, with the defaults filled in and windows by name: what the Python side hands out. #}
+{% macro with_defaults(measure) -%}
+    {%- set types = {
+        'var': 'double', 'stddev': 'double', 'approx_quantile': 'double', 'first_n': 'varchar', 'last_n': 'varchar',
+        'last_distinct_n': 'varchar', 'top_k': 'varchar', 'approx_count_distinct': 'varchar'
+    } -%}
+    {%- set windows = [] -%}
+    {%- for window in measure.windows -%}{%- do windows.append(window if window is string else 'session_' ~ window.gap) -%}{%- endfor -%}
+    {%- set defaults = {
+        'where': none, 'of': none, 'type': types.get(measure.aggregation, 'bigint'), 'n': none, 'k': none, 'q': none,
+        'relative_error': 0.01, 'bucket_by': none, 'empty': none
+    } -%}
+    {{ return(dict(defaults, **dict(measure, windows=windows))) }}
 {%- endmacro %}
 
 {# The 5-minute blocks of a group, by its declaration. #}

@@ -5,10 +5,12 @@
    slower, to be read. Any other engine runs that SQL. #}
 {% macro impression_features(group) -%}
     {%- set by_engine = target.type == 'duckdb' and var('features_by') == 'engine' -%}
+    {%- set features = feature_group(group) -%}
+    {%- set of_entity = features['keys'] | length - features['calendar'] | length -%}
     {%- set spine -%}
 select
     impression_id,
-    {%- for key in feature_group(group)['keys'] %}
+    {%- for key in features['keys'][:of_entity] %}
     {{ key }},
     {%- endfor %}
     request_ts,
