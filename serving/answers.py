@@ -127,6 +127,7 @@ def explain_answer(row: Mapping[str, Any], note_id: str | None) -> dict[str, Any
         "timings": orjson.loads(row["timings_ms"]),
         "userFeatures": row["user_features"],
         "userSequences": row["user_sequences"],
+        "userMaps": row["user_maps"] or {},
         "candidates": [
             {
                 "noteId": candidate["note_id"],
@@ -142,6 +143,8 @@ def explain_answer(row: Mapping[str, Any], note_id: str | None) -> dict[str, Any
                 "propensity": candidate["propensity"],
                 "stageReached": stage_reached(candidate),
                 "features": candidate["features"],
+                "sequences": candidate["sequences"],
+                "maps": candidate["maps"],
             }
             for candidate in candidates
         ],

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 FORWARD_LOG = "lake.forward_log"
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _FEATURES = pa.map_(pa.string(), pa.float64())
+_SEQUENCES = pa.map_(pa.string(), pa.list_(pa.string()))
+_MAPS = pa.map_(pa.string(), _FEATURES)
 
 CANDIDATE = pa.struct(
     [
@@ -37,6 +39,8 @@ CANDIDATE = pa.struct(
         pa.field("propensity", pa.float64()),
         pa.field("features", _FEATURES),
         pa.field("predictions", _FEATURES),
+        pa.field("sequences", _SEQUENCES),
+        pa.field("maps", _MAPS),
     ]
 )
 
@@ -53,8 +57,9 @@ FORWARD_LOG_SCHEMA = pa.schema(
         pa.field("degraded", pa.list_(pa.string()), nullable=False),
         pa.field("timings_ms", pa.string(), nullable=False),
         pa.field("user_features", _FEATURES, nullable=False),
-        pa.field("user_sequences", pa.map_(pa.string(), pa.list_(pa.string())), nullable=False),
+        pa.field("user_sequences", _SEQUENCES, nullable=False),
         pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+        pa.field("user_maps", _MAPS),
     ]
 )
 
@@ -67,19 +72,28 @@ def rows_to_table(rows: list[dict[str, Any]]) -> pa.Table:
 def _with_pairs(row: Mapping[str, Any]) -> dict[str, Any]:
     """Arrow takes a map as a list of pairs."""
     candidates = [
-        {**candidate, "predictions": _pairs(candidate["predictions"]), "features": _pairs(candidate["features"])}
+        {
+            **candidate,
+            **{name: _pairs(candidate[name]) for name in ("predictions", "features", "sequences")},
+            "maps": _pairs_of_pairs(candidate["maps"]),
+        }
         for candidate in row["candidates"]
     ]
     return {
         **row,
         "user_features": _pairs(row["user_features"]),
         "user_sequences": _pairs(row["user_sequences"]),
+        "user_maps": _pairs_of_pairs(row["user_maps"]),
         "candidates": candidates,
     }
 
 
 def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, Any]] | None:
     return None if mapping is None else list(mapping.items())
+
+
+def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[str, Any]] | None:
+    return None if maps is None else [(name, list(entries.items())) for name, entries in maps.items()]
 
 
 class ForwardLog:

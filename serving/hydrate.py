@@ -5,8 +5,9 @@ models: they ask for columns by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,12 @@ USER = ("user_id",)
 
 @dataclass(frozen=True)
 class UserFeatures:
-    """The groups keyed by the reader alone. sequences: each a list of strings, oldest first."""
+    """The groups keyed by the reader alone. sequences: each a list of strings; maps: each from strings to numbers."""
 
     names: tuple[str, ...]
     values_F: np.ndarray
     sequences: Mapping[str, list[str]]
+    maps: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [len(names)], in the order asked for; NaN for NULL."""
@@ -41,25 +43,37 @@ class UserFeatures:
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """Every numeric feature of every candidate: note, author, reader × author, and request-time ones."""
+    """Every feature of every candidate: note, author, reader × author, and request-time ones. Models are given numbers; the
+    sequences and maps, C of each, are for the log."""
 
     names: tuple[str, ...]
     values_CF: np.ndarray
+    sequences: Mapping[str, list[list[str]]] = field(default_factory=dict)
+    maps: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [C, len(names)], in the order asked for; NaN for NULL."""
         return self.values_CF[:, _columns(self.names, names)]
 
     def take(self, order: np.ndarray) -> "CandidateFeatures":
-        return CandidateFeatures(self.names, self.values_CF[order])
+        places = order.tolist()
+        return CandidateFeatures(
+            self.names, self.values_CF[order], _gathered(self.sequences, places), _gathered(self.maps, places)
+        )
 
     def row(self, position: int) -> dict[str, float | None]:
         return _nullable(self.names, self.values_CF[position])
 
+    def sequences_of(self, position: int) -> dict[str, list[str]]:
+        return {name: rows[position] for name, rows in self.sequences.items()}
+
+    def maps_of(self, position: int) -> dict[str, dict[str, float]]:
+        return {name: rows[position] for name, rows in self.maps.items()}
+
 
 def check_groups(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> None:
     """Raises HeadraceError if a group or a batch table has a key that a request cannot supply."""
-    keyed = [(f"feature group {group.name}", group.keys) for group in groups.values()]
+    keyed = [(f"feature group {group.name}", group.entity_keys) for group in groups.values()]
     for name, keys in [*keyed, *((f"batch table {table.name}", table.keys) for table in kinds.tables)]:
         if unknown := set(keys) - set(KEY_COLUMNS):
             raise HeadraceError(
@@ -71,7 +85,7 @@ def check_groups(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> None:
 def available_names(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> tuple[set[str], set[str]]:
     """(names a model may ask for of the reader, of a candidate)."""
     of_user, of_candidate = set(kinds.served_inputs), set(REQUEST_FEATURES)
-    for keys, names in [(group.keys, group.feature_names) for group in groups.values()] + [
+    for keys, names in [(group.entity_keys, group.feature_names) for group in groups.values()] + [
         (table.keys, table.feature_names) for table in kinds.tables
     ]:
         (of_user if keys == USER else of_candidate).update(names)
@@ -85,18 +99,20 @@ def hydrate_user(
     names: list[str] = []
     values: list[np.ndarray] = []
     sequences: dict[str, list[str]] = {}
+    maps: dict[str, dict[str, float]] = {}
     for group in groups.values():
-        if group.keys == USER:
+        if group.entity_keys == USER:
             matrix = view.assemble(group.name, [(user_id,)], t_us)
             names.extend(matrix.names)
             values.append(matrix.values[0])
             sequences.update({name: rows[0] for name, rows in matrix.sequences.items()})
+            maps.update({name: rows[0] for name, rows in matrix.maps.items()})
     for table in tables.tables:
         if table.keys == USER:
             matrix = tables.assemble(table, [(user_id,)], view.tick_us)
             names.extend(matrix.names)
             values.append(matrix.values[0])
-    return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences)
+    return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences, maps)
 
 
 def hydrate_candidates(
@@ -117,6 +133,8 @@ def hydrate_candidates(
     }
     names: list[str] = []
     values: list[np.ndarray] = []
+    sequences: dict[str, list[list[str]]] = {}
+    maps: dict[str, list[dict[str, float]]] = {}
 
     def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> None:
         keys = list(zip(*(columns[key] for key in key_columns), strict=True))
@@ -124,17 +142,24 @@ def hydrate_candidates(
         matrix = assemble(list(distinct))
         place = {key: row for row, key in enumerate(distinct)}
         names.extend(matrix.names)
-        values.append(matrix.values[[place[key] for key in keys]])
+        places = [place[key] for key in keys]
+        values.append(matrix.values[places])
+        sequences.update(_gathered(matrix.sequences, places))
+        maps.update(_gathered(matrix.maps, places))
 
     for group in groups.values():
-        if group.keys != USER:
-            gather(group.keys, partial(view.assemble, group.name, t_us=t_us))
+        if group.entity_keys != USER:
+            gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
     for table in tables.tables:
         if table.keys != USER:
             gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))
     names.extend(REQUEST_FEATURES)
     values.append(catalogue.request_features(note_ids, t_us))
-    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1))
+    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
+
+
+def _gathered(rows: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
+    return {name: [column[place] for place in places] for name, column in rows.items()}
 
 
 def _columns(have: tuple[str, ...], want: Sequence[str]) -> list[int]:

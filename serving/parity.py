@@ -1,7 +1,7 @@
 """The promise, checked: every feature value that was served is computed again from the lake and compared.
 
 A vector is one group's features of one key in one logged request. Values of integer measures and sequences must be equal,
-averages and derived values within 1e-9 relative. Knows nothing of models or pages.
+averages, other doubles and derived values within 1e-9 relative. Knows nothing of models or pages.
 """
 
 import math
@@ -26,6 +26,8 @@ from warehouse.landing import landed_position
 from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 
 TOLERANCE = 1e-9
+SMALLEST = 1e-12
+"""Doubles this near to each other are equal: a variance of equal numbers may be anything that rounds to 0."""
 FIRST_DIFFERENCES = 10
 RETRACTIONS = "staging.stg_retractions"
 _SPINE_TIMES = pa.schema(
@@ -106,7 +108,8 @@ class _Vector:
     request: Mapping[str, Any]
     keys: tuple[str, ...]
     values: Mapping[str, float | None]
-    sequences: Mapping[str, list[str]]
+    sequences: Mapping[str, list[str] | None]
+    maps: Mapping[str, Mapping[str, float] | None]
 
 
 def check_parity(
@@ -187,10 +190,11 @@ def _built_until(lake: Lake, groups: Mapping[str, FeatureGroup]) -> dict[str, in
 def _vectors(group: FeatureGroup | TableFeatures, requests: Iterable[Mapping[str, Any]]) -> Iterable[_Vector]:
     """The group's logged vectors: one per request for the reader's own, else one per distinct key of a request."""
     for request in requests:
-        if group.keys == ("user_id",):
+        if group.entity_keys == ("user_id",):
             values = {name: request["user_features"][name] for name in group.feature_names}
             sequences = {name: request["user_sequences"][name] for name in group.sequence_names}
-            yield _Vector(request, (request["user_id"],), values, sequences)
+            maps = {name: request["user_maps"][name] for name in group.map_names}
+            yield _Vector(request, (request["user_id"],), values, sequences, maps)
             continue
         told = set()
         for candidate in request["candidates"]:
@@ -201,15 +205,15 @@ def _vectors(group: FeatureGroup | TableFeatures, requests: Iterable[Mapping[str
                 "note_id": candidate["note_id"],
                 "author_id": candidate["author_id"],
             }
-            keys = tuple(columns[key] for key in group.keys)
+            keys = tuple(columns[key] for key in group.entity_keys)
             values = {name: candidate["features"][name] for name in group.feature_names}
-            fingerprint = (
-                keys,
-                tuple(values.values()),
-            )  # an author shown twice in a request is one vector, if it was logged as one
+            sequences = {name: candidate["sequences"][name] for name in group.sequence_names}
+            maps = {name: candidate["maps"][name] for name in group.map_names}
+            # an author shown twice in a request is one vector, if it was logged as one
+            fingerprint = (keys, tuple(values.values()), repr((sequences, maps)) if sequences or maps else "")
             if fingerprint not in told:
                 told.add(fingerprint)
-                yield _Vector(request, keys, values, {})
+                yield _Vector(request, keys, values, sequences, maps)
 
 
 def _spine(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector]) -> pa.Table:
@@ -225,7 +229,7 @@ def _spine(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector]) -> p
         ],
         schema=_SPINE_TIMES,
     )
-    for place, key in enumerate(group.keys):
+    for place, key in enumerate(group.entity_keys):
         times = times.append_column(key, pa.array([vector.keys[place] for vector in vectors], pa.string()))
     return times
 
@@ -235,16 +239,18 @@ def _compare(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector], re
     if not recomputed["row_id"].combine_chunks().equals(pa.array(range(len(vectors)), recomputed["row_id"].type)):
         raise HeadraceError(f"recomputing {group.name} gave {recomputed.num_rows} rows for {len(vectors)} logged vectors")
     columns = {name: pc.cast(recomputed[name], pa.float64()).to_pylist() for name in group.feature_names} | {
-        name: recomputed[name].to_pylist() for name in group.sequence_names
+        name: recomputed[name].to_pylist() for name in (*group.sequence_names, *group.map_names)
     }
     exact = _exact_features(group)
     for row, vector in enumerate(vectors):
         num_equal = 0
-        logged_values: dict[str, Any] = {**vector.values, **vector.sequences}
+        logged_values: dict[str, Any] = {**vector.values, **vector.sequences, **vector.maps}
         for name, logged in logged_values.items():
             value = columns[name][row]
             if name in group.sequence_names:
                 equal = list(logged or []) == list(value or [])
+            elif name in group.map_names:
+                equal = _same_map(dict(logged or {}), dict(value or {}), 0.0 if name in exact else TOLERANCE)
             else:
                 equal = _same(logged, value, 0.0 if name in exact else TOLERANCE)
             num_equal += equal
@@ -262,13 +268,14 @@ def _compare(group: FeatureGroup | TableFeatures, vectors: Sequence[_Vector], re
 
 
 def _exact_features(group: FeatureGroup | TableFeatures) -> set[str]:
-    """Names that must agree to the bit: everything of integers but averages, and what a table holds."""
+    """Names that must agree to the bit: everything of integers but averages, estimates of distinct counts, and what a table
+    holds."""
     if isinstance(group, TableFeatures):
         return set(group.feature_names)
     return {
         f"{group.entity}_{measure.name}_{window.name}"
         for measure in group.measures
-        if measure.type == "bigint" and measure.aggregation != "avg"
+        if measure.type != "double" and measure.aggregation != "avg"
         for window in measure.windows
     }
 
@@ -276,4 +283,8 @@ def _exact_features(group: FeatureGroup | TableFeatures) -> set[str]:
 def _same(logged: float | None, value: float | None, tolerance: float) -> bool:
     if logged is None or value is None:
         return logged is None and value is None
-    return math.isclose(logged, value, rel_tol=tolerance, abs_tol=0.0)
+    return math.isclose(logged, value, rel_tol=tolerance, abs_tol=SMALLEST if tolerance else 0.0)
+
+
+def _same_map(logged: Mapping[str, float], value: Mapping[str, float], tolerance: float) -> bool:
+    return logged.keys() == value.keys() and all(_same(logged[entry], value[entry], tolerance) for entry in logged)

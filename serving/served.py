@@ -81,6 +81,7 @@ class Served:
             "timings_ms": json.dumps(self.steps.timings_ms),
             "user_features": self.user.as_dict(),
             "user_sequences": dict(self.user.sequences),
+            "user_maps": dict(self.user.maps),
             "candidates": [
                 self._candidate(candidate, position_of.get(candidate), logged.get(candidate))
                 for candidate in range(len(self.candidates))
@@ -102,6 +103,8 @@ class Served:
             "slot": None if placed is None else placed.slot,
             "propensity": None if placed is None else placed.propensity,
             "features": None if logged is None else self.logged_features.row(logged),
+            "sequences": None if logged is None else self.logged_features.sequences_of(logged),
+            "maps": None if logged is None else self.logged_features.maps_of(logged),
             "predictions": self.predictions_of(candidate),
         }
 

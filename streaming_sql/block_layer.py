@@ -5,7 +5,7 @@ layer answers, and layers of like size are merged now and then. Late rows need n
 commutative, so a block may be spread over layers. A rebuilt block is the exception: `without` empties it in the layers that are
 there, and the new layer brings it whole.
 
-Shape letters: R blocks, K runs (keys present here), M sum columns of a family, N keys asked for, W windows, E list entries.
+Shape letters: R blocks, K runs (keys present here), M sum columns of a family, N keys asked for, W windows, E blocks found.
 Knows nothing of ticks' meaning, events or the lake.
 """
 
@@ -19,70 +19,32 @@ import pyarrow.compute as pc
 import torch
 
 from kernels.window_assembly import window_assembly
+from streaming_sql import moments
+from streaming_sql.entry_maps import EntryMaps
+from streaming_sql.event_lists import EventLists, flattened
 from streaming_sql.plan import Cover, GroupPlan
+from streaming_sql.ragged import ROW_SHIFT, Instants, blocks_of, laid_out, opens, places, stretches
+from streaming_sql.text_codes import TextCodes
 from warehouse.features.measures import Measure
-from warehouse.time_algebra import FIVE_MINUTES_US
-
-_RUN_SHIFT = 32  # block numbers stay below 2**32 until the year 42,000
-ENTRY_SCHEMA = pa.schema([("row", pa.int64()), ("event_ts", pa.int64()), ("event_id", pa.string()), ("value", pa.string())])
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The lists of one last_n measure, laid end to end: by (row, event_ts, event_id), at most n per block."""
-
-    row: np.ndarray
-    event_ts: np.ndarray
-    event_id: pa.Array
-    value: pa.Array
-
-    @classmethod
-    def of(cls, table: pa.Table, n: int) -> "Entries":
-        """table: ENTRY_SCHEMA. The newest n of each block are kept. Not of each row: retracting one of
-        them brings back the one before."""
-        ordered = table.take(pc.sort_indices(table, [(name, "ascending") for name in ("row", "event_ts", "event_id")]))
-        place = _places(ordered["row"].to_numpy(), ordered["event_ts"].to_numpy())
-        newer = np.searchsorted(place, place, side="right") - np.arange(len(place))  # 1 for the newest of its block
-        ordered = ordered.filter(pa.array(newer <= n)).combine_chunks()
-        row, event_ts, event_id, value = (_one_array(column) for column in ordered.columns)
-        return cls(row.to_numpy(), event_ts.to_numpy(), event_id, value)
-
-    def table(self) -> pa.Table:
-        return pa.table([self.row, self.event_ts, self.event_id, self.value], schema=ENTRY_SCHEMA)
-
-    def without(self, emptied: np.ndarray) -> "Entries":
-        """Less the entries of some blocks. emptied: int64, their `_places`."""
-        gone = np.isin(_places(self.row, self.event_ts), emptied)
-        if not gone.any():
-            return self
-        kept = pa.array(~gone)
-        return Entries(self.row[~gone], self.event_ts[~gone], self.event_id.filter(kept), self.value.filter(kept))
-
-    def newest(self, row: int, lower_us: int, upper_us: int, n: int) -> list[tuple[int, str, str]]:
-        """Up to n entries of the row with lower_us <= event_ts < upper_us, ascending."""
-        first, end = np.searchsorted(self.row, [row, row + 1])
-        low, high = first + np.searchsorted(self.event_ts[first:end], [lower_us, upper_us])
-        low = max(low, high - n)
-        if low >= high:
-            return []
-        ids, values = self.event_id.slice(low, high - low).to_pylist(), self.value.slice(low, high - low).to_pylist()
-        return list(zip(self.event_ts[low:high].tolist(), ids, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block rows before they are sorted; `sums` [R, M] by family, `covers` [R] by column, NaN where NULL."""
+    """Block rows before they are sorted; `sums` [R, M] by family, `covers` [R] by column, NaN where NULL, `moments` [R, 3],
+    `lists` and `maps` by measure."""
 
     row: np.ndarray
     block_start: np.ndarray
     known_at: np.ndarray
     sums: dict[str, np.ndarray]
     covers: dict[str, np.ndarray]
-    entries: dict[str, pa.Table]
+    moments: dict[str, np.ndarray]
+    lists: dict[str, pa.Table]
+    maps: dict[str, EntryMaps]
 
     @classmethod
-    def of(cls, plan: GroupPlan, row: np.ndarray, table: pa.Table) -> "Blocks":
-        """From rows of `features.<group>`, `row` [R] being the row ids of their keys."""
+    def of(cls, plan: GroupPlan, row: np.ndarray, table: pa.Table, codes: TextCodes) -> "Blocks":
+        """From rows of `features.<group>`, `row` [R] being the row ids of their keys and `codes` the group's."""
 
         def numbers(name: str, dtype: type) -> np.ndarray:
             column = table[name]
@@ -90,9 +52,10 @@ class Blocks:
                 return pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
             return pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
 
+        block_start = instants(table["block_start"])
         return cls(
             row,
-            instants(table["block_start"]),
+            block_start,
             instants(table["known_at"]),
             {
                 family.name: np.stack([numbers(name, np.int64) for name in family.sum_columns], axis=1)
@@ -100,30 +63,21 @@ class Blocks:
                 if family.sum_columns
             },
             {name: numbers(name, np.float64) for name in plan.covers},
-            {measure.name: _flatten(row, table[measure.name]) for measure in plan.sequences},
+            {
+                measure.name: np.nan_to_num(np.stack([numbers(name, np.float64) for name in measure.columns], axis=1))
+                for measure in plan.moments
+            },
+            {measure.name: flattened(row, table[measure.name]) for measure in plan.lists},
+            {
+                name: EntryMaps.of_lists(shape, row, block_start, [table[column] for column in shape.columns], codes)
+                for name, shape in plan.maps.items()
+            },
         )
 
 
 def instants(column: pa.ChunkedArray) -> np.ndarray:
     """timestamptz → int64 microseconds."""
     return column.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
-
-
-def _flatten(row: np.ndarray, lists: pa.ChunkedArray) -> pa.Table:
-    array = _one_array(lists)
-    structs, owner = array.flatten(), pc.list_parent_indices(array).to_numpy()
-    event_ts = pc.struct_field(structs, "event_ts").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
-    event_id, value = (pc.struct_field(structs, name).cast(pa.string()) for name in ("event_id", "value"))
-    return pa.table([row[owner], event_ts, event_id, value], schema=ENTRY_SCHEMA)
-
-
-def _places(row: np.ndarray, instant_us: np.ndarray) -> np.ndarray:
-    """One int64 per (row, block), ascending in that order."""
-    return (row.astype(np.int64) << _RUN_SHIFT) + instant_us // FIVE_MINUTES_US
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 @dataclass(frozen=True)
@@ -141,7 +95,9 @@ class BlockLayer:
     prefix: dict[str, torch.Tensor]
     """Per family, inclusive cumulative sums within each run [R, M]."""
     covers: dict[str, np.ndarray]
-    entries: dict[str, Entries]
+    moments: dict[str, np.ndarray]
+    lists: dict[str, EventLists]
+    maps: dict[str, EntryMaps]
 
     @property
     def num_blocks(self) -> int:
@@ -151,8 +107,7 @@ class BlockLayer:
     def num_bytes(self) -> int:
         parts: list[Any] = [self.run_offsets, self.block_start, *self.prefix.values()]
         parts += [self.rows, self.known_at, self.place, *self.covers.values()]
-        for entries in self.entries.values():
-            parts += [entries.row, entries.event_ts, entries.event_id, entries.value]
+        parts += [*self.moments.values(), *self.lists.values(), *self.maps.values()]
         return sum(part.nbytes for part in parts)
 
     @classmethod
@@ -160,9 +115,7 @@ class BlockLayer:
         """Sorts by (row, block_start), combines rows of the same block, and sums up within runs."""
         order = np.lexsort((blocks.block_start, blocks.row))
         row, block_start = blocks.row[order], blocks.block_start[order]
-        opens = np.ones(len(order), dtype=bool)
-        opens[1:] = (row[1:] != row[:-1]) | (block_start[1:] != block_start[:-1])
-        first = np.flatnonzero(opens)
+        first = opens(row, block_start)
 
         def combined(values: np.ndarray, combine: np.ufunc) -> np.ndarray:
             return combine.reduceat(values[order], first, axis=0) if len(first) else values[order]
@@ -186,10 +139,12 @@ class BlockLayer:
             torch.from_numpy(run_offsets),
             torch.from_numpy(np.ascontiguousarray(block_start)),
             known_at,
-            (run.astype(np.int64) << _RUN_SHIFT) + block_start // FIVE_MINUTES_US,
+            places(run, block_start),
             prefix,
             covers,
-            {measure.name: Entries.of(blocks.entries[measure.name], _size_of(measure)) for measure in plan.sequences},
+            {name: moments.merged_by(values[order], first) for name, values in blocks.moments.items()},
+            {measure.name: EventLists.of(blocks.lists[measure.name], measure) for measure in plan.lists},
+            blocks.maps,
         )
 
     def blocks(self, plan: GroupPlan) -> Blocks:
@@ -201,9 +156,9 @@ class BlockLayer:
             values[starts] = prefix.numpy()[starts]
             sums[family] = values
         covers = {name: _null_where_identity(self.covers[name], cover) for name, cover in plan.covers.items()}
-        entries = {name: entries.table() for name, entries in self.entries.items()}
+        lists = {name: lists.table() for name, lists in self.lists.items()}
         row = np.repeat(self.rows, np.diff(self.run_offsets.numpy()))
-        return Blocks(row, self.block_start.numpy(), self.known_at, sums, covers, entries)
+        return Blocks(row, self.block_start.numpy(), self.known_at, sums, covers, self.moments, lists, self.maps)
 
     @classmethod
     def merge(cls, plan: GroupPlan, layers: Sequence["BlockLayer"], keep_from_us: int) -> "BlockLayer":
@@ -214,10 +169,14 @@ class BlockLayer:
         def joined(arrays: list[np.ndarray]) -> np.ndarray:
             return np.concatenate([array[keep] for array, keep in zip(arrays, kept, strict=True)])
 
-        entries = {}
-        for measure in plan.sequences:
-            table = pa.concat_tables([part.entries[measure.name] for part in parts])
-            entries[measure.name] = table.filter(pc.greater_equal(table["event_ts"], keep_from_us))
+        lists = {}
+        for measure in plan.lists:
+            table = pa.concat_tables([part.lists[measure.name] for part in parts])
+            lists[measure.name] = table.filter(pc.greater_equal(table["event_ts"], keep_from_us))
+        maps = {}
+        for name, shape in plan.maps.items():
+            merged = EntryMaps.merge(shape, [part.maps[name] for part in parts])
+            maps[name] = merged.kept(blocks_of(merged.place) >= keep_from_us)
         return cls.build(
             plan,
             Blocks(
@@ -226,7 +185,9 @@ class BlockLayer:
                 joined([part.known_at for part in parts]),
                 {name: joined([part.sums[name] for part in parts]) for name in parts[0].sums},
                 {name: joined([part.covers[name] for part in parts]) for name in parts[0].covers},
-                entries,
+                {name: joined([part.moments[name] for part in parts]) for name in parts[0].moments},
+                lists,
+                maps,
             ),
         )
 
@@ -234,26 +195,30 @@ class BlockLayer:
         """The layer with some blocks emptied: what a reader gets for them is the empty value. Copies what it
         changes; `self` when nothing does. row, block_start: int64 [E], E blocks that need not be here."""
         run = self.runs_of(row)
-        wanted = (run[run >= 0].astype(np.int64) << _RUN_SHIFT) + block_start[run >= 0] // FIVE_MINUTES_US
+        wanted = places(run[run >= 0], block_start[run >= 0])
         found = np.searchsorted(self.place, wanted)
         inside = found < len(self.place)
         blocks = np.unique(found[inside][self.place[found[inside]] == wanted[inside]])
         if not len(blocks):
             return self
-        ends = self.run_offsets.numpy()[(self.place[blocks] >> _RUN_SHIFT) + 1].tolist()
+        ends = self.run_offsets.numpy()[(self.place[blocks] >> ROW_SHIFT) + 1].tolist()
         prefix = {}
         for family, sums in self.prefix.items():
             values = sums.numpy().copy()
             for block, end in zip(blocks.tolist(), ends, strict=True):
-                opens = block == 0 or self.place[block - 1] >> _RUN_SHIFT != self.place[block] >> _RUN_SHIFT
+                opens = block == 0 or self.place[block - 1] >> ROW_SHIFT != self.place[block] >> ROW_SHIFT
                 values[block:end] -= values[block] if opens else values[block] - values[block - 1]
             prefix[family] = torch.from_numpy(values)
         covers = {name: values.copy() for name, values in self.covers.items()}
         for name, cover in plan.covers.items():
             covers[name][blocks] = cover.identity
-        emptied = _places(row, block_start)
-        entries = {name: lists.without(emptied) for name, lists in self.entries.items()}
-        return replace(self, prefix=prefix, covers=covers, entries=entries)
+        spreads = {name: values.copy() for name, values in self.moments.items()}
+        for values in spreads.values():
+            values[blocks] = moments.NOTHING
+        emptied = places(row, block_start)
+        lists = {name: held.without(emptied) for name, held in self.lists.items()}
+        maps = {name: held.without(emptied) for name, held in self.maps.items()}
+        return replace(self, prefix=prefix, covers=covers, moments=spreads, lists=lists, maps=maps)
 
     def runs_of(self, row: np.ndarray) -> np.ndarray:
         """int64 [N]: the run of each row id here, -1 where it has none."""
@@ -271,28 +236,57 @@ class BlockLayer:
         )
         return out.numpy().reshape(len(run), prefix.shape[1], lower.shape[1])
 
-    def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: int, upper_us: int) -> np.ndarray:
+    def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> np.ndarray:
         """float64 [N]: the column combined over the blocks of [lower_us, upper_us), both multiples of 5 minutes; the identity
         where there are none."""
-        known = np.flatnonzero(run >= 0)
         out = np.full(len(run), cover.identity)
-        base = run[known] << _RUN_SHIFT
-        low = np.searchsorted(self.place, base + lower_us // FIVE_MINUTES_US)
-        high = np.searchsorted(self.place, base + upper_us // FIVE_MINUTES_US)
-        some = high > low
-        known, low, length = known[some], low[some], (high - low)[some]
-        if len(known):
-            ends = np.cumsum(length)
-            starts = ends - length
-            index = np.arange(ends[-1]) + np.repeat(low - starts, length)
-            out[known] = cover.combine.reduceat(self.covers[column][index], starts)
+        some, index, first = self._found(run, lower_us, upper_us)
+        if len(some):
+            out[some] = cover.combine.reduceat(self.covers[column][index], first)
         return out
+
+    def moments_of(self, measure: Measure, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> np.ndarray:
+        """float64 [N, 3]: (n, mean, M2) over the blocks of [lower_us, upper_us)."""
+        out = np.zeros((len(run), 3))
+        some, index, first = self._found(run, lower_us, upper_us)
+        out[some] = moments.merged_by(self.moments[measure.name][index], first)
+        return out
+
+    def _found(self, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of N runs have blocks there, the blocks [E], and where in these each such run begins."""
+        low, high = stretches(self.place, run, lower_us, upper_us)
+        some = np.flatnonzero(high > low)
+        if not len(some):
+            return some, some, some
+        low, length = low[some], (high - low)[some]
+        ends = np.cumsum(length)
+        first = ends - length
+        return some, np.arange(ends[-1]) + np.repeat(low - first, length), first
+
+    def held_blocks(
+        self, plan: GroupPlan, measure: Measure, row: np.ndarray, lower_us: int, upper_us: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(owner [E], block_start [E]): the blocks of [lower_us, upper_us) that hold an event of the measure's set."""
+        if measure.representation in ("events", "map"):
+            held = self.maps[measure.name] if measure.name in self.maps else self.lists[measure.name]
+            index, owner = laid_out(*stretches(held.place, row, lower_us, upper_us))
+            return owner, blocks_of(held.place[index])
+        index, owner = laid_out(*stretches(self.place, self.runs_of(row), lower_us, upper_us))
+        is_held = self._holds(plan, measure, index)
+        return owner[is_held], blocks_of(self.place[index[is_held]])
+
+    def _holds(self, plan: GroupPlan, measure: Measure, index: np.ndarray) -> np.ndarray:
+        """bool [E]: whether each of the blocks holds an event of the set of a number, extreme or moments."""
+        column = measure.columns[-1]  # the count, where there is one beside the sum
+        if measure.representation == "moments":
+            return self.moments[measure.name][index, 0] > 0
+        if column in plan.covers:
+            return self.covers[column][index] != plan.covers[column].identity
+        family = next(family for family in plan.families if column in family.sum_columns)
+        sums = self.prefix[family.name].numpy()[:, family.sum_columns.index(column)]
+        opens_run = np.isin(index, self.run_offsets.numpy()[:-1])
+        return sums[index] != np.where(opens_run, 0, sums[index - 1])
 
 
 def _null_where_identity(values: np.ndarray, cover: Cover) -> np.ndarray:
     return np.where(values == cover.identity, np.nan, values) if np.isinf(cover.identity) else values
-
-
-def _size_of(measure: Measure) -> int:
-    assert measure.n is not None
-    return measure.n

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from streaming_sql.plan import GroupPlan, columns_of
+from streaming_sql.plan import GroupPlan
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
@@ -26,7 +26,7 @@ def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int,
             standing = standing_sql(group, f'features."{name}"', "make_timestamptz($tick_us)")
             blocks[name] = connection.execute(
                 f"select * from ({standing}) as standing where block_start >= make_timestamptz($from_us)",
-                {"tick_us": tick_us, "from_us": tick_us - GroupPlan.of(group).keep_us},
+                {"tick_us": tick_us, "from_us": GroupPlan.of(group).keep_from_us(tick_us)},
             ).to_arrow_table()
     return tick_us, blocks
 
@@ -42,7 +42,7 @@ def _built_through(lake: Lake, group: FeatureGroup) -> int:
         "block_start",
         "known_at",
         "is_rebuilt",
-        *(column for measure in group.measures for column in columns_of(measure)),
+        *(column for measure in group.measures for column in measure.columns),
     ]
     if missing := [column for column in declared if column not in columns]:
         raise HeadraceError(f"{name} was built from another declaration and has no {', '.join(missing)}: run `dbt build` first")

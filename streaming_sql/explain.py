@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from streaming_sql.block_layer import Blocks
-from streaming_sql.group_state import GroupState, Instant
+from streaming_sql.block_layer import BlockLayer, Blocks
+from streaming_sql.group_state import GroupState
 from streaming_sql.key_index import Key
 from streaming_sql.plan import GroupPlan
+from streaming_sql.window_reader import Instant
+from warehouse.features.measures import Measure
+from warehouse.time_algebra import FIVE_MINUTES_US
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Explanation:
     """One key of one group as a request at t_us reads it; instants in microseconds.
 
     known_at_us: K of block-fresh measures (the tick). position: K of event-fresh ones. blocks: by block_start, each with the
-    latest arrival tick combined into it and its numbers. A group with event-fresh measures shows the blocks that those read:
-    less what a retraction took out that the position knows and the tick does not.
+    latest arrival tick combined into it and what it stores: numbers, lists as (event_ts, event_id, value), maps by entry. A
+    group with event-fresh measures shows the blocks that those read: less what a retraction took out that the position knows
+    and the tick does not.
     """
 
     group: str
@@ -28,6 +32,7 @@ class Explanation:
     position: tuple[int, ...]
     values: dict[str, float | None]
     sequences: dict[str, list[str]]
+    maps: dict[str, dict[str, float]]
     blocks: list[dict[str, Any]]
     head: list[dict[str, Any]]
 
@@ -40,7 +45,8 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
         name: None if np.isnan(value) else value for name, value in zip(matrix.names, matrix.values[0].tolist(), strict=True)
     }
     oldest_us = min(at.bounds(family.name, plan.keep_us)[0] for family in plan.families)
-    (row,) = state.index.find([key]).tolist()
+    (block_key,) = state.block_keys([key], at.t_us)
+    (row,) = state.index.find([block_key]).tolist()
     blocks = []
     for layer in state.layers_of("event" if plan.fresh else "tick") if row >= 0 else ():
         (run,) = layer.runs_of(np.array([row])).tolist()
@@ -50,7 +56,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
         first, end = layer.run_offsets.numpy()[run : run + 2].tolist()
         for b in range(first, end):
             if oldest_us <= rows.block_start[b] < at.tick_us:
-                blocks.append(_block(plan, rows, b))
+                blocks.append({**_block(plan, rows, b), **_lists_and_maps(state, layer, row, int(rows.block_start[b]))})
     head = [
         {
             "event_id": event.event_id,
@@ -58,9 +64,13 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
             "known_at": event.known_at,
             "log_partition": event.log_partition,
             "log_offset": event.log_offset,
-            **{measure.name: value for measure, value in zip(plan.fresh, event.values, strict=True) if value is not None},
+            **{
+                measure.name: _told(state, measure, value)
+                for measure, value in zip(plan.fresh, event.values, strict=True)
+                if value is not None
+            },
         }
-        for event in state.head.visible(tuple(key), at.position, at.t_us)
+        for event in state.head.visible(block_key, at.position, at.t_us)
     ]
     return Explanation(
         plan.group.name,
@@ -71,9 +81,37 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
         at.position,
         numbers,
         {name: lists[0] for name, lists in matrix.sequences.items()},
+        {name: maps[0] for name, maps in matrix.maps.items()},
         sorted(blocks, key=lambda block: (block["block_start"], block["known_at"])),
         sorted(head, key=lambda event: (event["event_ts"], event["event_id"])),
     )
+
+
+def _told(state: GroupState, measure: Measure, value: Any) -> Any:
+    """A head event's value as it is said: a map entry is {entry: number}."""
+    if measure.representation != "map":
+        return value
+    entry, values = value
+    return {_entry(state, measure.name, entry): values[0] if len(values) == 1 else list(values)}
+
+
+def _entry(state: GroupState, name: str, entry: int) -> str:
+    return state.codes.texts([entry])[0] if state.plan.maps[name].has_texts else str(entry)
+
+
+def _lists_and_maps(state: GroupState, layer: BlockLayer, row: int, block_start_us: int) -> dict[str, Any]:
+    """The lists and maps of one block."""
+    told: dict[str, Any] = {}
+    rows, end_us = np.array([row]), block_start_us + FIVE_MINUTES_US
+    for measure in state.plan.lists:
+        _, *columns = layer.lists[measure.name].found(measure, rows, block_start_us, end_us)
+        told[measure.name] = list(zip(*columns, strict=True))
+    for name, maps in layer.maps.items():
+        found = maps.found(rows, block_start_us, end_us)
+        for column, values in zip(state.plan.maps[name].columns, found.values, strict=True):
+            texts = [_entry(state, name, entry) for entry in found.entry.tolist()]
+            told[column] = dict(zip(texts, values.tolist(), strict=True))
+    return told
 
 
 def _block(plan: GroupPlan, rows: Blocks, b: int) -> dict[str, Any]:
@@ -84,4 +122,6 @@ def _block(plan: GroupPlan, rows: Blocks, b: int) -> dict[str, Any]:
     for column in plan.covers:
         value = float(rows.covers[column][b])
         block[column] = None if np.isnan(value) else value
+    for measure in plan.moments:
+        block |= zip(measure.columns, rows.moments[measure.name][b].tolist(), strict=True)
     return block

@@ -45,7 +45,7 @@ class Feed:
     def __init__(self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...], history: History):
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
         self._batch, self._history = MicroBatch(groups), history
-        self._keys = [group.keys for group in groups.values()]
+        self._keys = [group.entity_keys for group in groups.values()]
         self._keep_us = max(plan.keep_us for plan in store.plans.values())
         self._has_fresh = any(plan.fresh for plan in store.plans.values())
         self.position = position

@@ -12,13 +12,15 @@ import pyarrow as pa
 
 from streaming_sql.key_index import Key
 from streaming_sql.retractions import Place, Retraction, is_below
+from warehouse.features import sketches
 from warehouse.features.declarations import FeatureGroup
-from warehouse.features.measures import Measure
+from warehouse.features.measures import CALENDAR_PARTS, Measure
 
 
 @dataclass(slots=True)
 class HeadEvent:
-    """One event of one key. `values` has one item per fresh measure: None where the event is not in its set."""
+    """One event of one key. `values` has one item per fresh measure: None where the event is not in its set, (entry, numbers)
+    of a map, an entry of text being its code once a store has the event."""
 
     event_ts: int
     event_id: str
@@ -82,18 +84,16 @@ class Head:
 
 
 def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
-    """DuckDB `select` of one row per event that is in the set of at least one fresh measure: keys, place, times, then `of`
-    of each measure (true for a bare count), NULL where the event is not in its set."""
+    """DuckDB `select` of one row per event that is in the set of at least one fresh measure: keys, place, times, then of each
+    measure what `head_events` makes its value of, NULL where the event is not in its set."""
     items, conditions = [], []
     for measure in fresh:
-        condition = " and ".join(
-            [f"({measure.where})"] * bool(measure.where) + [f"({measure.of}) is not null"] * bool(measure.of)
-        )
-        value = f"cast({measure.of} as {measure.type})" if measure.of else "true"
+        given = [text for text in (measure.of, measure.bucket_by) if text]
+        condition = " and ".join([f"({measure.where})"] * bool(measure.where) + [f"({text}) is not null" for text in given])
         conditions.append(condition or "true")
-        items.append(f"case when {condition or 'true'} then {value} end as {measure.name}")
-    keys = ", ".join(group.keys)
-    known = " and ".join(f"{key} is not null" for key in group.keys)
+        items.append(f"case when {condition or 'true'} then {_measured(measure)} end as {measure.name}")
+    keys = ", ".join(f"{of_event} as {name}" for name, of_event in key_sql(group).items())
+    known = " and ".join(f"{key} is not null" for key in group.entity_keys)
     return (
         f"select {keys}, epoch_us(event_ts) as head_event_ts, event_id as head_event_id, epoch_us(known_at) as head_known_at, "
         f"epoch_us(landed_at) as head_landed_at, log_partition as head_partition, log_offset as head_offset, "
@@ -102,13 +102,51 @@ def head_sql(group: FeatureGroup, fresh: Sequence[Measure], events: str) -> str:
     )
 
 
-def head_events(group: FeatureGroup, rows: pa.Table) -> list[tuple[Key, HeadEvent]]:
+def key_sql(group: FeatureGroup) -> dict[str, str]:
+    """Key column of the group's blocks → the DuckDB expression that gives it of an event."""
+    parts = {
+        part.name: f"cast(extract({CALENDAR_PARTS[part.part]} from event_ts at time zone '{part.zone}') as varchar)"
+        for part in group.calendar
+    }
+    return {key: parts.get(key, key) for key in group.keys}
+
+
+def _measured(measure: Measure) -> str:
+    if measure.aggregation == "count":
+        value = "true"
+    else:
+        value = f"cast({measure.of} as {measure.type})"
+        if measure.representation == "events" and measure.type != "varchar":
+            value = f"cast({value} as varchar)"
+    return f"{{bucket: cast({measure.bucket_by} as varchar), value: {value}}}" if measure.bucket_by else value
+
+
+def _as_value(measure: Measure, found: Any) -> Any:
+    """What a head event holds of a measure: of a map (entry, numbers), else what the SQL gives."""
+    if found is None or measure.representation != "map":
+        return found
+    if measure.bucket_by:
+        number = 1 if measure.aggregation == "count" else found["value"]
+        return found["bucket"], (number, 1) if measure.aggregation == "avg" else (number,)
+    if measure.aggregation == "approx_quantile":
+        return sketches.bucket_of(found, measure.bounds), (1,)
+    if measure.aggregation == "approx_count_distinct":
+        register, rank = sketches.register_and_rank(found)
+        return register, (rank,)
+    return found, (1,)
+
+
+def head_events(group: FeatureGroup, fresh: Sequence[Measure], rows: pa.Table) -> list[tuple[Key, HeadEvent]]:
     """The rows of `head_sql` as (key, event)."""
     if rows.num_rows == 0:
         return []
     columns = [column.to_pylist() for column in rows.columns]
     num_keys = len(group.keys)
     keys, facts, values = columns[:num_keys], columns[num_keys : num_keys + 6], columns[num_keys + 6 :]
+    values = [
+        [_as_value(measure, value) for value in column] if measure.representation == "map" else column
+        for measure, column in zip(fresh, values, strict=True)
+    ]
     return [
         (key, HeadEvent(event_ts, event_id, known_at, landed_us, partition, offset, measured))
         for key, (event_ts, event_id, known_at, landed_us, partition, offset), measured in zip(

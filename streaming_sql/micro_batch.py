@@ -115,6 +115,6 @@ class MicroBatch:
             return {}
         self._put("staged", staged)
         return {
-            name: head_events(self._groups[name], self._connection.execute(sql).to_arrow_table())
+            name: head_events(self._groups[name], self._plans[name].fresh, self._connection.execute(sql).to_arrow_table())
             for name, sql in self._heads.items()
         }

@@ -12,11 +12,13 @@ import pyarrow as pa
 from streaming_sql.block_layer import BlockLayer, Blocks
 from streaming_sql.bulk_load import blocks_in_lake
 from streaming_sql.explain import Explanation, explain_key
-from streaming_sql.group_state import FeatureMatrix, GroupState, Instant
+from streaming_sql.group_state import FeatureMatrix, GroupState
 from streaming_sql.head import Head, HeadEvent
 from streaming_sql.key_index import Key, KeyIndex
 from streaming_sql.plan import GroupPlan
 from streaming_sql.retractions import Place, Retraction
+from streaming_sql.text_codes import TextCodes
+from streaming_sql.window_reader import Instant
 from warehouse.errors import HeadraceError
 from warehouse.events import NUM_PARTITIONS
 from warehouse.features.declarations import FeatureGroup
@@ -38,8 +40,8 @@ class StoreView:
     def assemble(self, group_name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix:
         """The group's features for N keys as a request at t_us reads them; unknown keys get the empty values.
 
-        keys: tuples in the order of the group's key columns. Raises HeadraceError for an unknown group, ValueError if t_us
-        is before the tick (its blocks may hold what happens after t).
+        keys: tuples in the order of the group's entity keys; calendar keys are parts of t. Raises HeadraceError for an unknown
+        group, ValueError if t_us is before the tick (its blocks may hold what happens after t).
         """
         return self._state(group_name, t_us).assemble(keys, Instant(self.tick_us, self.position, t_us))
 
@@ -61,7 +63,9 @@ class OnlineStore:
 
     def __init__(self, groups: Mapping[str, FeatureGroup], tick_us: int = 0, position: tuple[int, ...] = (0,) * NUM_PARTITIONS):
         self.plans = {name: GroupPlan.of(group) for name, group in groups.items()}
-        states = {name: GroupState(plan, KeyIndex(plan.group.keys), (), Head()) for name, plan in self.plans.items()}
+        states = {
+            name: GroupState(plan, KeyIndex(plan.group.keys), TextCodes(), (), Head()) for name, plan in self.plans.items()
+        }
         self._view = StoreView(tick_us, position, states)
         self._previous = self._view
 
@@ -117,6 +121,7 @@ class OnlineStore:
         states = dict(view.groups)
         for name, events in head.items():
             for key, event in events:
+                states[name].code(event)
                 states[name].head.add(key, event)
         for state in states.values():
             for retraction in retractions:
@@ -136,7 +141,7 @@ class OnlineStore:
         self._view = next_view
 
     def num_bytes(self) -> dict[str, int]:
-        """Bytes of the blocks of each group (key index and head not counted)."""
+        """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""
         return {name: sum(layer.num_bytes for layer in state.layers) for name, state in self._view.groups.items()}
 
     def num_keys(self) -> dict[str, int]:
@@ -154,7 +159,7 @@ def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int) -> tupl
         first -= 1
         size += layers[first].num_blocks
     if first < len(layers) - 1:
-        layers[first:] = [BlockLayer.merge(state.plan, layers[first:], tick_us - state.plan.keep_us)]
+        layers[first:] = [BlockLayer.merge(state.plan, layers[first:], state.plan.keep_from_us(tick_us))]
     return tuple(layers)
 
 
@@ -166,7 +171,7 @@ def _without_withdrawn(state: GroupState, rows: pa.Table | None) -> tuple[BlockL
 
 
 def _with_layer(state: GroupState, rows: pa.Table) -> list[BlockLayer]:
-    blocks = Blocks.of(state.plan, state.index.add(rows), rows)
+    blocks = Blocks.of(state.plan, state.index.add(rows), rows, state.codes)
     is_rebuilt = rows["is_rebuilt"].to_numpy()
     layers = state.layers
     if is_rebuilt.any():

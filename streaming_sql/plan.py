@@ -2,17 +2,18 @@
 
 A *family* is the set of measures whose windows hang from the same instant: `tick` (T), `request` (floor_5m(t)) or `event`
 (floor_5m(t), plus the head). Within a family, measures of exact types are *sums* (differences of prefix sums), numbers that
-cannot be subtracted are *covers* (combined over the blocks of the window), and last_n measures are *sequences*.
+cannot be subtracted are *covers* (combined over the blocks of the window), and so are *moments*, *lists* of events and *maps*.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from streaming_sql.entry_maps import MapShape
 from streaming_sql.expressions import Compiled, compile_expression
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.measures import Measure
-from warehouse.time_algebra import LONGEST_WINDOW_US
+from warehouse.time_algebra import LIFETIME_US
 
 FAMILIES = ("tick", "request", "event")
 
@@ -33,11 +34,6 @@ def family_of(measure: Measure) -> str:
     return "event" if measure.freshness == "event" else measure.anchor
 
 
-def columns_of(measure: Measure) -> tuple[str, ...]:
-    """The block columns that hold the measure's representation."""
-    return (f"{measure.name}__sum", f"{measure.name}__n") if measure.aggregation == "avg" else (measure.name,)
-
-
 def cover_of(measure: Measure) -> Cover:
     return _COVERS.get(measure.aggregation, _ADDED)
 
@@ -50,7 +46,7 @@ class Family:
     measures: tuple[Measure, ...]
     sum_columns: tuple[str, ...]
     lengths_us: tuple[int, ...]
-    """Distinct window lengths of the sums, ascending: W columns of the assembly."""
+    """Distinct window lengths of the sums, ascending, sessions aside: W columns of the assembly."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,20 @@ class GroupPlan:
     families: tuple[Family, ...]
     covers: dict[str, Cover]
     """Block column → how it combines."""
-    sequences: tuple[Measure, ...]
+    moments: tuple[Measure, ...]
+    lists: tuple[Measure, ...]
+    maps: dict[str, MapShape]
+    """Measure → how its maps are stored."""
     fresh: tuple[Measure, ...]
     """Measures of the head, in declared order."""
     derived: tuple[Compiled, ...]
     keep_us: int
-    """Blocks that start earlier than this before a tick are out of every window."""
+    """Blocks that start earlier than this before a tick are out of every window; LIFETIME_US: none ever is."""
+
+    @property
+    def keeps_for_good(self) -> bool:
+        """Whether a lifetime window reads every block there ever was: memory grows with the log's age."""
+        return self.keep_us == LIFETIME_US
 
     @classmethod
     def of(cls, group: FeatureGroup) -> "GroupPlan":
@@ -75,32 +79,37 @@ class GroupPlan:
         for name in FAMILIES:
             measures = tuple(measure for measure in group.measures if family_of(measure) == name)
             sums = [measure for measure in measures if measure.is_invertible]
-            lengths = sorted({window.length_us for measure in sums for window in measure.windows})
+            lengths = sorted({w.length_us for measure in sums for w in measure.windows if w.session_gap_us is None})
             if measures:
-                families.append(Family(name, measures, tuple(c for m in sums for c in columns_of(m)), tuple(lengths)))
+                families.append(Family(name, measures, tuple(c for m in sums for c in m.columns), tuple(lengths)))
         covers = {
             column: cover_of(measure)
             for measure in group.measures
-            if not measure.is_invertible and not measure.is_sequence
-            for column in columns_of(measure)
+            if measure.representation in ("number", "extreme") and not measure.is_invertible
+            for column in measure.columns
         }
         windowed = frozenset(
             f"{measure.name}_{window.name}"
             for measure in group.measures
-            if not measure.is_sequence
+            if measure.shape == "number"
             for window in measure.windows
         )
         derived = tuple(
             compile_expression(entry.expression, windowed, f"{group.source}: derived feature {group.entity}_{entry.name}")
             for entry in group.derived
         )
-        longest = max(window.length_us for measure in group.measures for window in measure.windows)
         return cls(
             group,
             tuple(families),
             covers,
-            tuple(measure for measure in group.measures if measure.is_sequence),
+            tuple(measure for measure in group.measures if measure.representation == "moments"),
+            tuple(measure for measure in group.measures if measure.representation == "events"),
+            {measure.name: MapShape.of(measure) for measure in group.measures if measure.representation == "map"},
             tuple(measure for measure in group.measures if measure.freshness == "event"),
             derived,
-            min(longest, LONGEST_WINDOW_US),
+            max(window.length_us for measure in group.measures for window in measure.windows),
         )
+
+    def keep_from_us(self, tick_us: int) -> int:
+        """The first instant whose blocks some window of a view at the tick can reach; never before 1970."""
+        return max(tick_us - self.keep_us, 0)

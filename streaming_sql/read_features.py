@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from streaming_sql.explain import Explanation
+from streaming_sql.head import key_sql
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
 from streaming_sql.plan import GroupPlan
@@ -30,10 +31,10 @@ from warehouse.time_algebra import FIVE_MINUTES_US, newest_tick
 
 
 def groups_of(entity: Mapping[str, str], groups: Mapping[str, FeatureGroup]) -> dict[str, FeatureGroup]:
-    """The groups whose keys are exactly those of the entity. Raises HeadraceError with the entities there are."""
-    found = {name: group for name, group in groups.items() if set(group.keys) == set(entity)}
+    """The groups whose entity keys are exactly those of the entity. Raises HeadraceError with the entities there are."""
+    found = {name: group for name, group in groups.items() if set(group.entity_keys) == set(entity)}
     if not found:
-        known = sorted({",".join(f"{key.removesuffix('_id')}=…" for key in group.keys) for group in groups.values()})
+        known = sorted({",".join(f"{key.removesuffix('_id')}=…" for key in group.entity_keys) for group in groups.values()})
         raise HeadraceError(f"no feature group has the keys {', '.join(sorted(entity))}; there are {'; '.join(known)}")
     return found
 
@@ -49,7 +50,7 @@ def read_now(
         Runner(lake, log, store, groups, clock, settings.runner(), only_reads=True).catch_up()
         view = store.view()
     t_us = max(clock.now_us(), view.tick_us)
-    return [view.explain(name, tuple(entity[key] for key in group.keys), t_us) for name, group in wanted.items()]
+    return [view.explain(name, tuple(entity[key] for key in group.entity_keys), t_us) for name, group in wanted.items()]
 
 
 def read_at(lake: Lake, groups: Mapping[str, FeatureGroup], entity: Mapping[str, str], t_us: int) -> list[Explanation]:
@@ -58,7 +59,8 @@ def read_at(lake: Lake, groups: Mapping[str, FeatureGroup], entity: Mapping[str,
     Raises HeadraceError if features are not built up to that tick.
     """
     return [
-        _read_at(lake, group, tuple(entity[key] for key in group.keys), t_us) for group in groups_of(entity, groups).values()
+        _read_at(lake, group, tuple(entity[key] for key in group.entity_keys), t_us)
+        for group in groups_of(entity, groups).values()
     ]
 
 
@@ -66,7 +68,7 @@ def _read_at(lake: Lake, group: FeatureGroup, key: tuple[str, ...], t_us: int) -
     tick_us = newest_tick(t_us)
     _check_built(lake, group, tick_us)
     spine = {"row_id": pa.array([0], pa.int64())} | {
-        name: pa.array([value]) for name, value in zip(group.keys, key, strict=True)
+        name: pa.array([value]) for name, value in zip(group.entity_keys, key, strict=True)
     }
     spine |= {"request_ts": pa.array([t_us], TIMESTAMP), "feature_watermark": pa.array([tick_us], TIMESTAMP)}
     spine["known_position"] = pa.array([None], pa.list_(pa.int64()))
@@ -80,6 +82,7 @@ def _read_at(lake: Lake, group: FeatureGroup, key: tuple[str, ...], t_us: int) -
         (),
         {name: None if row[name] is None else float(row[name]) for name in group.feature_names},
         {name: list(row[name] or ()) for name in group.sequence_names},
+        {name: dict(row[name] or ()) for name in group.map_names},
         *_sources(lake, group, key, t_us, tick_us),
     )
 
@@ -98,20 +101,22 @@ def _sources(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The block rows that stand at the tick and a window reaches, and the events that only fresh measures saw."""
     is_key = " and ".join(f"{name} = ?" for name in group.keys)
+    is_event = " and ".join(f"{of_event} = ?" for of_event in key_sql(group).values())
+    block_key = list(group.block_key(key, t_us))
     with lake.duckdb() as connection:
-        connection.execute(f"create temp table own as select * from features.{group.name} where {is_key}", list(key))
+        connection.execute(f"create temp table own as select * from features.{group.name} where {is_key}", block_key)
         standing = standing_sql(group, "own", f"make_timestamptz({tick_us})")
         blocks = connection.execute(
             f"select * exclude ({', '.join(group.keys)}, is_rebuilt) from ({standing}) as standing "
-            f"where block_start >= make_timestamptz({tick_us - GroupPlan.of(group).keep_us}) order by block_start, known_at"
+            f"where block_start >= make_timestamptz({GroupPlan.of(group).keep_from_us(tick_us)}) order by block_start, known_at"
         ).to_arrow_table()
         if not any(measure.freshness == "event" for measure in group.measures):
             return _in_us(blocks.to_pylist()), []
         head = connection.execute(
             "select event_id, event_type, event_ts, known_at, log_partition, log_offset "
-            f"from {STAGING}.{group.events} where {is_key} and known_at > make_timestamptz({tick_us}) "
+            f"from {STAGING}.{group.events} where {is_event} and known_at > make_timestamptz({tick_us}) "
             f"and landed_at < make_timestamptz({t_us}) and event_ts < make_timestamptz({t_us}) order by event_ts, event_id",
-            list(key),
+            block_key,
         ).to_arrow_table()
     return _in_us(blocks.to_pylist()), _in_us(head.to_pylist())
 

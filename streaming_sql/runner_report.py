@@ -41,6 +41,7 @@ def write_runner_report(
         **{name: value for name, value in asdict(totals).items() if name.startswith("num_")},
         "num_keys": store.num_keys(),
         "block_bytes": sum(store.num_bytes().values()),
+        "keeps_for_good": [name for name, plan in store.plans.items() if plan.keeps_for_good],
     }
     half = path.with_suffix(".tmp")
     half.write_bytes(orjson.dumps(status))

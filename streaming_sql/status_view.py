@@ -33,6 +33,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     lines.append(
         f"         events {runner['num_events']}, late {runner['num_late']}, duplicates {runner['num_duplicates']}, "
         f"dead letters {runner['num_dead']}; blocks {runner['block_bytes'] / 1e6:.1f} MB"
+        + "".join(f", {name} kept for good" for name in runner.get("keeps_for_good", ()))
     )
     return lines
 

@@ -19,6 +19,7 @@ from warehouse.features.compute_plan import type_of
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.features.kinds.declared import load_kinds
 from warehouse.features.kinds.shown import kind_rows
+from warehouse.features.lineage import lineage
 from warehouse.features.measures import Measure
 from warehouse.home import Home, data_root
 from warehouse.lake import Lake
@@ -175,6 +176,7 @@ def _features(words: list[str]) -> int:
     parser.add_argument("action", choices=("check", "list", "show", *_FEATURE_COMMANDS))
     parser.add_argument("name", nargs="?", help="show: a feature")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--unit", action="store_true", help="check: also run the tests declared beside the groups")
     given = parser.parse_args(words)
     groups = load_groups()
     rows = [row for group in groups.values() for row in _feature_rows(group)]
@@ -183,12 +185,14 @@ def _features(words: list[str]) -> int:
         print(f"{len(rows)} features in {len(groups)} groups are well declared; hash {declarations_hash(groups)}")
         if others:
             print(f"{len(others)} features of other kinds are well declared: {', '.join(row['feature'] for row in others)}")
-        return 0
+        return _unit_tests(groups) if given.unit else 0
     rows += others
     if given.action == "show":
         rows = [row for row in rows if row["feature"] == given.name]
         if not rows:
             raise HeadraceError(f"no feature {given.name!r}; see `headrace features list`")
+        if owner := groups.get(rows[0].get("group", "")):
+            rows[0]["lineage"] = lineage(owner, rows[0]["feature"])
     if given.json or given.action == "show":
         print(json.dumps(rows[0] if given.action == "show" else rows, indent=2))
         return 0
@@ -197,6 +201,16 @@ def _features(words: list[str]) -> int:
         table.add_row(row["feature"], row["aggregation"], row["window"] or "", row["freshness"], ", ".join(row["keys"]))
     Console().print(table)
     return 0
+
+
+def _unit_tests(groups: dict[str, FeatureGroup]) -> int:
+    """0 if every declared test passes, 1 with a sentence for each value that is not as expected."""
+    from warehouse.features.unit import run_unit_tests
+
+    results = list(run_unit_tests(groups))
+    wrong = [sentence for _, told in results for sentence in told]
+    print("\n".join([*wrong, f"{sum(not told for _, told in results)} of {len(results)} unit tests pass"]))
+    return 1 if wrong else 0
 
 
 def _empty(measure: Measure) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import time
 from collections.abc import Generator, Iterator
 from datetime import datetime
@@ -44,6 +45,7 @@ from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.declarations import load_groups
 from warehouse.features.kinds.declared import load_kinds
+from warehouse.features.lineage import described
 from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
@@ -86,6 +88,9 @@ class Plugin(BasePlugin):
             conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
         for table in load_kinds(Path(get_flags().PROJECT_DIR)).tables:
             conn.execute("insert into headrace.feature_groups values (?, ?)", [table.name, json.dumps(table.as_meta())])
+        target = Home.from_env().dbt / "target"
+        target.mkdir(exist_ok=True)
+        (target / "features.json").write_text(json.dumps(described(self.groups), indent=2) + "\n")
         conn.execute("create or replace table headrace.builds (name varchar, built_until timestamptz, definition varchar)")
         for name in self.lake.tables():
             self._note_build(conn, self.lake.table(name))
@@ -183,6 +188,7 @@ def _only_build(home: Home) -> TextIO:
 def _log_to(path: Path) -> None:
     """dbt's debug log, rotated by dbt: `log-path` of dbt_project.yml cannot depend on the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # on a full disk every line of the log would print a stack trace over the one that matters
     add_logger_to_manager(
         LoggerConfig(
             name="headrace_file_log",

@@ -23,6 +23,7 @@ def row(request_id="r1"):
         "timings_ms": "{}",
         "user_features": {"user_num_views_1h": 2.0, "user_ctr_1d": None},
         "user_sequences": {"user_last_clicks_30d": ["n1", "n2"]},
+        "user_maps": {"user_events_by_type_1d": {"click": 2.0, "view": None}},
         "candidates": [
             {
                 "impression_id": "r1:0",
@@ -38,6 +39,8 @@ def row(request_id="r1"):
                 "propensity": 0.125,
                 "features": {"note_ctr_1d": None, "note_num_views_1h": 7.0},
                 "predictions": {"click": 0.25},
+                "sequences": {"note_top_readers_1d": ["u2"], "note_last_readers_1d": []},
+                "maps": {"note_events_by_type_1d": {"like": 1.0}, "note_ms_by_reader_1d": {}},
             },
             {
                 "impression_id": None,
@@ -53,6 +56,8 @@ def row(request_id="r1"):
                 "propensity": None,
                 "features": None,
                 "predictions": {},
+                "sequences": None,
+                "maps": None,
             },
         ],
     }
@@ -71,8 +76,10 @@ def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
 
 def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
     at = FORWARD_LOG_SCHEMA.get_field_index("candidates")
-    fields = [field for field in FORWARD_LOG_SCHEMA.field(at).type.value_type if field.name not in ("slot", "propensity")]
+    newer = ("slot", "propensity", "sequences", "maps")
+    fields = [field for field in FORWARD_LOG_SCHEMA.field(at).type.value_type if field.name not in newer]
     older = FORWARD_LOG_SCHEMA.set(at, pa.field("candidates", pa.list_(pa.struct(fields)), nullable=False))
+    older = older.remove(older.get_field_index("user_maps"))
     lake.create(FORWARD_LOG, older)
     first, second = row("r1"), row("r2")
     del second["user_sequences"]["user_last_clicks_30d"]
@@ -81,9 +88,13 @@ def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
     forward_log = opened(lake)
     assert forward_log.offer(lambda: second)
     forward_log.close()
-    stored = {item["request_id"]: item["candidates"][0] for item in lake.scan(FORWARD_LOG).to_pylist()}
-    assert (stored["r1"]["slot"], stored["r1"]["final_score"]) == (None, 0.5)
-    assert (stored["r2"]["slot"], stored["r2"]["propensity"]) == ("exploration", 0.125)
+    scanned = lake.scan(FORWARD_LOG).to_pylist(maps_as_pydicts="strict")
+    stored = {item["request_id"]: item for item in scanned}
+    old, new = (stored[name]["candidates"][0] for name in ("r1", "r2"))
+    assert (old["slot"], old["final_score"], old["maps"], stored["r1"]["user_maps"]) == (None, 0.5, None, None)
+    assert (new["slot"], new["propensity"]) == ("exploration", 0.125)
+    assert (new["sequences"], new["maps"]) == (second["candidates"][0]["sequences"], second["candidates"][0]["maps"])
+    assert stored["r2"]["user_maps"] == second["user_maps"]
 
 
 def test_a_row_comes_back_from_the_lake_as_it_was(lake):
@@ -96,6 +107,7 @@ def test_a_row_comes_back_from_the_lake_as_it_was(lake):
     assert back["candidates"] == row()["candidates"]
     assert back["user_features"] == row()["user_features"]
     assert back["user_sequences"] == row()["user_sequences"]
+    assert back["user_maps"] == row()["user_maps"]
     assert back["known_position"] == [3, 5]
     assert back["request_ts"].timestamp() == pytest.approx(1_650_000_000.000001)
     assert (forward_log.num_written, forward_log.num_dropped, forward_log.num_waiting) == (1, 0, 0)

@@ -2,11 +2,10 @@
 
 import json
 
-import pyarrow as pa
 import pytest
 
 from serving.cli import main
-from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA
+from serving.forward_log import FORWARD_LOG, rows_to_table
 from serving.parity import check_parity
 from tests.serving.hand_made import build_features
 from warehouse.lake import Lake
@@ -76,13 +75,7 @@ class Altered:
     """The lake, with another forward log."""
 
     def __init__(self, lake, row):
-        maps = ("user_features", "user_sequences")
-        candidates = [
-            {**one, "features": list((one["features"] or {}).items()), "predictions": list(one["predictions"].items())}
-            for one in row["candidates"]
-        ]
-        row = {**row, **{name: list(row[name].items()) for name in maps}, "candidates": candidates}
-        self._lake, self._rows = lake, pa.Table.from_pylist([row], schema=FORWARD_LOG_SCHEMA)
+        self._lake, self._rows = lake, rows_to_table([row])
 
     def __getattr__(self, name):
         return getattr(self._lake, name)

@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from streaming_sql.block_layer import BlockLayer, Blocks, Entries
+from streaming_sql.block_layer import BlockLayer, Blocks
 from streaming_sql.key_index import KeyIndex
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.plan import GroupPlan
+from streaming_sql.text_codes import TextCodes
 from warehouse.features.declarations import load_groups
 from warehouse.time_algebra import FIVE_MINUTES_US, HOUR_US
 
@@ -104,7 +105,7 @@ def test_merging_layers_changes_no_answer_and_forgets_what_no_window_reaches():
             for _ in range(30)
         ]
         rows = list({(row["note_id"], row["block_start"]): row for row in rows}.values())
-        layers.append(BlockLayer.build(NOTES, Blocks.of(NOTES, index.add(table(*rows)), table(*rows))))
+        layers.append(BlockLayer.build(NOTES, Blocks.of(NOTES, index.add(table(*rows)), table(*rows), TextCodes())))
         everything += rows
     keep_from_us = TICK_US - HOUR_US
     merged = BlockLayer.merge(NOTES, layers, keep_from_us)
@@ -124,18 +125,6 @@ def test_merging_layers_changes_no_answer_and_forgets_what_no_window_reaches():
     assert merged.num_blocks == len(
         {(row["note_id"], row["block_start"]) for row in everything if row["block_start"] >= TICK - timedelta(hours=1)}
     )
-
-
-def test_lists_keep_the_newest_n_in_total_order():
-    entries = Entries.of(
-        pa.table(
-            {"row": [1, 0, 0, 0, 1], "event_ts": [5, 9, 9, 2, 4], "event_id": ["a", "b", "a", "z", "q"], "value": list("vwxyz")}
-        ),
-        2,
-    )
-    assert entries.newest(0, 0, 100, 2) == [(9, "a", "x"), (9, "b", "w")]
-    assert entries.newest(1, 0, 5, 2) == [(4, "q", "z")]
-    assert entries.newest(7, 0, 100, 2) == []
 
 
 def test_rows_of_composite_keys_stay_what_they_were():

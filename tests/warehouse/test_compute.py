@@ -364,6 +364,7 @@ def test_verify_finds_all_equal_on_the_declarations_of_this_project(capsys):
     assert set(verdicts) == set(load_groups())
     for verdict in verdicts.values():
         assert verdict["compared"] == verdict["equal"]
+        assert set(verdict["compared"]) == {"batch SQL", "compute", "live store"}
         assert min(verdict["compared"].values()) > 20
     assert verdicts["note_engagement"]["not_empty"] > 100
 

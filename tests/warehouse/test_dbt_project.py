@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.warehouse.dbt_command import dbt
+from tests.warehouse.test_cli import small_disk  # noqa: F401
 from warehouse.datasets.simulator import simulate
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
@@ -208,6 +209,25 @@ def test_a_killed_build_and_a_second_one_beside_it_leave_what_an_undisturbed_bui
 
     assert "ERROR=0 SKIP=0" in dbt(disturbed, "run")
     assert content(disturbed) == content(home)
+
+
+def test_a_build_on_a_full_disk_fails_in_words_and_completes_once_there_is_room(home, built, small_disk):  # noqa: F811
+    disk, resize = small_disk
+    resize("200m")
+    full = Home(disk / "home")
+    land(full)
+    dbt(full, "run", "--select", "stg_engagements")
+    before = states(full)
+    used = int(subprocess.check_output(["df", "-k", "--output=used", disk], text=True).split()[-1])
+    resize(f"{used + 300}k")
+    status, printed = finish(start(full, "run"))
+    assert status != 0
+    assert "no space" in printed.lower()
+    assert "Logging error" not in printed
+    assert states(full)["staging.stg_engagements"] == before["staging.stg_engagements"]
+    resize("200m")
+    dbt(full, "run")
+    assert content(full) == content(home)
 
 
 def test_a_changed_declaration_rebuilds_its_group_and_what_hangs_on_it_and_nothing_else(home, built, copied):

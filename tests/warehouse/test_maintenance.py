@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -11,11 +12,13 @@ import pyarrow as pa
 import pytest
 from pyiceberg.expressions import AlwaysTrue
 
+from tests.warehouse.test_cli import small_disk  # noqa: F401
 from warehouse import maintenance
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features.declarations import load_groups
-from warehouse.lake import BUILT_UNTIL
+from warehouse.home import Home
+from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.lake_cli import age, main
 from warehouse.landing import EVENTS, POSITION, create_tables, land_records, landed_position
 from warehouse.maintenance import compact, expire, orphans, remove_orphans
@@ -222,6 +225,30 @@ def test_orphans_are_old_files_that_no_snapshot_names(lake, home):
     assert not stray.exists()
     assert young.exists()
     assert len(ids(lake)) == 10
+
+
+def test_a_compaction_that_finds_the_disk_full_says_so_and_leaves_the_lake_as_it_was(small_disk, monkeypatch):  # noqa: F811
+    disk, resize = small_disk
+    resize("100m")
+    monkeypatch.setenv("HEADRACE_HOME", str(disk / "home"))
+    lake, name = Lake.open(Home(disk / "home")), "features.other"
+    lake.create(name, pa.schema([("value", pa.string())]))
+    draw = random.Random(7)
+    for _ in range(4):
+        lake.append(name, pa.table({"value": [draw.randbytes(1000).hex() for _ in range(3000)]}))
+    before, state = lake.scan(name), lake.table(name).metadata_location
+    used = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
+    resize(f"{used // 1024 + 2000}k")
+    with pytest.raises(HeadraceError, match=f"no space is left on the disk of {disk / 'home'}; no table was left half-written"):
+        main(["lake", "compact", "--table", name])
+    assert lake.table(name).metadata_location == state
+    assert lake.scan(name).equals(before)
+    resize("200m")
+    assert main(["lake", "compact", "--table", name]) == 0
+    assert len(files(lake, name)) == 1
+    assert lake.scan(name).equals(before)
+    assert main(["lake", "orphans", "--older-than", "0s", "--delete"]) == 0  # what the failed write left, if anything
+    assert lake.scan(name).equals(before)
 
 
 def test_the_commands_speak_json_and_refuse_plainly(lake, home, capsys, monkeypatch):

@@ -9,7 +9,7 @@ or written.
 import argparse
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
@@ -74,12 +74,20 @@ class Verdict:
         return self.compared == self.equal
 
 
-def main(words: Sequence[str]) -> int:
-    """Runs `features verify WORDS`: 0 when everything agrees, 1 with the first differences."""
+Answers = Iterator[tuple[str, Read, Mapping[str, Any]]]
+"""(group, question, its answer with maps as pairs)."""
+Execution = Callable[[Mapping[str, FeatureGroup], Sequence[Mapping[str, Any]], Random], Answers]
+"""A way to answer that is not of this room: it is given groups and generated rows, and puts its own questions."""
+
+
+def main(words: Sequence[str], others: Mapping[str, Execution] | None = None) -> int:
+    """Runs `features verify WORDS`: 0 when everything agrees, 1 with the first differences. others: executions by name that are
+    held to the oracle besides batch SQL and `compute`."""
     parser = argparse.ArgumentParser(
         prog="headrace features verify",
-        description="Computes the declared features on generated events, by batch SQL and by `compute`, and compares every "
-        "value with the oracle: the definition written plainly.",
+        description="Computes the declared features on generated events, by "
+        f"{', '.join(('batch SQL', '`compute`', *(f'the {name}' for name in others or {})))}, "
+        "and compares every value with the oracle: the definition written plainly.",
         epilog="examples:\n  headrace features verify\n  headrace features verify --seed 7 --seeds 1 --events 2000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,7 +103,7 @@ def main(words: Sequence[str]) -> int:
     with Progress(console=Console(stderr=True), disable=given.json) as progress:
         task = progress.add_task("verifying", total=given.seeds * len(groups))
         for seed in range(given.seed, given.seed + given.seeds):
-            for group in verify(groups, seed, given.events, verdicts):
+            for group in verify(groups, seed, given.events, verdicts, others=others):
                 progress.update(task, advance=1, description=f"seed {seed}: {group}")
     if given.json:
         print(json.dumps([asdict(verdict) for verdict in verdicts.values()], indent=2, default=str))
@@ -131,6 +139,7 @@ def verify(
     num_events: int,
     verdicts: Mapping[str, Verdict],
     num_reads: int = READS_PER_GROUP,
+    others: Mapping[str, Execution] | None = None,
 ) -> Iterator[str]:
     """Adds one seed's comparisons to the verdicts; yields the name of each group as it is done."""
     random = Random(seed)
@@ -152,6 +161,11 @@ def verify(
             else:
                 verdict.skipped = f"not verified: it reads {group.events}, and events are generated for {STAGED}"
             yield name
+    for execution, answered in (others or {}).items():
+        for name, read, answer in answered(ours, rows, random):
+            expected = values(ours[name], _related(ours[name], rows, read), read)
+            held = {feature: in_float64(value) for feature, value in expected.items()}
+            _compare(execution, [answer], [read], [held], verdicts[name], seed)
 
 
 def _verify_group(
@@ -241,6 +255,13 @@ def _is_same(got: Any, expected: Any) -> bool:
     if isinstance(expected, float) and got is not None:
         return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
     return got == expected
+
+
+def in_float64(value: Any) -> Any:
+    """As a feature is held in memory: integers beyond 2^53 are rounded."""
+    if isinstance(value, dict):
+        return {entry: in_float64(number) for entry, number in value.items()}
+    return float(value) if isinstance(value, int) and abs(value) > 2**53 else value
 
 
 def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> list[dict[str, Any]]:

@@ -90,6 +90,10 @@ class TableFeatures:
         return ()
 
     @property
+    def map_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def all_names(self) -> tuple[str, ...]:
         return self.feature_names
 

@@ -71,7 +71,9 @@
 {% macro definition_of(unique_id) -%}
     {%- set node = graph.nodes.get(unique_id) -%}
     {%- if not node -%}{{ return('') }}{%- endif -%}
-    {%- set parts = [node.raw_code, tojson(node.config.meta), tojson(node.config.get('partition_by')), macros_digest()] -%}
+    {%- set declared = node.config.meta.get('features') -%}
+    {%- set meaning = declared.items() | rejectattr(0, 'equalto', 'tests') | list if declared is mapping else declared -%}
+    {%- set parts = [node.raw_code, tojson(meaning), tojson(node.config.get('partition_by')), macros_digest()] -%}
     {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'furthest_ahead_seconds', 'attribution_seconds', 'log_partitions') -%}
         {%- do parts.append(var(setting) | string) -%}
     {%- endfor -%}

@@ -1,0 +1,53 @@
+"""Stretches of sorted arrays, for many keys at once: where each key's blocks of a window lie, and what is in them.
+
+Blocks, list entries and map entries are all laid out by *place*: the key's row (or run) and the block number in one int64.
+Shape letters: N keys asked for, R sorted items, E items found. Knows nothing of what the items are.
+"""
+
+import numpy as np
+
+from warehouse.time_algebra import FIVE_MINUTES_US
+
+ROW_SHIFT = 32  # block numbers stay below 2**32 until the year 42,000
+Instants = np.ndarray | int
+"""Microseconds, a multiple of five minutes: one for all keys, or one for each."""
+
+
+def places(row: np.ndarray, instant_us: np.ndarray) -> np.ndarray:
+    """One int64 per (row, block that holds the instant), ascending in that order."""
+    return (row.astype(np.int64) << ROW_SHIFT) + instant_us // FIVE_MINUTES_US
+
+
+def blocks_of(place: np.ndarray) -> np.ndarray:
+    """Start of each place's block, microseconds."""
+    return (place & ((1 << ROW_SHIFT) - 1)) * FIVE_MINUTES_US
+
+
+def stretches(place: np.ndarray, row: np.ndarray, lower_us: Instants, upper_us: Instants) -> tuple[np.ndarray, np.ndarray]:
+    """(low [N], high [N]): place[low:high] are the blocks of the row with lower_us <= block_start < upper_us.
+
+    place: [R] ascending. row: [N], -1 where there is none. Low equals high where nothing is found. A lower edge before 1970, of
+    a lifetime, is 1970.
+    """
+    base = row << ROW_SHIFT
+    low = np.searchsorted(place, base + np.maximum(lower_us, 0) // FIVE_MINUTES_US)
+    high = np.searchsorted(place, base + upper_us // FIVE_MINUTES_US)
+    return low, np.where(row >= 0, np.maximum(low, high), low)
+
+
+def laid_out(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index [E], owner [E]): the stretches' items one after the other, and which of the N stretches each is from."""
+    length = high - low
+    ends = np.cumsum(length)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(low - (ends - length), length), np.repeat(np.arange(len(low)), length)
+
+
+def opens(*sorted_columns: np.ndarray) -> np.ndarray:
+    """int64: where a new value of the columns begins; they are sorted together."""
+    size = len(sorted_columns[0])
+    changed = np.zeros(size, dtype=bool)
+    changed[:1] = True
+    for column in sorted_columns:
+        changed[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changed)
