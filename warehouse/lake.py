@@ -182,9 +182,32 @@ class Lake:
             self.create_view(connection, name)
 
     def create_view(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
-        namespace, _, table = name.rpartition(".")
-        connection.execute(f'create schema if not exists "{namespace}"')
-        connection.execute(f'create or replace view "{namespace}"."{table}" as {self.view_sql(name)}')
+        _create_view(connection, name, self.view_sql(name))
+
+    def reader(self, names: Iterable[str], more: bool = False) -> duckdb.DuckDBPyConnection:
+        """An in-memory DuckDB with a view of each of these tables at its current snapshot. Loads the Iceberg extension (a third
+        of a second, to check 80 MB of signatures) only where a table is not just its Parquet files, or `more` views follow."""
+        connection = duckdb.connect()
+        connection.execute("set TimeZone = 'UTC'")
+        views = {name: self._files_sql(name) for name in names}
+        if more or not all(views.values()):
+            prepare_connection(connection)
+        for name, sql in views.items():
+            _create_view(connection, name, sql or self.view_sql(name))
+        return connection
+
+    def _files_sql(self, name: str) -> str | None:
+        """`select` of the table's Parquet files; None where they are not the table: rows deleted apart, changed columns."""
+        table = self.table(name)
+        if table.current_snapshot() is None:
+            return self.view_sql(name)
+        tasks = list(table.scan().plan_files())
+        paths = [task.file.file_path.removeprefix("file://") for task in tasks]
+        if not paths or len(table.metadata.schemas) > 1 or any(task.delete_files for task in tasks):
+            return None
+        if any(set(path) & set("*?[") for path in paths):  # DuckDB would take the name for a pattern
+            return None
+        return f"select * from read_parquet([{', '.join(map(quoted, paths))}])"
 
     def duckdb(self, read_only: bool = False) -> duckdb.DuckDBPyConnection:
         """An in-memory DuckDB with one view per table. `read_only` locks it down for SQL that a user wrote: no files
@@ -196,6 +219,12 @@ class Lake:
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
         return connection
+
+
+def _create_view(connection: duckdb.DuckDBPyConnection, name: str, sql: str) -> None:
+    namespace, _, table = name.rpartition(".")
+    connection.execute(f'create schema if not exists "{namespace}"')
+    connection.execute(f'create or replace view "{namespace}"."{table}" as {sql}')
 
 
 def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Table]) -> list[DataFile]:

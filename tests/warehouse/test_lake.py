@@ -250,3 +250,22 @@ def test_stored_bytes_counts_what_the_lake_occupies(animals):
     animals.append("zoo.animals", rows(1))
     assert stored_bytes(animals.folder) > before > 0
     assert stored_bytes(animals.folder / "nowhere") == 0
+
+
+def extensions(connection) -> set[str]:
+    return {row[0] for row in connection.execute("select extension_name from duckdb_extensions() where loaded").fetchall()}
+
+
+def test_a_reader_reads_plain_files_without_the_iceberg_extension_and_changed_tables_with_it(lake):
+    lake.create("a.plain", pa.schema([("x", pa.int64())]))
+    lake.append("a.plain", pa.table({"x": [1, 2]}))
+    lake.create("a.empty", pa.schema([("x", pa.int64())]))
+    with lake.reader(["a.plain", "a.empty"]) as connection:
+        assert connection.execute("select x from a.plain union all select x from a.empty order by x").fetchall() == [(1,), (2,)]
+        assert "iceberg" not in extensions(connection)
+    with lake.table("a.plain").update_schema() as update:
+        update.rename_column("x", "y")
+    lake.append("a.plain", pa.table({"y": [3]}))
+    with lake.reader(["a.plain"]) as connection:
+        assert connection.execute("select y from a.plain order by y").fetchall() == [(1,), (2,), (3,)]
+        assert "iceberg" in extensions(connection)

@@ -18,7 +18,7 @@ from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.features.kinds.table_compute import open_tables, table_columns
-from warehouse.lake import BUILT_UNTIL, Lake, duckdb_connection
+from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
 
 
@@ -49,9 +49,8 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     span = spine.span(what.keys, known_at)
     _check_built(lake, what, span)
     relations = {group.name: Relations.of(group) for group in what.groups}
-    with duckdb_connection() as connection:
-        for name in dict.fromkeys(name for places in relations.values() for name in places.names()):
-            lake.create_view(connection, name)
+    names = dict.fromkeys(name for places in relations.values() for name in places.names())
+    with lake.reader(names, more=bool(what.tables)) as connection:
         open_tables(lake, connection, what.tables)
 
         def reads() -> Iterator[Reads]:

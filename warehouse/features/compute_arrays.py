@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 FIVE_MINUTES_US = 300_000_000
 _BIAS = 1 << 31
 _SHIFT = 32
+_CODE_AND_TIME_BITS = 62
 _LARGEST = (1 << _SHIFT) - 3
 PAIRS_AT_ONCE = 4_000_000
 """How many (read, row) pairs are laid out at a time; bounds memory, changes no value."""
@@ -76,19 +77,43 @@ class KeyCodes:
 
 
 class _Places:
-    """Rows of a relation in the order (key code, time): where a time falls among a key's rows.
+    """Rows of a relation in the order (key code, time): where a time falls among a key's rows. Times are below 1 << shift."""
 
-    in_order: rows of one key and time stay in the order in which they come.
-    """
-
-    def __init__(self, codes: np.ndarray, times: np.ndarray, in_order: bool = False):
-        places = codes << _SHIFT | times
-        self.order = np.argsort(places, kind="stable" if in_order else None)
+    def __init__(self, codes: np.ndarray, times: np.ndarray, shift: int = _SHIFT):
+        places = codes << shift | times
+        self._shift = shift
+        self.order = np.argsort(places)
         self._sorted = places[self.order]
 
     def before(self, codes: np.ndarray, times: np.ndarray) -> np.ndarray:
         """[N]: the number of rows that lie before (code, time); 0 for an unknown key, whatever the time."""
-        return np.where(codes < 0, 0, np.searchsorted(self._sorted, np.maximum(codes, 0) << _SHIFT | times))
+        return np.where(codes < 0, 0, np.searchsorted(self._sorted, np.maximum(codes, 0) << self._shift | times))
+
+    def ties(self) -> np.ndarray:
+        """Places of the rows that share their key and time with another; each such run is whole and in order."""
+        same = self._sorted[1:] == self._sorted[:-1]
+        return np.flatnonzero(np.append(same, False) | np.append(False, same))
+
+    def place(self, at: np.ndarray) -> np.ndarray:
+        return self._sorted[at]
+
+
+class _Instants:
+    """Numbers for instants, in their order, that fit beside a key code: microseconds after the first, or ranks if those are too
+    many. What lies before the first is 0, what lies after the last is past every number."""
+
+    def __init__(self, instants_us: np.ndarray, num_codes: int):
+        first, last = (int(instants_us.min()), int(instants_us.max())) if len(instants_us) else (0, 0)
+        self._first_us, self._past = first, last - first + 1
+        self.shift = self._past.bit_length()
+        self._ranks = None
+        if self.shift + num_codes.bit_length() > _CODE_AND_TIME_BITS:
+            self._ranks, self.shift = np.unique(instants_us), _SHIFT
+
+    def numbers(self, instants_us: np.ndarray) -> np.ndarray:
+        if self._ranks is not None:
+            return np.searchsorted(self._ranks, instants_us)
+        return np.clip(instants_us, self._first_us, self._first_us + self._past) - self._first_us
 
 
 def _prefix(value_R: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -315,23 +340,24 @@ class HeadArrays:
     def __init__(self, codes: np.ndarray, event_us: np.ndarray, landed_us: np.ndarray, grace_us: int):
         self._grace_us = grace_us
         self._event, self._landed = event_us, landed_us
-        self._event_ranks, self._landed_ranks = np.unique(event_us), np.unique(landed_us)
-        self._by_event = _Places(codes, np.searchsorted(self._event_ranks, event_us))
-        self._by_landed = _Places(codes, np.searchsorted(self._landed_ranks, landed_us))
+        num_codes = int(codes.max(initial=0)) + 1
+        self._events, self._landings = _Instants(event_us, num_codes), _Instants(landed_us, num_codes)
+        self._by_event = _Places(codes, self._events.numbers(event_us), self._events.shift)
+        self._by_landed = _Places(codes, self._landings.numbers(landed_us), self._landings.shift)
 
     def pairs(self, codes: np.ndarray, request_us: np.ndarray, tick_us: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(read [X], event row [X]), sorted by read within each answer; every pair once."""
         closed_us = tick_us + self._grace_us
-        places, ranks = self._by_landed, self._landed_ranks
-        starts = places.before(codes, np.searchsorted(ranks, closed_us))
-        ends = places.before(codes, np.searchsorted(ranks, request_us))
+        places, instants = self._by_landed, self._landings
+        starts = places.before(codes, instants.numbers(closed_us))
+        ends = places.before(codes, instants.numbers(request_us))
         for read_X, place_X in pairs(starts, ends):
             row_X = places.order[place_X]
             known = self._event[row_X] < request_us[read_X]
             yield read_X[known], row_X[known]
-        places, ranks = self._by_event, self._event_ranks
-        starts = places.before(codes, np.searchsorted(ranks, tick_us))
-        ends = places.before(codes, np.searchsorted(ranks, request_us))
+        places, instants = self._by_event, self._events
+        starts = places.before(codes, instants.numbers(tick_us))
+        ends = places.before(codes, instants.numbers(request_us))
         for read_X, place_X in pairs(starts, ends):
             row_X = places.order[place_X]
             known = self._landed[row_X] < closed_us[read_X]
@@ -341,15 +367,21 @@ class HeadArrays:
 class EventArrays:
     """The newest, or the oldest, n events of a window that were known in time: what first_n and last_n read.
 
-    codes, event_us, known, values [R] in the order (event_ts, event_id). `known` is compared with what a read
-    knows: an event counts when known < limit. values: one per event, of any type.
+    codes, event_us, known: int64 [R]; ids: string [R]; values: one per event, of any type. Among events of one instant the
+    order is that of their ids, bytewise. `known` is compared with what a read knows: an event counts when known < limit.
     """
 
-    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, values: pa.Array):
-        self._ranks = np.unique(event_us)
-        self._places = _Places(codes, np.searchsorted(self._ranks, event_us), in_order=True)
-        self._known = known[self._places.order]
-        self._values = values.take(pa.array(self._places.order))
+    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ids: pa.Array, values: pa.Array):
+        self._instants = _Instants(event_us, int(codes.max(initial=0)) + 1)
+        self._places = _Places(codes, self._instants.numbers(event_us), self._instants.shift)
+        order = self._places.order
+        if len(at := self._places.ties()):
+            tied = pa.array(order[at])
+            of_ties = pa.table({"place": self._places.place(at), "id": ids.take(tied), "value": values.take(tied)})
+            by = pc.sort_indices(of_ties, [(name, "ascending") for name in of_ties.column_names])
+            order[at] = tied.take(by).to_numpy()
+        self._known = known[order]
+        self._values = values.take(pa.array(order))
 
     def lists(
         self,
@@ -362,8 +394,8 @@ class EventArrays:
     ) -> pa.ListArray:
         """Lists [N], oldest first, of at most n values each: of events with lower <= event_ts < upper and known < limit, the
         newest or, from_oldest, the oldest."""
-        starts = self._places.before(codes, np.searchsorted(self._ranks, lower_us))
-        ends = self._places.before(codes, np.searchsorted(self._ranks, upper_us))
+        starts = self._places.before(codes, self._instants.numbers(lower_us))
+        ends = self._places.before(codes, self._instants.numbers(upper_us))
         counts, rows = [np.zeros(1, np.int64)], []
         at_once = max(PAIRS_AT_ONCE // (4 * n), 1)
         for first in range(0, len(codes), at_once):

@@ -264,14 +264,14 @@ class Source:
             f"and known_at <= {_instant(max(self.span.last_known_us, self.span.last_request_us))}"
         ).to_arrow_table()
 
-    def events(self, items: Sequence[str], condition: str, first_us: int, order: str = "") -> pa.Table:
+    def events(self, items: Sequence[str], condition: str, first_us: int) -> pa.Table:
         """The keys, `event_us`, `landed_us`, `known_us` and the items of events in reach, from `first_us` on."""
         keys = self.group.keys
         return self.connection.execute(
             f"select {', '.join((*keys, *items))}, epoch_us(event_ts) as event_us, epoch_us(landed_at) as landed_us, "
             f"epoch_us(known_at) as known_us from {self._events} "
             f"where {' and '.join(f'{key} is not null' for key in keys)} and ({condition}) "
-            f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)} {order}"
+            f"and known_at > {_instant(first_us)} and event_ts < {_instant(self.span.last_request_us)}"
         ).to_arrow_table()
 
     @property
@@ -290,7 +290,7 @@ def _is_events(measure: Measure) -> bool:
 
 def state_columns(group: FeatureGroup) -> int:
     """How many columns of the group's block rows are held while its features are computed."""
-    return sum(len(measure.columns) for measure in group.measures if not _is_events(measure))
+    return sum(len(measure.columns) for measure in group.measures if not measure.is_sequence)
 
 
 def _is_extreme(measure: Measure) -> bool:
@@ -459,16 +459,12 @@ class _Events:
         self._measure, self._keys = measure, source.group.keys
         self._is_list = measure.is_sequence
         of = "varchar" if self._is_list else measure.type
-        rows = source.events(
-            [f"cast(({measure.of}) as {of}) as value"],
-            _condition(measure),
-            source.first_event_us,
-            "order by event_ts, event_id, value",
-        )
+        rows = source.events(["event_id", f"cast(({measure.of}) as {of}) as value"], _condition(measure), source.first_event_us)
         known = _numbers(rows, "landed_us" if measure.freshness == "event" else "known_us")
         self._codes = KeyCodes([rows[key] for key in self._keys])
+        ids = _cast(rows["event_id"], pa.string())
         values = _cast(rows["value"], pa.string() if self._is_list else rows.schema.field("value").type)
-        self._arrays = EventArrays(self._codes.codes, _numbers(rows, "event_us"), known, values)
+        self._arrays = EventArrays(self._codes.codes, _numbers(rows, "event_us"), known, ids, values)
 
     def columns(self, reads: Reads) -> dict[str, pa.Array]:
         measure = self._measure

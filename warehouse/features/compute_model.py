@@ -1,6 +1,6 @@
 """A dbt model's features: the rows of its spine, answered in chunks by the engine that `compute` runs.
 
-Knows nothing of dbt. The spine is a query with the group's keys (text), `request_ts` (t), `feature_watermark` (T), `known_at`
+Knows nothing of dbt. The spine is a query with the entity's keys (text), `request_ts` (t), `feature_watermark` (T), `known_at`
 (K of block-fresh features) and `known_position` (list<bigint>, next offset per log partition; NULL: what landed before t); its
 other columns are carried along. Keys may be NULL: such a row has empty windows.
 """

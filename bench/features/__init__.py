@@ -1,0 +1,1 @@
+"""Window features beside what a person would write by hand, in the same run on the same rows: `python -m bench.features`."""
