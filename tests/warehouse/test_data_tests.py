@@ -7,8 +7,8 @@ import pytest
 from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
 from warehouse.datasets.simulator import simulate
 from warehouse.features.declarations import load_groups
-from warehouse.features.lineage import lineage
-from warehouse.home import Home
+from warehouse.features.lineage import EXACT, ROUNDED, lineage
+from warehouse.home import REPOSITORY, Home
 from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.landing import land_dataset
 
@@ -76,7 +76,7 @@ def test_bounds_hold_and_break_and_nothing_lies_beyond_its_tick(tmp_path, copied
                 "features.note_engagement, features.note_engagement_1h, features.note_engagement_1d: ",
                 "note_total_watch_ms_1d: combined over 1d before the tick T, as known at K",
             ],
-            "none",
+            "exact",
         ),
         (
             "note_ctr_1d",
@@ -90,7 +90,7 @@ def test_bounds_hold_and_break_and_nothing_lies_beyond_its_tick(tmp_path, copied
                 "note_num_views_1d: combined over 1d",
                 "note_ctr_1d = num_clicks_1d / num_views_1d",
             ],
-            "1e-9 relative",
+            "within rounding: 1e-9 relative",
         ),
     ],
 )  # fmt: skip
@@ -101,3 +101,27 @@ def test_lineage_leads_from_source_columns_to_the_feature(feature, columns, step
     assert all(part in step for part, step in zip(steps, found["steps"], strict=True))
     assert found["error_bound"].startswith(bound)
     assert found["table"] == f"training.impression_note_engagement.{feature}"
+
+
+@pytest.mark.parametrize(
+    ("short", "bound"),
+    [
+        ("median_ms_1h", "approximate: within 1 % of the quantile; the same in every execution"),
+        ("p90_1d", "approximate: within 5 % of the quantile; the same in every execution"),
+        ("num_users_7d", "approximate: one standard error is 1.6 %; the same in every execution"),
+        ("num_events_1d", EXACT),
+        ("top_users_7d", EXACT),
+        ("thirds_by_type_1d", ROUNDED),
+        ("avg_by_long_7d", ROUNDED),
+    ],
+)
+def test_the_bound_of_a_feature_says_what_it_approximates(short, bound):
+    group = load_groups(REPOSITORY / "tests" / "parity" / "every_aggregation")["maps"]
+    assert lineage(group, f"{group.entity}_{short}")["error_bound"] == bound
+
+
+def test_a_derived_feature_says_how_far_its_inputs_are_off():
+    group = load_groups(REPOSITORY / "tests" / "parity" / "every_aggregation")["maps"]
+    bound = lineage(group, f"{group.entity}_middle")["error_bound"]
+    assert bound.startswith(f"{ROUNDED}; its inputs are approximate: one standard error is 1.6 %")
+    assert "within 1 % of the quantile" in bound

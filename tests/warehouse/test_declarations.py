@@ -10,7 +10,8 @@ from warehouse.home import REPOSITORY
 
 STAGING = """
   - name: stg
-    columns: [{name: event_type}, {name: user_id}, {name: note_id}, {name: watch_ms}]
+    columns: [{name: event_type}, {name: user_id}, {name: note_id}, {name: watch_ms, data_type: bigint},
+              {name: score, data_type: double}]
 """
 
 
@@ -40,6 +41,22 @@ def test_a_division_of_doubles_by_what_is_never_0_is_taken(tmp_path):
     of = "-(cast(watch_ms as double precision) * 2 + 1) / 3 / nullif(watch_ms, 0)"
     group = declare(tmp_path, f"- {{name: a, aggregation: sum, of: {of!r}, type: double, windows: [1h]}}")["group"]
     assert group.measures[0].of == of
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "aggregation: count, bucket_by: cast(score as bigint)",
+        "aggregation: count, bucket_by: score > 1",
+        "aggregation: count, of: score",
+        "aggregation: top_k, k: 2, of: 'coalesce(watch_ms, 0)'",
+        "aggregation: last, of: cast(score * 100 as bigint)",
+        "aggregation: last, of: score, type: double",
+        "aggregation: avg, of: score / 3, type: double",
+    ],
+)
+def test_what_engines_read_alike_is_taken(tmp_path, words):
+    assert len(declare(tmp_path, f"- {{name: a, {words}, windows: [1h]}}")["group"].measures) == 1
 
 
 def test_every_setting_is_read(tmp_path):
@@ -110,6 +127,32 @@ def test_every_setting_is_read(tmp_path):
         (
             {"measures": "- {name: a, aggregation: count, where: 1 < cast(1 as double) / watch_ms, windows: [1h]}"},
             r"may divide by 0.*nullif\(…, 0\)",
+        ),
+        *(
+            (
+                {"measures": f"- {{name: a, {words}, windows: [1h]}}"},
+                rf"x.yml:\d+: measure a: {setting}: .* is {found} and read as text.*cast\(… as bigint\)",
+            )
+            for words, setting, found in (
+                ("aggregation: count, bucket_by: score", "bucket_by", "double"),
+                ("aggregation: count, bucket_by: watch_ms * 0.5", "bucket_by", "decimal"),
+                ("aggregation: top_k, k: 2, of: score + 1", "of", "double"),
+                ("aggregation: last_n, n: 2, of: 'coalesce(score, 0)'", "of", "double"),
+                ("aggregation: approx_count_distinct, of: case when score > 1 then 1 else sqrt(watch_ms) end", "of", "double"),
+                ("aggregation: count, where: cast(score as varchar) = '1'", "where", "double"),
+            )
+        ),
+        *(
+            (
+                {"measures": f"- {{name: a, aggregation: {aggregation}, of: {of!r}, windows: [1h]}}"},
+                rf"x.yml:\d+: measure a: of: .* is {found}, declared bigint.*declare type: double, or write cast",
+            )
+            for aggregation, of, found in (
+                ("first", "score", "double"),
+                ("last", "-score", "double"),
+                ("sum", "watch_ms * 0.5", "decimal"),
+                ("max", "greatest(watch_ms, ln(watch_ms))", "double"),
+            )
         ),
         ({"keys": "[{name: hour, part: hour, zone: UTC}]"}, "has calendar keys only"),
         ({"keys": "[note_id, {name: hour, part: hour, zone: Mars}]"}, "no time zone 'Mars'"),

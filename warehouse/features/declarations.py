@@ -6,7 +6,7 @@ asking sqlglot whether an expression is one that every execution can evaluate.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ import yaml
 from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
+from warehouse.features.expression_types import check_division, check_integers, check_text, column_type
 from warehouse.features.measures import AGGREGATIONS, BUCKETED, CALENDAR_PARTS, CalendarKey, Measure
 from warehouse.home import REPOSITORY
 from warehouse.time_algebra import Window, parse_window, session_window
 
 FRESHNESS = ("block", "event")
 ANCHORS = ("tick", "request")
+Columns = Mapping[str, str | None]
+"""Columns of a model with their types (`expression_types`), None where undeclared."""
 
 _ALLOWED: tuple[type[exp.Expr], ...] = (
     exp.Column, exp.Identifier, exp.Literal, exp.Boolean, exp.Null, exp.Paren, exp.And, exp.Or, exp.Not,
@@ -136,7 +139,7 @@ def load_groups(project_dir: Path | None = None) -> dict[str, FeatureGroup]:
     root = project_dir or REPOSITORY
     files = sorted((root / "warehouse" / "models").rglob("*.yml"))
     models = [model for path in files for model in _models(path, root)]
-    columns = {model["name"]: _column_names(model) for model in models}
+    columns = {model["name"]: _columns(model) for model in models}
     groups: dict[str, FeatureGroup] = {}
     for model in models:
         meta = ((model.get("config") or {}).get("meta") or {}).get("features")
@@ -183,11 +186,11 @@ def _models(path: Path, root: Path) -> Iterator[dict[str, Any]]:
         yield {**model, "__file__": str(where)}
 
 
-def _column_names(model: dict[str, Any]) -> frozenset[str]:
-    return frozenset(column["name"] for column in model.get("columns") or [])
+def _columns(model: dict[str, Any]) -> Columns:
+    return {column["name"]: column_type(column.get("data_type")) for column in model.get("columns") or []}
 
 
-def _group(name: str, meta: dict[str, Any], columns: dict[str, frozenset[str]], source: str) -> FeatureGroup:
+def _group(name: str, meta: dict[str, Any], columns: dict[str, Columns], source: str) -> FeatureGroup:
     def fail(problem: str, at: dict[str, Any] | None = None) -> HeadraceError:
         file = source.rpartition(":")[0]
         return HeadraceError(f"{file}:{at['__line__']}: {problem}" if at else f"{source}: {problem}")
@@ -217,7 +220,7 @@ def _group(name: str, meta: dict[str, Any], columns: dict[str, frozenset[str]], 
     return FeatureGroup(name, meta["entity"], keys, meta["events"], measures, derived, source, calendar)
 
 
-def _calendar_key(entry: dict[str, Any], columns: frozenset[str], fail: Any) -> CalendarKey:
+def _calendar_key(entry: dict[str, Any], columns: Columns, fail: Any) -> CalendarKey:
     name, part, zone = entry.get("name"), entry.get("part"), entry.get("zone")
     if set(entry) - {"name", "part", "zone", "__line__"} or not name or not zone:
         raise fail("a calendar key is {name: hour_of_day, part: hour, zone: Asia/Shanghai}", entry)
@@ -239,7 +242,7 @@ _SETTINGS = (
 _RELATIVE_ERROR = 0.01
 
 
-def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str], fail: Any) -> Measure:
+def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: Columns, fail: Any) -> Measure:
     name = entry.get("name")
     if not name:
         raise fail("a measure has no name", entry)
@@ -290,7 +293,12 @@ def _measure(entry: dict[str, Any], meta: dict[str, Any], columns: frozenset[str
             def refuse(problem: str, setting: str = setting) -> HeadraceError:
                 return fail(f"measure {name}: {setting}: {problem}", entry)
 
-            check_division(check_expression(str(entry[setting]), columns, refuse), refuse)
+            tree = check_expression(str(entry[setting]), columns, refuse)
+            check_division(tree, columns, refuse)
+            is_read_as_text = setting == "bucket_by" or (setting == "of" and value_type == "varchar")
+            check_text(tree, is_read_as_text, columns, refuse)
+            if setting == "of" and value_type == "bigint" and aggregation != "count":
+                check_integers(tree, columns, refuse)
     return Measure(
         name,
         aggregation,
@@ -346,7 +354,7 @@ def _derived(entry: dict[str, Any], columns: frozenset[str], fail: Any) -> Deriv
     return Derived(entry["name"], entry["expression"])
 
 
-def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expr:
+def check_expression(text: str, columns: Collection[str], fail: Any) -> exp.Expr:
     """Parses an expression in DuckDB's dialect and refuses what some execution could not evaluate alike."""
     try:
         tree = sqlglot.parse_one(text, dialect="duckdb")
@@ -358,27 +366,3 @@ def check_expression(text: str, columns: frozenset[str], fail: Any) -> exp.Expr:
         if isinstance(node, exp.Column) and node.name not in columns:
             raise fail(f"no column {node.name}; there are {', '.join(sorted(columns))}")
     return tree
-
-
-def check_division(tree: exp.Expr, fail: Any) -> None:
-    """Refuses divisions that engines do not do alike: of two integers (DuckDB divides as doubles, PostgreSQL and RisingWave cut
-    the rest off), and by what may be 0 (NULL, infinity or an error). Derived expressions have rules of their own for both."""
-    for node in tree.find_all(exp.Div):
-        text = node.sql(dialect="duckdb")
-        if not _is_double(node.this):
-            raise fail(f"{text} divides integers, which engines do not do alike; write cast(… as double precision) / …")
-        divisor = node.expression.unnest()
-        is_number = isinstance(divisor, exp.Literal) and not divisor.is_string and float(divisor.this) != 0
-        is_guarded = isinstance(divisor, exp.Nullif) and divisor.expression.sql() == "0"
-        if not is_number and not is_guarded:
-            raise fail(f"{text} may divide by 0, which engines do not do alike; write … / nullif(…, 0)")
-
-
-def _is_double(node: exp.Expr) -> bool:
-    if isinstance(node, exp.Cast):
-        return node.to.is_type(exp.DataType.Type.DOUBLE)
-    if isinstance(node, exp.Paren | exp.Neg | exp.Abs | exp.Div):
-        return _is_double(node.this)
-    if isinstance(node, exp.Add | exp.Sub | exp.Mul):
-        return _is_double(node.this) or _is_double(node.expression)
-    return isinstance(node, exp.Sqrt | exp.Ln)

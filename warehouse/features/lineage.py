@@ -6,18 +6,21 @@ from typing import Any
 import sqlglot
 from sqlglot import expressions as exp
 
+from warehouse.features import sketches
 from warehouse.features.compute_plan import inputs_of
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.meanings import block_tables
 from warehouse.features.measures import Measure
 
-EXACT = "none: equal to the bit in every execution"
-RELATIVE = "1e-9 relative between executions"
+EXACT = "exact: equal to the bit in every execution"
+ROUNDED = "within rounding: 1e-9 relative between executions"
 
 
 def lineage(group: FeatureGroup, feature: str) -> dict[str, Any]:
     """What a feature of the group is made of. source_columns: `model.column`, sorted; steps: sentences in order; table: the
-    training column that holds it; error_bound: how far two executions may differ. Raises KeyError for another name."""
+    training column that holds it; error_bound: how far a value may be off, and whether two executions may differ.
+
+    Raises KeyError for another name."""
     short = feature.removeprefix(f"{group.entity}_")
     trained = f"training.impression_{group.name}.{feature}"
     for derived in group.derived:
@@ -28,7 +31,7 @@ def lineage(group: FeatureGroup, feature: str) -> dict[str, Any]:
                 "source_columns": sorted({column for part in parts for column in part["source_columns"]}),
                 "steps": [step for part in parts for step in part["steps"]] + [f"{feature} = {derived.expression}"],
                 "table": trained,
-                "error_bound": RELATIVE,
+                "error_bound": _bound_of(parts),
             }
     for measure in group.measures:
         for window in measure.windows:
@@ -37,9 +40,25 @@ def lineage(group: FeatureGroup, feature: str) -> dict[str, Any]:
                     "source_columns": [f"staging.{group.events}.{column}" for column in _columns(group, measure)],
                     "steps": _steps(group, measure, window.name, feature),
                     "table": trained,
-                    "error_bound": RELATIVE if measure.type == "double" or measure.aggregation == "avg" else EXACT,
+                    "error_bound": _error_bound(measure),
                 }
     raise KeyError(feature)
+
+
+def _error_bound(measure: Measure) -> str:
+    if measure.aggregation == "approx_quantile":
+        share = f"{100 * (measure.relative_error or 0):g} %"
+        return f"approximate: within {share} of the quantile; the same in every execution"
+    if measure.aggregation == "approx_count_distinct":
+        share = f"{104 / sketches.REGISTERS**0.5:.1f} %"
+        return f"approximate: one standard error is {share}; the same in every execution"
+    return ROUNDED if measure.type == "double" or measure.aggregation == "avg" else EXACT
+
+
+def _bound_of(parts: list[dict[str, Any]]) -> str:
+    """Of a derived feature: rounding, beside what its inputs are off by."""
+    approximate = sorted({part["error_bound"] for part in parts} - {EXACT, ROUNDED})
+    return "; its inputs are ".join([ROUNDED, *approximate])
 
 
 def _columns(group: FeatureGroup, measure: Measure) -> list[str]:
