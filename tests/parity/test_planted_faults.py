@@ -1,10 +1,14 @@
 """Faults planted in each execution, one at a time: a parity that cannot fail proves nothing, so every one must be found.
 
-What cannot be planted: compute and the training join read their blocks and their known events by the batch SQL, so faults of
-staging, blocks and roll-ups are planted there once; the live store has no roll-ups (its layers hold 5-minute blocks only), and
-its training join is none.
+Compute and the training join read their blocks by the batch SQL, so faults of blocks and roll-ups are planted there once. The
+training join is planted in the text of its models and in the reads that its engine is asked, run without dbt (`training_join`):
+faults of dbt's ranges and commits are not planted. The live store has no roll-ups (its layers hold 5-minute blocks only) and no
+training join.
 """
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import duckdb
@@ -15,13 +19,15 @@ from streaming_sql.arrivals import Arrivals
 from streaming_sql.block_layer import BlockLayer
 from streaming_sql.feed import Feed
 from streaming_sql.head import Head, HeadEvent
+from tests.parity import training_join
 from tests.parity.generated_events import as_table, event_log, some_reads
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build, read_batch
 from tests.parity.test_compute_equals_oracle import answers, as_spines_ask
+from tests.parity.test_dbt_equals_oracle import OUTCOMES, known_when_labels_are_final
 from tests.parity.test_live_equals_oracle import assert_live
-from warehouse.features import compute_arrays, render
-from warehouse.features.oracle import values
-from warehouse.time_algebra import FIVE_MINUTES_US
+from warehouse.features import compute_arrays, compute_model, render
+from warehouse.features.oracle import Read, first_arrivals, values
+from warehouse.time_algebra import FIVE_MINUTES_US, HOUR_US, newest_tick
 
 SEEDS = 12
 """A fault must be found on one of so many logs."""
@@ -183,3 +189,99 @@ def arrays_know_everything(patch):
 @pytest.mark.parametrize("plant", [arrays_edge_closed, arrays_know_everything])
 def test_a_fault_in_the_arrays_of_compute_is_found(plant):
     assert_found(plant, computed(GROUPS["everything"]))
+
+
+def trained(random):
+    """Labels, and features of a block-fresh and of an event-fresh group, of every impression that stands."""
+    events = with_outcomes_at_the_edge(random, event_log(random, num_events=160))
+    known = {row["impression_id"]: (row, known_when_labels_are_final(events, row)) for row in views(events)}
+    expected = {name: (view, stands) for name, (view, stands) in known.items() if view in stands}
+    with duckdb.connect() as connection, tempfile.TemporaryDirectory() as scratch:
+        for group in (GROUPS["note_engagement"], GROUPS["user_activity"]):
+            build(connection, group, as_table(events))
+            found = training_join.labels(connection)
+            assert {row["impression_id"] for row in found} == set(expected)
+            for row in found:
+                assert_labels(row, *expected[row["impression_id"]])
+            for answer in training_join.features(connection, group, Path(scratch)):
+                view, _ = expected[answer["impression_id"]]
+                tick_us = newest_tick(view["event_ts"])
+                read = Read(tuple(view[key] for key in group.keys), view["event_ts"], tick_us, tick_us)
+                for feature, value in values(group, events, read).items():
+                    assert_equal(answer[feature], value, (feature, read))
+
+
+def with_outcomes_at_the_edge(random, events):
+    """And outcomes that land when the attribution window of a view ends, or a microsecond beside it."""
+    edges = [
+        {**view, "event_id": f"edge{number}", "event_type": "follow", "landed_at": view["event_ts"] + HOUR_US + beside}
+        for number, (view, beside) in enumerate(zip(random.sample(views(events), 6), (-1, 0, 1) * 2, strict=True))
+    ]
+    rows = sorted(events + edges, key=lambda row: row["landed_at"])
+    for partition in (0, 1):
+        for offset, row in enumerate(row for row in rows if row["log_partition"] == partition):
+            row["log_offset"] = offset
+    return rows
+
+
+def views(events):
+    return [row for row in first_arrivals(events) if row["event_type"] == "view"]
+
+
+def assert_labels(row, view, stands):
+    until_us = view["event_ts"] + HOUR_US
+    mine = [one for one in stands if one["impression_id"] == view["impression_id"] and one["landed_at"] < until_us]
+    came = {one["event_type"] for one in mine}
+    assert {name: row[f"label_{name}"] for name in OUTCOMES} == {name: int(name in came) for name in OUTCOMES}, view
+
+
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [
+        ("impression_note_engagement", "feature_watermark as known_at", "timestamptz '2100-01-01 00:00:00+00' as known_at"),
+        ("impressions", "retracted.retracted_at > views.labels_known_at", "false"),
+        ("impressions", "(retracted.retracted_at is null or retracted.retracted_at > views.labels_known_at)", "true"),
+        ("impression_labels", "outcomes.landed_at < ", "outcomes.landed_at <= "),
+        ("impression_labels", "outcomes.landed_at < spine.request_ts + interval '3600' second", "true"),
+        ("impression_labels", "(outcomes.retracted_at is null or outcomes.retracted_at > spine.labels_known_at)", "true"),
+    ],
+    ids=["K is infinity", "retracted later", "retracted views", "label at its edge", "label after its end", "retracted labels"],
+)
+def test_a_fault_in_the_training_models_is_found(model, old, new):
+    honest = training_join.model_sql
+    assert old in honest(model)
+
+    def plant(patch):
+        patch.setattr(
+            training_join, "model_sql", lambda name: honest(name).replace(old, new) if name == model else honest(name)
+        )
+
+    assert_found(plant, trained)
+
+
+def asked(**change):
+    """Every read that the training models ask of the engine is changed."""
+
+    def plant(patch):
+        honest = compute_model._reads
+
+        def changed(chunk, group):
+            reads = honest(chunk, group)
+            return replace(reads, **{name: getattr(reads, name) + by for name, by in change.items()})
+
+        patch.setattr(compute_model, "_reads", changed)
+
+    return plant
+
+
+def training_duplicates_kept(patch):
+    assert replaced(patch, "staging_sql", "previous_landed_at is null", "true") == []
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [asked(tick_us=FIVE_MINUTES_US), asked(tick_us=-FIVE_MINUTES_US), asked(request_us=1), training_duplicates_kept],
+    ids=["a tick later", "a tick earlier", "the request itself seen", "duplicates kept"],
+)
+def test_a_fault_in_the_reads_of_the_training_join_is_found(plant):
+    assert_found(plant, trained)
