@@ -49,9 +49,9 @@ class Admission:
 
 @dataclass
 class Arrivals:
-    """The duplicate memory: of each event_id its arrivals (landed_at, log_partition, log_offset), in that order, however they were
-    read. An arrival counts unless the one before it landed within H; so one that is read late can only take the place of the
-    one after it."""
+    """The duplicate memory: of each event_id its arrivals (landed_at, log_partition, log_offset), in that order, however
+    they were read. An arrival counts unless the one before it landed within H; so one that is read late can only take the place
+    of the one after it."""
 
     _known: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     _by_age: deque[tuple[int, str]] = field(default_factory=deque)
