@@ -4,6 +4,7 @@ Knows nothing of features. Each event_id is remembered for H after its last arri
 first by (landed_at, log_partition, log_offset) wins, also when a lagging partition delivers it last.
 """
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -34,14 +35,6 @@ def reasons(records: pa.Table) -> pa.ChunkedArray:
     return pc.coalesce(pa.chunked_array([pa.array(told, pa.string())]), why)
 
 
-@dataclass(slots=True)
-class _Memory:
-    """What is remembered of one event_id: the arrival that counts, and when it last arrived."""
-
-    winner: tuple[int, int, int]
-    last_landed_us: int
-
-
 @dataclass
 class Admission:
     """What one batch of records brought."""
@@ -49,16 +42,18 @@ class Admission:
     events: pa.Table
     """First arrivals, EVENTS_SCHEMA."""
     superseded: list[tuple[Place, Place]]
-    """(loser, winner): an event admitted earlier than now, and the earlier arrival that takes its place."""
+    """(loser, earlier): an event admitted before now, and the earlier arrival of its id, read now, that it repeats."""
     num_duplicates: int
     num_dead: int
 
 
 @dataclass
 class Arrivals:
-    """The duplicate memory."""
+    """The duplicate memory: of each event_id its arrivals (landed_at, log_partition, log_offset), in that order, however
+    they were read. An arrival counts unless the one before it landed within H; so one that is read late can only take the place
+    of the one after it."""
 
-    _known: dict[str, _Memory] = field(default_factory=dict)
+    _known: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     _by_age: deque[tuple[int, str]] = field(default_factory=deque)
 
     def __len__(self) -> int:
@@ -79,24 +74,27 @@ class Arrivals:
         return Admission(admitted, superseded, len(wins) - admitted.num_rows, num_dead)
 
     def _admit(self, event_id: str, arrival: tuple[int, int, int], superseded: list[tuple[Place, Place]]) -> bool:
-        memory = self._known.get(event_id)
-        landed_us = arrival[0]
-        self._by_age.append((landed_us, event_id))
-        if memory is None or landed_us - memory.last_landed_us > DUPLICATE_MEMORY_US:
-            self._known[event_id] = _Memory(arrival, landed_us)
-            return True
-        memory.last_landed_us = max(memory.last_landed_us, landed_us)
-        if arrival > memory.winner or memory.winner[0] - landed_us > DUPLICATE_MEMORY_US:
-            return arrival < memory.winner
-        superseded.append((memory.winner[1:], arrival[1:]))
-        memory.winner = arrival
-        return True
+        self._by_age.append((arrival[0], event_id))
+        others = self._known.setdefault(event_id, [])
+        at = bisect_left(others, arrival)
+        before, after = (others[at - 1] if at else None), (others[at] if at < len(others) else None)
+        others.insert(at, arrival)
+        if after is not None and _counts(after, before) and not _counts(after, arrival):
+            superseded.append((after[1:], arrival[1:]))
+        return _counts(arrival, before)
 
     def forget_before(self, read_through_us: int) -> None:
-        """Drops ids whose last arrival is more than H before an instant that every partition has been read past."""
+        """Drops arrivals more than H before an instant that every partition has been read past."""
         oldest_us = read_through_us - DUPLICATE_MEMORY_US
         while self._by_age and self._by_age[0][0] < oldest_us:
             _, event_id = self._by_age.popleft()
-            memory = self._known.get(event_id)
-            if memory is not None and memory.last_landed_us < oldest_us:
-                del self._known[event_id]
+            recent = [arrival for arrival in self._known.get(event_id, ()) if arrival[0] >= oldest_us]
+            if recent:
+                self._known[event_id] = recent
+            else:
+                self._known.pop(event_id, None)
+
+
+def _counts(arrival: tuple[int, int, int], before: tuple[int, int, int] | None) -> bool:
+    """Whether an arrival is no duplicate. before: the one of its id just before it, if any."""
+    return before is None or arrival[0] - before[0] > DUPLICATE_MEMORY_US

@@ -22,7 +22,9 @@ def deliveries(draw):
     """Many arrivals of few ids, and the order in which pieces of two partitions are read."""
     now_us, records = START_US, []
     for _ in range(draw(st.integers(1, 25))):
-        now_us += draw(st.sampled_from([0, 1, MINUTE_US]))
+        now_us += draw(
+            st.sampled_from([0, 0, 1, MINUTE_US, DUPLICATE_MEMORY_US // 2, DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1])
+        )
         partition = draw(st.integers(0, 1))
         offset = sum(one["log_partition"] == partition for one in records)
         records.append(record(draw(st.sampled_from("abc")), now_us, partition, offset))
@@ -47,6 +49,17 @@ def test_at_every_point_the_admitted_are_the_first_of_what_is_known(pieces):
         in_order = sorted(known, key=lambda one: (one["landed_at"], one["log_partition"], one["log_offset"]))
         assert counted == {(one["log_partition"], one["log_offset"]) for one in first_arrivals(in_order)}
         assert admission.num_duplicates == len(piece) - admission.events.num_rows
+
+
+def test_an_arrival_read_late_takes_the_place_of_the_next_though_it_is_a_duplicate_itself():
+    """The other partition was read more than H ahead: there the id seemed new again."""
+    half_us = DUPLICATE_MEMORY_US // 2 + 1
+    arrivals = Arrivals()
+    ahead = [record("a", START_US, 0, 0), record("a", START_US + 2 * half_us, 0, 1)]
+    assert arrivals.admit(as_table(ahead)).events.num_rows == 2
+    late = arrivals.admit(as_table([record("a", START_US + half_us, 1, 0)]))
+    assert late.events.num_rows == 0
+    assert late.superseded == [((0, 1), (1, 0))]
 
 
 def test_an_id_is_new_again_once_it_has_not_been_seen_for_the_duplicate_memory():
