@@ -6,7 +6,7 @@ of `point_in_time`. So do the reads of keys that a retraction has touched (they 
 knows), and those of fresh features at a log position.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import duckdb
@@ -35,6 +35,8 @@ STAGING = "staging"
 SHADOWED = f"{STAGING}.stg_shadowed_arrivals"
 RETRACTIONS = f"{STAGING}.stg_retractions"
 STAGED_COLUMNS = frozenset(("event_ts", "event_id", "landed_at", "known_at"))
+FEATURES_BY_SQL = 100
+"""One query answers no more: its cost grows faster than they do (1,000 took 53 s and 5.9 GB, now 4.6 s and 0.7)."""
 _POSITION = pa.list_(pa.int64())
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
@@ -90,6 +92,18 @@ def _cast(values: pa.Array | pa.ChunkedArray, of: pa.DataType) -> pa.Array:
     if pa.types.is_list(of) and values.null_count:  # an empty window is an empty list
         values = pa.array([entry or [] for entry in values.to_pylist()], of)
     return values
+
+
+def _some_at_a_time(measures: Sequence[Measure]) -> Iterator[list[Measure]]:
+    """The measures in order, as many together as have FEATURES_BY_SQL features, at least one."""
+    some: list[Measure] = []
+    for measure in measures:
+        if some and sum(len(one.windows) for one in (*some, measure)) > FEATURES_BY_SQL:
+            yield some
+            some = []
+        some.append(measure)
+    if some:
+        yield some
 
 
 def _with_calendar(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, reads: Reads) -> Reads:
@@ -154,7 +168,13 @@ class _GroupEngine:
         return found | self._derived(plain, len(reads))
 
     def _from_sql(self, reads: Reads) -> dict[str, pa.Array]:
-        group = replace(self._group, measures=self._by_sql, derived=())
+        found: dict[str, pa.Array] = {}
+        for measures in _some_at_a_time(self._by_sql):
+            found |= self._measures_from_sql(measures, reads)
+        return found
+
+    def _measures_from_sql(self, measures: Sequence[Measure], reads: Reads) -> dict[str, pa.Array]:
+        group = replace(self._group, measures=tuple(measures), derived=())
         spine = pa.table(
             {
                 "row_id": pa.array(np.arange(len(reads))),
