@@ -56,11 +56,4 @@ def many(num_measures: int) -> FeatureGroup:
     return _group(measures)
 
 
-def newest_value() -> FeatureGroup:
-    """The newest value of a note as of t, whatever landed before t: what a last-value join gives."""
-    newest = _measure("value", "last_n", None, "watch_ms", ("30d",))
-    newest = replace(newest, type="varchar", n=1, freshness="event", anchor="request")
-    return _group([newest])
-
-
 GROUP = _counts_and_a_sum()
