@@ -1,6 +1,5 @@
 """The feature group that is measured: six measures with six windows each, and wider ones of the same kind."""
 
-from dataclasses import replace
 from typing import Any
 
 from warehouse.features.declarations import FeatureGroup

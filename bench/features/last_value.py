@@ -2,8 +2,9 @@
 
 Ours is `compute` of a `kind: table` feature: Iceberg read, row ids and order kept, to Arrow. It knows what had arrived by the
 tick, so the rows here lie where both mean the same: none in the 30 seconds before a row of the spine. Feast reads the same
-rows from one Parquet file, in an environment of its own below $HEADRACE_HOME; its imports and `apply` do not count. Feast lays
-out every pair of a row and an earlier value: at the largest size that is more than 18 GB, so it is held to a limit and may fail.
+rows from one Parquet file, in an environment of its own below $HEADRACE_HOME; its imports and `apply` do not count. Feast
+lays out every pair of a row and an earlier value: at the largest size that is more than 18 GB, so it is held to a limit and
+may fail there.
 """
 
 import json
