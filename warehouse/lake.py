@@ -41,13 +41,15 @@ def duckdb_connection(database: str = ":memory:") -> duckdb.DuckDBPyConnection:
 
 
 def prepare_connection(connection: duckdb.DuckDBPyConnection) -> None:
-    """Loads the Iceberg extension from its wheel (no download) and fixes the time zone."""
+    """Loads the Iceberg extension from its wheel (no download), fixes the time zone, and keeps ASOF joins from becoming nested
+    loops: DuckDB makes one where it expects few rows on the left, and it expects few of an Arrow table with millions."""
     from duckdb_extensions import import_extension
 
     for extension in ("avro", "httpfs", "iceberg"):
         import_extension(extension, con=connection)
         connection.execute(f"load {extension}")
     connection.execute("set global TimeZone = 'UTC'")
+    connection.execute("set global asof_loop_join_threshold = 0")
 
 
 def quoted(text: str) -> str:

@@ -1,6 +1,5 @@
 """The feature group that is measured: six measures with six windows each, and wider ones of the same kind."""
 
-from dataclasses import replace
 from typing import Any
 
 from warehouse.features.declarations import FeatureGroup
@@ -54,13 +53,6 @@ def many(num_measures: int) -> FeatureGroup:
         else:
             measures.append(_measure(f"num_{kind}s_{number}", "count", where, None, MANY_WINDOWS))
     return _group(measures)
-
-
-def newest_value() -> FeatureGroup:
-    """The newest value of a note as of t, whatever landed before t: what a last-value join gives."""
-    newest = _measure("value", "last_n", None, "watch_ms", ("30d",))
-    newest = replace(newest, type="varchar", n=1, freshness="event", anchor="request")
-    return _group([newest])
 
 
 GROUP = _counts_and_a_sum()

@@ -1,8 +1,10 @@
 """(d) Last-value join beside Feast's DuckDB store: for each row of a spine the newest value of its key before the row's time.
 
-Ours is `compute` of a `last_n` of one, fresh: Iceberg read, row ids and order kept, to Arrow. Feast reads the same rows from
-one Parquet file, in an environment of its own below $HEADRACE_HOME; its imports and `apply` do not count. Feast lays out every
-pair of a row and an earlier value: at the largest size that is more than 18 GB, so it is held to a limit and may fail there.
+Ours is `compute` of a `kind: table` feature: Iceberg read, row ids and order kept, to Arrow. It knows what had arrived by the
+tick, so the rows here lie where both mean the same: none in the 30 seconds before a row of the spine. Feast reads the same
+rows from one Parquet file, in an environment of its own below $HEADRACE_HOME; its imports and `apply` do not count. Feast
+lays out every pair of a row and an earlier value: at the largest size that is more than 18 GB, so it is held to a limit and
+may fail there.
 """
 
 import json
@@ -16,24 +18,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.features.declared import DAYS, START_US, newest_value
-from bench.features.lakes import RETRACTED, STAGED, add, no_roll_ups, replace, select
-from bench.features.ours import compute_chunks
+from bench.features.declared import DAYS, START_US
 from bench.features.report import Report, Row
 from bench.features.timing import Spent, timed
 from warehouse.events import TIMESTAMP
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
-from warehouse.features.render import block_sql, retractions_sql, staging_sql
+from warehouse.features.compute import compute
+from warehouse.features.kinds.declared import Kinds, TableFeatures
+from warehouse.features.kinds.values import Typed
 from warehouse.home import Home
 from warehouse.lake import Lake
-from warehouse.time_algebra import DAY_US
+from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, GRACE_US
 
 SIZES = {
     "quick": ((10_000, 50_000, 1_000),),
     "default": ((20_000, 100_000, 1_000), (50_000, 250_000, 1_000), (100_000, 500_000, 2_000)),
-    "full": ((100_000, 500_000, 10_000), (400_000, 2_000_000, 10_000), (1_000_000, 5_000_000, 10_000)),
+    "full": ((100_000, 500_000, 10_000), (200_000, 1_000_000, 10_000), (400_000, 2_000_000, 10_000)),
 }
-GROUP = newest_value()
+RELATION = "outside.notes"
+NEWEST = Kinds(
+    tables=(
+        TableFeatures(
+            "newest",
+            "note",
+            ("note_id",),
+            RELATION,
+            "event_ts",
+            "event_ts",
+            ("value",),
+            (("value", Typed("note_value", "bigint", None, (), "")),),
+            "bench",
+        ),
+    )
+)
 LIMIT_S = 1800
 LIMIT_BYTES = 16 << 30
 
@@ -49,7 +65,7 @@ def measure(report: Report, folder: Path, size: str, repeat: int, say: Callable[
         here = folder / f"last{num_rows}"
         here.mkdir()
         lake, spine = _generated(here, num_rows, num_events, num_keys)
-        ours, answer = timed(lambda lake=lake, spine=spine: pa.concat_tables(compute_chunks(lake, spine, GROUP)), repeat)
+        ours, answer = timed(lambda lake=lake, spine=spine: compute(lake, spine, groups={}, kinds=NEWEST), repeat)
         report.facts.append(f"(d) ours {told}: {ours.wall_s:.2f} s ({ours.cpu_s:.2f} cpu)")
         if python is None:
             continue
@@ -58,19 +74,26 @@ def measure(report: Report, folder: Path, size: str, repeat: int, say: Callable[
             report.facts.append(f"(d) Feast {told}: {theirs}")
             continue
         spent, values, version = theirs
-        lists = answer["note_value_30d"].to_pylist()
-        if [int(entry[0]) if entry else None for entry in lists] != values:
+        if answer["note_value"].to_pylist() != values:
             raise SystemExit("(d) Feast's values differ from compute's; the timings mean nothing")
         report.rows.append(Row(f"(d) last-value join / Feast {version}", told, ours, spent, 80))
 
 
 def _generated(folder: Path, num_rows: int, num_events: int, num_keys: int) -> tuple[Lake, pa.Table]:
-    """Rows at even microseconds, no two alike, and a spine at odd ones: "before" and "at or before" are the same."""
+    """Rows of no two alike times, none within the grace after a tick; a spine of requests that end it."""
     rng = np.random.default_rng(9)
-    event_us = START_US + 2 * np.sort(rng.choice(DAYS * DAY_US // 2, num_events, replace=False, shuffle=False))
-    key = pa.array(np.char.add("n", rng.integers(0, num_keys, num_events).astype(str)))
-    value = rng.integers(0, 60_000, num_events)
-    request_us = START_US + 2 * rng.integers(0, DAYS * DAY_US // 2, num_rows) + 1
+    slots = DAYS * DAY_US // FIVE_MINUTES_US
+    wide_us = FIVE_MINUTES_US - GRACE_US
+    ticks = np.sort(rng.choice(slots * wide_us, num_events, replace=False, shuffle=False))
+    event_us = START_US + ticks // wide_us * FIVE_MINUTES_US + GRACE_US + ticks % wide_us
+    rows = pa.table(
+        {
+            "note_id": np.char.add("n", rng.integers(0, num_keys, num_events).astype(str)),
+            "event_ts": pa.array(event_us).cast(TIMESTAMP),
+            "value": rng.integers(0, 60_000, num_events),
+        }
+    )
+    request_us = START_US + rng.integers(1, slots, num_rows) * FIVE_MINUTES_US + GRACE_US
     spine = pa.table(
         {
             "row_id": np.arange(num_rows),
@@ -78,38 +101,11 @@ def _generated(folder: Path, num_rows: int, num_events: int, num_keys: int) -> t
             "request_ts": pa.array(request_us).cast(TIMESTAMP),
         }
     )
-    rows = pa.table({"note_id": key, "event_ts": pa.array(event_us).cast(TIMESTAMP), "value": value})
     pq.write_table(rows, folder / "rows.parquet")
     pq.write_table(spine, folder / "spine.parquet")
     lake = Lake.open(Home(folder / "home"))
-    text = pa.array(np.char.add(np.char.add('{"watch_ms": ', value.astype(str)), "}"))
-    numbers = np.arange(num_events)
-    none = pa.nulls(num_events, pa.string())
-    log = pa.table(
-        {
-            "event_id": np.char.add("e", numbers.astype(str)),
-            "event_type": pa.array(["watch"]).take(pa.array(np.zeros(num_events, int))),
-            "note_id": key,
-            "event_ts": rows["event_ts"],
-            "landed_at": rows["event_ts"],
-            "log_partition": pa.array(np.zeros(num_events, np.int32)),
-            "log_offset": numbers,
-            "properties": text,
-            **dict.fromkeys(("user_id", "author_id", "surface", "request_id", "impression_id", "retracts"), none),
-        }
-    )
-    with lake.duckdb() as connection:
-        connection.register("log", log)
-        staged = connection.execute(staging_sql("log")).to_arrow_table()
-        retractions = connection.execute(retractions_sql("log")).to_arrow_table()
-    add(lake, STAGED, staged)
-    empty = staged.slice(0, 0)
-    shadowed = empty.append_column("retracts", pa.array([], pa.string()))
-    replace(lake, SHADOWED, shadowed.append_column("shadowed_by", pa.array([], pa.list_(pa.int64()))))
-    replace(lake, RETRACTIONS, retractions)
-    replace(lake, RETRACTED, empty.append_column("retracted_at", pa.array([], TIMESTAMP)))
-    add(lake, Relations.of(GROUP).blocks, select(lake, f"from ({block_sql(GROUP, STAGED, RETRACTED)}) limit 0"))
-    no_roll_ups(lake, GROUP)
+    lake.create(RELATION, rows.schema)
+    lake.append(RELATION, rows)
     return lake, spine
 
 

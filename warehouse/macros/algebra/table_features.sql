@@ -3,12 +3,13 @@
 
    features   keys, event_time, available_at, order, columns ({column, name, type, empty})
    spine      row_id (unique), the keys, request_ts (t), known_at (K, a tick; T for block freshness)
+   placed, last_known   relations that hold `placed_table_rows` and `last_known_rows` already, for who reads spine after spine
 
    A row is known from the tick on that an event of that time which landed at available_at would be known from. Which row is the last is
    decided by event_time, then available_at, then the tie columns, then the values, so that no two executions differ. One ASOF join
    (plain equalities and one inequality) finds what was the last row at K. It can lie at or after t only where K is later than t, as
    corrected; those few look at all rows of their key. A key without such a row has the empty values; a NULL in the last row stays NULL. #}
-{% macro table_features_at(features, spine, relation) -%}
+{% macro table_features_at(features, spine, relation, placed=none, last_known=none) -%}
 {%- set keys = features['keys'] -%}
 with spine as (
     select
@@ -22,11 +23,11 @@ with spine as (
 ),
 
 table_rows as (
-{{ placed_table_rows(features, relation) }}
+{% if placed %}    select * from {{ placed }}{% else %}{{ placed_table_rows(features, relation) }}{% endif %}
 ),
 
 last_known as (
-{{ last_known_rows(features, 'table_rows') }}
+{% if last_known %}    select * from {{ last_known }}{% else %}{{ last_known_rows(features, 'table_rows') }}{% endif %}
 ),
 
 found as (
