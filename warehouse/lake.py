@@ -41,13 +41,18 @@ def duckdb_connection(database: str = ":memory:") -> duckdb.DuckDBPyConnection:
 
 
 def prepare_connection(connection: duckdb.DuckDBPyConnection) -> None:
-    """Loads the Iceberg extension from its wheel (no download), fixes the time zone, and keeps ASOF joins from becoming nested
-    loops: DuckDB makes one where it expects few rows on the left, and it expects few of an Arrow table with millions."""
+    """Loads the Iceberg extension from its wheel (no download), and makes the settings of `_configure`."""
     from duckdb_extensions import import_extension
 
     for extension in ("avro", "httpfs", "iceberg"):
         import_extension(extension, con=connection)
         connection.execute(f"load {extension}")
+    _configure(connection)
+
+
+def _configure(connection: duckdb.DuckDBPyConnection) -> None:
+    """Times are UTC, and an ASOF join is never a nested loop: DuckDB makes it one where it expects few rows on the left, and it
+    expects few of an Arrow table with millions."""
     connection.execute("set global TimeZone = 'UTC'")
     connection.execute("set global asof_loop_join_threshold = 0")
 
@@ -190,7 +195,7 @@ class Lake:
         """An in-memory DuckDB with a view of each of these tables at its current snapshot. Loads the Iceberg extension (a third
         of a second, to check 80 MB of signatures) only where a table is not just its Parquet files, or `more` views follow."""
         connection = duckdb.connect()
-        connection.execute("set TimeZone = 'UTC'")
+        _configure(connection)
         views = {name: self._files_sql(name) for name in names}
         if more or not all(views.values()):
             prepare_connection(connection)

@@ -269,3 +269,18 @@ def test_a_reader_reads_plain_files_without_the_iceberg_extension_and_changed_ta
     with lake.reader(["a.plain"]) as connection:
         assert connection.execute("select y from a.plain order by y").fetchall() == [(1,), (2,), (3,)]
         assert "iceberg" in extensions(connection)
+
+
+@pytest.mark.parametrize(
+    "opened", [lambda lake: lake.reader(["a.plain"]), lambda lake: lake.duckdb()], ids=["files", "iceberg"]
+)
+def test_an_asof_join_of_an_arrow_table_is_no_nested_loop(lake, opened):
+    lake.create("a.plain", SCHEMA)
+    lake.append("a.plain", rows(3))
+    asked = pa.table({"id": pa.array(range(1000)), "at": pa.array([0] * 1000, pa.int64()).cast(TIMESTAMP)})
+    with opened(lake) as connection:
+        connection.register("asked", asked)
+        query = "from asked asof left join a.plain as seen on asked.id = seen.id and asked.at >= seen.seen_at"
+        how = connection.execute(f"explain {query}").fetchall()[0][1]
+    assert "ASOF_JOIN" in how
+    assert "NESTED_LOOP" not in how
