@@ -30,21 +30,29 @@ def find_candidates(request: Request, at_least: int) -> Candidates:
         if len(candidates) > 0:
             return candidates
         degraded.append(NO_FOLLOWED_NOTES)
-    candidates = _found(request, unseen_N, limits)
-    if len(candidates) < at_least and may_N.sum() > len(candidates):
-        degraded.append(SEEN_AGAIN)
-        candidates = _found(request, may_N, limits)
-    return candidates
+    return _at_least(request, at_least, may_N, unseen_N, limits)
 
 
 def find_popular(request: Request, at_least: int) -> Candidates:
     """What is trending and fresh, without asking any model; seen notes too where there is too little else."""
     limits = {"trending": 4 * at_least, "fresh": 4 * at_least}
     may_N = showable(request)
-    candidates = _found(request, _without_seen(request, may_N), limits, ranked=False)
-    if len(candidates) < at_least and may_N.sum() > len(candidates):
+    return _at_least(request, at_least, may_N, _without_seen(request, may_N), limits, ranked=False)
+
+
+def _at_least(
+    request: Request,
+    number: int,
+    may_N: np.ndarray,
+    unseen_N: np.ndarray,
+    limits: Mapping[str, int],
+    ranked: bool = True,
+) -> Candidates:
+    """Unseen notes; where they are too few, and there are more, any that may be shown."""
+    candidates = _found(request, unseen_N, limits, ranked)
+    if len(candidates) < number and may_N.sum() > len(candidates):
         request.steps.degraded.append(SEEN_AGAIN)
-        candidates = _found(request, may_N, limits, ranked=False)
+        candidates = _found(request, may_N, limits, ranked)
     return candidates
 
 

@@ -199,6 +199,6 @@ def distinct_counts(found: Found, num_keys: int) -> np.ndarray:
     empty = registers - held
     total = np.zeros(num_keys)
     np.add.at(total, found.owner, np.exp2(-rank.astype(np.float64)))
-    raw = 0.7213 / (1 + 1.079 / registers) * registers * registers / (empty + total)
+    raw = sketches.ALPHA * registers * registers / (empty + total)
     linear = registers * np.log(registers / np.maximum(empty, 1))
     return np.floor(np.where((raw <= 2.5 * registers) & (empty > 0), linear, raw) + 0.5)

@@ -17,8 +17,7 @@ from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from warehouse.errors import HeadraceError
 from warehouse.features.kinds.declared import TableFeatures
-from warehouse.features.kinds.table_compute import open_tables
-from warehouse.features.render import render_macro
+from warehouse.features.kinds.table_compute import open_tables, prepared
 from warehouse.lake import Lake, duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US
 
@@ -85,7 +84,7 @@ class TableStore:
                 log.exception("batch tables could not be read again; what was loaded before stands")
 
     def _load(self, table: TableFeatures, snapshot: str, from_us: int) -> _Loaded:
-        meta = table.as_meta()
+        placed, last_known = prepared(table)
         names = ", ".join(table.keys)
         same_key = " and ".join(f"steps.{key} = placed.{key}" for key in table.keys)
         with duckdb_connection() as connection:
@@ -93,13 +92,11 @@ class TableStore:
             values = ", ".join(f"cast(placed.{name} as double) as {name}" for name in table.feature_names)
             found = connection.execute(
                 f"""
-                with placed as materialized ({render_macro("placed_table_rows", meta, table.relation)}),
-
-                steps as (
+                with steps as (
                     select
                         *,
                         lead(known_at) over (partition by {names} order by known_at) as until
-                    from ({render_macro("last_known_rows", meta, "placed")})
+                    from {last_known}
                 )
 
                 select
@@ -107,7 +104,7 @@ class TableStore:
                     epoch_us(steps.known_at) as known_us,
                     {values}
                 from steps
-                inner join placed on {same_key} and steps.place = placed.place
+                inner join {placed} as placed on {same_key} and steps.place = placed.place
                 where steps.until is null or steps.until > make_timestamptz({from_us})
                 order by {", ".join(f"steps.{key}" for key in table.keys)}, steps.known_at
                 """

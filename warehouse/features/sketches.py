@@ -17,6 +17,8 @@ SMALLEST = 1e-9
 LARGEST = 1e18
 """Numbers beyond this share the last bucket."""
 REGISTERS = 4096
+ALPHA = 0.7213 / (1 + 1.079 / REGISTERS)
+"""The bias correction of HyperLogLog for so many registers."""
 _REGISTER_DIGITS = 3
 _RANK_DIGITS = 13
 _RANK_BITS = 4 * _RANK_DIGITS
@@ -68,7 +70,6 @@ def register_and_rank(text: str) -> tuple[int, int]:
 def count_distinct(ranks: Mapping[int, int]) -> int:
     """The estimate, rounded (halves away from 0). ranks: register → largest rank; registers without one are empty."""
     empty = REGISTERS - len(ranks)
-    alpha = 0.7213 / (1 + 1.079 / REGISTERS)
-    raw = alpha * REGISTERS * REGISTERS / (empty + sum(2.0**-rank for rank in sorted(ranks.values())))
+    raw = ALPHA * REGISTERS * REGISTERS / (empty + sum(2.0**-rank for rank in sorted(ranks.values())))
     estimate = REGISTERS * math.log(REGISTERS / empty) if raw <= 2.5 * REGISTERS and empty else raw
     return math.floor(estimate + 0.5)

@@ -32,7 +32,7 @@ def open_tables(lake: Lake, connection: duckdb.DuckDBPyConnection, tables: Seque
             if not pa.types.is_timestamp(of) or of.tz is None:
                 raise HeadraceError(f"{table.source}: {table.relation}.{column} is {of}; it must be a timestamp with a zone")
         lake.create_view(connection, table.relation)
-        placed, last_known = _prepared(table)
+        placed, last_known = prepared(table)
         rows = render_macro("placed_table_rows", table.as_meta(), table.relation)
         connection.execute(f"create temp table {placed} as {rows}")
         connection.execute(f"create temp table {last_known} as {render_macro('last_known_rows', table.as_meta(), placed)}")
@@ -59,15 +59,15 @@ def recompute_table(lake: Lake, table: TableFeatures, spine: pa.Table) -> pa.Tab
         return _at(connection, table, spine.append_column("known_at", spine["feature_watermark"]))
 
 
-def _prepared(table: TableFeatures) -> tuple[str, str]:
-    """Names of the table's placed rows and of its last known ones."""
+def prepared(table: TableFeatures) -> tuple[str, str]:
+    """Names that a connection has, after `open_tables`, for the table's placed rows and for its last known ones."""
     return f'"placed rows of {table.name}"', f'"last known rows of {table.name}"'
 
 
 def _at(connection: duckdb.DuckDBPyConnection, table: TableFeatures, spine: pa.Table) -> pa.Table:
     connection.register("table_spine", spine)
     try:
-        sql = render_macro("table_features_at", table.as_meta(), "table_spine", table.relation, *_prepared(table))
+        sql = render_macro("table_features_at", table.as_meta(), "table_spine", table.relation, *prepared(table))
         return connection.execute(f"select * from ({sql}) order by row_id").to_arrow_table()
     finally:
         connection.unregister("table_spine")

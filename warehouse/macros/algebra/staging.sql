@@ -10,10 +10,7 @@ with arrivals as (
 ),
 
 remembered as (
-    select
-        *,
-        lag(landed_at) over (partition by event_id order by landed_at, log_partition, log_offset) as previous_landed_at
-    from arrivals
+{{ with_previous_landing() }}
 ),
 
 typed as (
@@ -35,10 +32,7 @@ with arrivals as (
 ),
 
 remembered as (
-    select
-        *,
-        lag(landed_at) over (partition by event_id order by landed_at, log_partition, log_offset) as previous_landed_at
-    from arrivals
+{{ with_previous_landing() }}
     where event_id in (select event_id from arrivals where event_type = 'retraction')
 ),
 
@@ -191,4 +185,12 @@ event_id,
                 then cast(cast({{ column }} as jsonb) ->> '{{ property }}' as bigint)
         end
     {%- endif -%}
+{%- endmacro %}
+
+{# Arrivals, each with the landing of the one before it of its event_id: what `is_first_arrival` decides by. #}
+{% macro with_previous_landing() %}
+    select
+        *,
+        lag(landed_at) over (partition by event_id order by landed_at, log_partition, log_offset) as previous_landed_at
+    from arrivals
 {%- endmacro %}
