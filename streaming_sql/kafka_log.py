@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from streaming_sql.event_log import Position
 from streaming_sql.kafka_address import KafkaAddress
 from streaming_sql.kafka_reader import Checkpoints, Reader
+from streaming_sql.kafka_topic import DEADLINE_S, delete_below, ready_topic
 from streaming_sql.records import (
     ROW_FIELDS,
     DeadLetter,
@@ -43,7 +44,6 @@ from warehouse.time_algebra import DUPLICATE_MEMORY_US, SECOND_US
 _LOG = logging.getLogger("headrace.kafka")
 SCHEMA_VERSION = b"1"
 GROUP = "headrace-landed"
-_DEADLINE_S = 30.0
 _MESSAGES_AT_ONCE = 2_000
 _REMEMBERED_IDS = 500_000
 _CREATE_TIME = 1
@@ -74,7 +74,7 @@ class KafkaLog:
                 "enable.idempotence": True,
                 "acks": "all",
                 "linger.ms": 2,
-                "message.timeout.ms": int(_DEADLINE_S * 1000),
+                "message.timeout.ms": int(DEADLINE_S * 1000),
             }
         )
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class KafkaLog:
         if log.num_partitions != num_partitions:
             raise HeadraceError(f"the lake has {num_partitions} log partitions, the Kafka event log {log.num_partitions}")
         with log._told("open the topic"):
-            log._check_topic()
+            ready_topic(log._settings, address, num_partitions)
             log._take_up(start or (0,) * num_partitions, not_before_us)
         return log
 
@@ -114,7 +114,7 @@ class KafkaLog:
             yield
         except TimeoutError as error:
             raise HeadraceError(
-                f"Kafka at {self.address.brokers} did not {what} {self.address.topic!r} within {_DEADLINE_S:.0f} s"
+                f"Kafka at {self.address.brokers} did not {what} {self.address.topic!r} within {DEADLINE_S:.0f} s"
             ) from error
         except self._kafka.KafkaException as error:
             said = error.args[0].str() if error.args and hasattr(error.args[0], "str") else str(error)
@@ -139,40 +139,10 @@ class KafkaLog:
         where = (self.address.topic, partition) if offset is None else (self.address.topic, partition, offset)
         return self._kafka.TopicPartition(*where, **more)
 
-    def _check_topic(self) -> None:
-        from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
-
-        admin = AdminClient(self._settings)
-        topics = admin.list_topics(timeout=_DEADLINE_S).topics
-        if self.address.topic not in topics or not topics[self.address.topic].partitions:
-            config = {"message.timestamp.type": "LogAppendTime", "retention.ms": "-1", "cleanup.policy": "delete"}
-            new = NewTopic(self.address.topic, self.num_partitions, self.address.replicas, config=config)
-            for made in admin.create_topics([new], operation_timeout=_DEADLINE_S).values():
-                made.result(_DEADLINE_S)
-        found = admin.list_topics(self.address.topic, timeout=_DEADLINE_S).topics[self.address.topic]
-        if found.error is not None:
-            raise self._kafka.KafkaException(found.error)
-        enough = len(found.partitions) >= self.num_partitions if self.address.num_partitions else None
-        if not (enough or len(found.partitions) == self.num_partitions):
-            raise HeadraceError(
-                f"Kafka topic {self.address.topic!r} has {len(found.partitions)} partitions, the lake {self.num_partitions}; "
-                "they must be the same, since both place an event by its user"
-            )
-        if self.address.trusts_create_time:
-            return
-        resource = ConfigResource(ConfigResource.Type.TOPIC, self.address.topic)
-        (described,) = admin.describe_configs([resource]).values()
-        stamps = described.result(_DEADLINE_S)["message.timestamp.type"].value
-        if stamps != "LogAppendTime":
-            raise HeadraceError(
-                f"Kafka topic {self.address.topic!r} stamps {stamps}; set message.timestamp.type=LogAppendTime, so that "
-                "landed_at is the log's word (or say timestamps=create to believe producers)"
-            )
-
     def _take_up(self, start: Position, not_before_us: int) -> None:
         if len(start) != self.num_partitions:
             raise HeadraceError(f"start must have {self.num_partitions} offsets, one per partition, got {start}")
-        committed = self._admin_consumer.committed([self._place(p) for p in range(self.num_partitions)], timeout=_DEADLINE_S)
+        committed = self._admin_consumer.committed([self._place(p) for p in range(self.num_partitions)], timeout=DEADLINE_S)
         fresh = []
         for place in committed:
             partition = place.partition
@@ -206,14 +176,14 @@ class KafkaLog:
                 raise self._kafka.KafkaException(place.error)
 
     def _watermarks(self, partition: int) -> tuple[int, int]:
-        found = self._admin_consumer.get_watermark_offsets(self._place(partition), timeout=_DEADLINE_S)
+        found = self._admin_consumer.get_watermark_offsets(self._place(partition), timeout=DEADLINE_S)
         if found is None:
-            raise HeadraceError(f"Kafka at {self.address.brokers} did not answer within {_DEADLINE_S:.0f} s")
+            raise HeadraceError(f"Kafka at {self.address.brokers} did not answer within {DEADLINE_S:.0f} s")
         return found
 
     def close(self) -> None:
         """Closes producer and consumers; nothing is lost by not calling it."""
-        self._producer.flush(_DEADLINE_S)
+        self._producer.flush(DEADLINE_S)
         with self._lock:
             consumers, self._consumers = self._consumers, []
         for consumer in consumers:
@@ -263,7 +233,7 @@ class KafkaLog:
 
             return note
 
-        deadline = time.monotonic() + _DEADLINE_S + 5
+        deadline = time.monotonic() + DEADLINE_S + 5
         for index, (partition, row) in enumerate(rows):
             while True:
                 try:
@@ -283,7 +253,7 @@ class KafkaLog:
                         raise HeadraceError("the queue to Kafka has been full for 30 s; the brokers do not keep up") from None
         while any(place is None for place in places) and not errors:
             if time.monotonic() > deadline:
-                raise HeadraceError(f"Kafka at {self.address.brokers} did not acknowledge within {_DEADLINE_S:.0f} s")
+                raise HeadraceError(f"Kafka at {self.address.brokers} did not acknowledge within {DEADLINE_S:.0f} s")
             self._producer.poll(0.02)
         if errors:
             raise HeadraceError(f"Kafka at {self.address.brokers} did not take the events: {errors[0].str()}")
@@ -320,14 +290,14 @@ class KafkaLog:
                 reader.start(partition, *self._checkpoint(partition, offsets[partition]))
             self._assign(reader)
         wanted = [min(offset + limit, end) for offset, end in zip(offsets, self._known_end, strict=True)]
-        deadline, wait_s = time.monotonic() + _DEADLINE_S, 0.0
+        deadline, wait_s = time.monotonic() + DEADLINE_S, 0.0
         while True:
             messages = reader.consumer.consume(_MESSAGES_AT_ONCE, wait_s)
             self._sort_in(reader, messages)
             if all(reader.end(p) >= wanted[p] for p in range(self.num_partitions)):
                 return
             if time.monotonic() > deadline:
-                raise HeadraceError(f"Kafka at {self.address.brokers} did not send what it has within {_DEADLINE_S:.0f} s")
+                raise HeadraceError(f"Kafka at {self.address.brokers} did not send what it has within {DEADLINE_S:.0f} s")
             wait_s = 0.0 if messages else 0.005
 
     def _assign(self, reader: Reader) -> None:
@@ -409,7 +379,7 @@ class KafkaLog:
         """What `mark_landed` was last told, by any process."""
         with self._told("tell the landed position of"):
             for place in self._admin_consumer.committed(
-                [self._place(p) for p in range(self.num_partitions)], timeout=_DEADLINE_S
+                [self._place(p) for p in range(self.num_partitions)], timeout=DEADLINE_S
             ):
                 self._landed_offset[place.partition] = place.offset
         return tuple(offset + shift for offset, shift in zip(self._landed_offset, self._shift, strict=True))
@@ -480,7 +450,7 @@ class KafkaLog:
     def committed(self, reader: str) -> Position | None:
         """Where a named reader said it is; None if it never did."""
         with self._told("tell a reader's position of"):
-            places = self._named(reader).committed([self._place(p) for p in range(self.num_partitions)], timeout=_DEADLINE_S)
+            places = self._named(reader).committed([self._place(p) for p in range(self.num_partitions)], timeout=DEADLINE_S)
         if any(place.offset < 0 for place in places):
             return None
         return tuple(place.offset + self._shift[place.partition] for place in places)
@@ -502,11 +472,8 @@ class KafkaLog:
                 dropped += found - low
         if not places:
             return 0
-        from confluent_kafka.admin import AdminClient
-
         with self._told("trim"):
-            for deleted in AdminClient(self._settings).delete_records(places).values():
-                deleted.result(_DEADLINE_S)
+            delete_below(self._settings, places)
         return dropped
 
     def num_bytes(self) -> int | None:

@@ -41,8 +41,8 @@ from warehouse.builds import (
     refuse_changed_meaning,
 )
 from warehouse.errors import HeadraceError, disk_full_said
-from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_model import model_chunks
+from warehouse.features.compute_source import Relations
 from warehouse.features.declarations import load_groups
 from warehouse.features.kinds.declared import load_kinds
 from warehouse.features.lineage import described

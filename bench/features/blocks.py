@@ -9,7 +9,7 @@ from bench.features.declared import COUNTED, GROUP
 from bench.features.lakes import STAGED, build_blocks, num_rows, staged
 from bench.features.report import Report, Row
 from bench.features.timing import in_turn
-from warehouse.features.compute_engine import Relations
+from warehouse.features.compute_source import Relations
 from warehouse.home import Home
 
 SIZES = {"quick": (200_000, 5_000), "default": (1_000_000, 20_000), "full": (10_000_000, 100_000)}

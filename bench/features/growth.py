@@ -12,7 +12,7 @@ from bench.features.ours import compute_chunks
 from bench.features.plot import Line, draw
 from bench.features.report import Report
 from bench.features.timing import Spent, timed
-from warehouse.features.compute_engine import Relations
+from warehouse.features.compute_source import Relations
 from warehouse.home import Home
 from warehouse.lake import Lake
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from bench.features.declared import DAYS, START_US, TYPES
 from bench.features.timing import Spent, timed
 from warehouse.events import TIMESTAMP
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
+from warehouse.features.compute_source import RETRACTIONS, SHADOWED, Relations
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.render import render_macro, retractions_sql, roll_up_sql, staging_sql
 from warehouse.home import Home

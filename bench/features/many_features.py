@@ -13,7 +13,7 @@ from bench.features.lakes import build_blocks, generated_spine, no_roll_ups, num
 from bench.features.ours import compute_chunks
 from bench.features.report import Report
 from bench.features.timing import Spent, timed
-from warehouse.features.compute_engine import Relations
+from warehouse.features.compute_source import Relations
 from warehouse.home import Home
 from warehouse.lake import Lake
 

@@ -16,8 +16,8 @@ from bench.features.declared import DAYS, GROUP, START_US
 from bench.features.lakes import replace, ticks_sql
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.compute import computed_chunks
-from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import plan
+from warehouse.features.compute_source import Relations
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.render import point_in_time_sql

@@ -16,7 +16,7 @@ from bench.features.ours import DbtProject, by_compute, by_sql
 from bench.features.peers import by_numpy
 from bench.features.report import Report, Row
 from bench.features.timing import in_turn, timed
-from warehouse.features.compute_engine import Relations
+from warehouse.features.compute_source import Relations
 from warehouse.home import Home
 
 SIZES = {"quick": (20_000, 200_000, 5_000), "default": (100_000, 1_000_000, 20_000), "full": (1_000_000, 10_000_000, 100_000)}

@@ -13,9 +13,10 @@ from tests.parity.generated_events import START_US, as_table, event_log, some_re
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build
 from warehouse.events import TIMESTAMP
 from warehouse.features import compute_arrays, compute_spill
-from warehouse.features.compute_engine import Engine, Relations, Source
+from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.compute_plan import plan
+from warehouse.features.compute_source import Relations, Source
 from warehouse.features.compute_spine import Span, Spine
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.oracle import Read, values

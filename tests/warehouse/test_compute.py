@@ -16,7 +16,7 @@ from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import compute_cli, render, verify
 from warehouse.features.compute import compute
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
+from warehouse.features.compute_source import RETRACTIONS, SHADOWED, Relations
 from warehouse.features.declarations import ALLOWED_FUNCTIONS, load_groups
 from warehouse.features.measures import AGGREGATIONS, Measure
 from warehouse.home import REPOSITORY, Home

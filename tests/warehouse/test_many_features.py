@@ -12,7 +12,7 @@ from tests.parity.generated_events import START_US, as_table, event_log
 from warehouse.events import TIMESTAMP
 from warehouse.features import render, verify
 from warehouse.features.compute import compute
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, Relations
+from warehouse.features.compute_source import RETRACTIONS, SHADOWED, Relations
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.oracle import Read, values
 from warehouse.home import Home

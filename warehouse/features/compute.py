@@ -11,8 +11,8 @@ from datetime import datetime
 import pyarrow as pa
 
 from warehouse.errors import HeadraceError
-from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import Plan, plan
+from warehouse.features.compute_source import Relations
 from warehouse.features.compute_spill import answers
 from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups

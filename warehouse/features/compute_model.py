@@ -12,8 +12,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from warehouse.features.compute_engine import Relations
 from warehouse.features.compute_plan import Plan, plan
+from warehouse.features.compute_source import Relations
 from warehouse.features.compute_spill import answers
 from warehouse.features.compute_spine import CHUNK_ROWS, REQUEST_TS, Reads, Span
 from warehouse.features.declarations import FeatureGroup

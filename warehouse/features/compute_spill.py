@@ -13,8 +13,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from warehouse.features.compute_engine import Engine, Relations, state_columns
+from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_plan import Plan, plan
+from warehouse.features.compute_source import Relations, state_columns
 from warehouse.features.compute_spine import Reads, Span
 
 STATE_BYTES = 4 << 30

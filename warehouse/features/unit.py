@@ -19,8 +19,9 @@ import yaml
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import render
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, STAGING, Engine, Relations
+from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_plan import plan
+from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Relations
 from warehouse.features.compute_spine import REQUEST_TS, Spine
 from warehouse.features.declarations import FeatureGroup, LineLoader
 from warehouse.home import REPOSITORY

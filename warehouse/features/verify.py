@@ -25,8 +25,9 @@ from sqlglot import expressions as exp
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
 from warehouse.features import render
-from warehouse.features.compute_engine import RETRACTIONS, SHADOWED, STAGING, Engine, Relations
+from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_plan import plan
+from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Relations
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.oracle import Read, values
