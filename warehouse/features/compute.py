@@ -17,7 +17,7 @@ from warehouse.features.compute_spill import answers
 from warehouse.features.compute_spine import REQUEST_TS, Reads, Span, Spine, as_text
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
-from warehouse.features.kinds.table_compute import open_tables, table_columns
+from warehouse.features.kinds.table_compute import TableReader, check_table
 from warehouse.lake import BUILT_UNTIL, Lake
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, floor_5m
 
@@ -50,16 +50,18 @@ def computed_chunks(lake: Lake, spine: Spine, what: Plan, known_at: str | None) 
     _check_built(lake, what, span)
     relations = {group.name: Relations.of(group) for group in what.groups}
     names = dict.fromkeys(name for places in relations.values() for name in places.names())
-    with lake.reader(names, more=bool(what.tables)) as connection:
-        open_tables(lake, connection, what.tables)
+    for table in what.tables:
+        check_table(lake, table)
+    with lake.reader((*names, *(table.relation for table in what.tables))) as connection:
+        tables = [TableReader(lake, connection, table, span) for table in what.tables]
 
         def reads() -> Iterator[Reads]:
             return (spine.reads(chunk, what.keys, known_at) for chunk in spine.chunks())
 
         found = answers(connection, relations, what.without_tables(), span, reads, lake.scratch)
         for chunk, columns in zip(spine.chunks(), found, strict=True):
-            for table in what.tables:
-                columns |= table_columns(connection, table, spine.reads(chunk, what.keys, known_at))
+            for reader in tables:
+                columns |= reader.columns(spine.reads(chunk, what.keys, known_at))
             made = {name: columns[name] for name in what.features}
             yield pa.table({**dict(zip(chunk.column_names, chunk.columns, strict=True)), **made})
 

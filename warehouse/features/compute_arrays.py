@@ -364,26 +364,46 @@ class HeadArrays:
             yield read_X[known], row_X[known]
 
 
-class EventArrays:
-    """The newest, or the oldest, n events of a window that were known in time: what first_n and last_n read.
+class EventOrder:
+    """Rows of a key in the order of their times and, at one instant, of `ties`: which is the newest that a read knows.
 
-    codes, event_us, known: int64 [R]; ids: string [R]; values: one per event, of any type. Among events of one instant the
-    order is that of their ids, bytewise. `known` is compared with what a read knows: an event counts when known < limit.
+    codes, event_us, known: int64 [R]. ties: columns [R] that decide in turn, ascending, NULL first, text bytewise. `known` is
+    compared with what a read knows: a row counts when known < limit.
     """
 
-    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ids: pa.Array, values: pa.Array):
+    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ties: Sequence[pa.Array]):
         self._instants = _Instants(event_us, int(codes.max(initial=0)) + 1)
         self._places = _Places(codes, self._instants.numbers(event_us), self._instants.shift)
-        order = self._places.order
+        self.order = self._places.order
         if len(at := self._places.ties()):
-            tied = pa.array(order[at])
-            of_ties = pa.table({"place": self._places.place(at), "id": ids.take(tied), "value": values.take(tied)})
-            by = pc.sort_indices(of_ties, [(name, "ascending") for name in of_ties.column_names])
-            order[at] = tied.take(by).to_numpy()
-        self._known = known[order]
-        self._values = values.take(pa.array(order))
+            tied = pa.array(self.order[at])
+            columns = [self._places.place(at), *(column for tie in ties for column in _sortable(tie.take(tied)))]
+            table = pa.table({str(number): column for number, column in enumerate(columns)})
+            by = pc.sort_indices(table, [(name, "ascending") for name in table.column_names])
+            self.order[at] = tied.take(by).to_numpy()
+        self._known = known[self.order]
 
-    def lists(
+    def newest(self, codes: np.ndarray, upper_us: np.ndarray, limit: np.ndarray) -> np.ndarray:
+        """int64 [N]: the row, as given, of each read's last one with event < upper and known < limit; -1 where there is none."""
+        upper = self._instants.numbers(upper_us)
+        by = np.argsort(np.maximum(codes, 0) << self._instants.shift | upper)  # neighbours are neighbours in memory
+        codes, limit = codes[by], limit[by]
+        starts, ends = self._places.before(codes, np.zeros_like(by)), self._places.before(codes, upper[by])
+        found = np.full(len(by), -1)
+        open_N = np.flatnonzero(ends > starts)
+        last = ends[open_N] - 1
+        known = self._known[last] < limit[open_N]
+        found[open_N[known]] = last[known]
+        open_N = open_N[~known]
+        if len(open_N):
+            count, row = self._nearest(1, starts[open_N], ends[open_N], limit[open_N], from_oldest=False)
+            found[open_N[count > 0]] = row
+        at = np.flatnonzero(found >= 0)
+        answer = np.full(len(by), -1)
+        answer[by[at]] = self.order[found[at]]
+        return answer
+
+    def nearest(
         self,
         n: int,
         codes: np.ndarray,
@@ -391,25 +411,23 @@ class EventArrays:
         upper_us: np.ndarray,
         limit: np.ndarray,
         from_oldest: bool = False,
-    ) -> pa.ListArray:
-        """Lists [N], oldest first, of at most n values each: of events with lower <= event_ts < upper and known < limit, the
-        newest or, from_oldest, the oldest."""
-        starts = self._places.before(codes, self._instants.numbers(lower_us))
-        ends = self._places.before(codes, self._instants.numbers(upper_us))
-        counts, rows = [np.zeros(1, np.int64)], []
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows each read gets, at most n of those with lower <= event < upper and known < limit, the newest or,
+        from_oldest, the oldest; and their places in the order, oldest first."""
+        starts, ends = self._ranges(codes, lower_us, upper_us)
+        counts, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         at_once = max(PAIRS_AT_ONCE // (4 * n), 1)
         for first in range(0, len(codes), at_once):
             some = slice(first, first + at_once)
             count, row = self._nearest(n, starts[some], ends[some], limit[some], from_oldest)
             counts.append(count)
             rows.append(row)
-        offsets = np.cumsum(np.concatenate(counts))
-        chosen = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        if offsets[-1] > np.iinfo(np.int32).max:
-            raise OverflowError(
-                f"{offsets[-1]} list entries in one chunk of reads; an Arrow list holds {np.iinfo(np.int32).max}"
-            )
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._values.take(pa.array(chosen)))
+        return np.concatenate(counts), np.concatenate(rows)
+
+    def _ranges(self, codes: np.ndarray, lower_us: np.ndarray, upper_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each read's rows start and end in the order."""
+        starts = self._places.before(codes, self._instants.numbers(lower_us))
+        return starts, self._places.before(codes, self._instants.numbers(upper_us))
 
     def _nearest(
         self, n: int, starts: np.ndarray, ends: np.ndarray, limit: np.ndarray, from_oldest: bool
@@ -433,3 +451,45 @@ class EventArrays:
                 first = self._nearest(n, starts[:half], ends[:half], limit[:half], from_oldest)
                 second = self._nearest(n, starts[half:], ends[half:], limit[half:], from_oldest)
                 return np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))
+
+
+class EventArrays:
+    """The newest, or the oldest, n events of a window that were known in time: what first_n and last_n read.
+
+    codes, event_us, known: int64 [R]; ids: string [R]; values: one per event, of any type. Among events of one instant the
+    order is that of their ids, bytewise.
+    """
+
+    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ids: pa.Array, values: pa.Array):
+        self._order = EventOrder(codes, event_us, known, (ids, values))
+        self._values = values.take(pa.array(self._order.order))
+
+    def lists(
+        self,
+        n: int,
+        codes: np.ndarray,
+        lower_us: np.ndarray,
+        upper_us: np.ndarray,
+        limit: np.ndarray,
+        from_oldest: bool = False,
+    ) -> pa.ListArray:
+        """Lists [N], oldest first, of at most n values each: of events with lower <= event_ts < upper and known < limit, the
+        newest or, from_oldest, the oldest."""
+        counts, chosen = self._order.nearest(n, codes, lower_us, upper_us, limit, from_oldest)
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise OverflowError(
+                f"{offsets[-1]} list entries in one chunk of reads; an Arrow list holds {np.iinfo(np.int32).max}"
+            )
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._values.take(pa.array(chosen)))
+
+
+def _sortable(column: pa.Array) -> tuple[pa.Array, ...]:
+    """Columns whose ascending order, NULL first, is that of SQL: NaN is the largest number, false is less than true."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    is_there = pc.is_valid(column).cast(pa.int8())
+    if pa.types.is_floating(column.type):
+        is_nan = pc.is_nan(column)
+        return is_there, is_nan.cast(pa.int8()), pc.if_else(is_nan, pa.scalar(0.0, column.type), column)
+    return is_there, column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
