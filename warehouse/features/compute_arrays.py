@@ -384,7 +384,7 @@ class EventOrder:
         self._known = known[self.order]
 
     def newest(self, codes: np.ndarray, upper_us: np.ndarray, limit: np.ndarray) -> np.ndarray:
-        """int64 [N]: the row, as given, of each read's last one with event < upper and known < limit; -1 where there is none."""
+        """int64 [N]: the row, as given, of each read's last one with event < upper and known < limit; -1 for none."""
         upper = self._instants.numbers(upper_us)
         by = np.argsort(np.maximum(codes, 0) << self._instants.shift | upper)  # neighbours are neighbours in memory
         codes, limit = codes[by], limit[by]

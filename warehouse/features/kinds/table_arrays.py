@@ -48,7 +48,7 @@ def _known_us(event_us: np.ndarray, available_us: np.ndarray) -> np.ndarray:
 
 
 def _rows_sql(table: TableFeatures, before_us: int) -> str:
-    """`select` of the rows before an instant: keys, times in microseconds, values, and what decides between rows of one instant."""
+    """`select` of the rows before an instant: keys, times in microseconds, values, and what decides between alike times."""
     items = [f'cast("{key}" as varchar) as "{key}"' for key in table.keys]
     items.append(f'epoch_us("{table.event_time}") as event_us')
     items.append(f"epoch_us({render_macro('table_available_at', table.as_meta())}) as available_us")

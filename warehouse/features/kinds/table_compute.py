@@ -15,7 +15,6 @@ from warehouse.features.kinds.table_arrays import TableArrays
 from warehouse.features.render import render_macro
 from warehouse.lake import Lake, duckdb_connection
 
-
 ROWS_IN_ARRAYS = 30_000_000
 """A table with more goes through DuckDB, which spills to disk; slower."""
 
