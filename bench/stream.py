@@ -41,6 +41,7 @@ from streaming_sql.feed import Feed
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.pauses import settle
 from streaming_sql.runner import Runner, RunnerSettings
 from warehouse.clock import Clock, ManualClock
 from warehouse.errors import HeadraceError
@@ -299,6 +300,7 @@ def end_to_end(home: Home, groups: dict[str, FeatureGroup], rate: int, seconds: 
     log = EventLog.open(home.log, clock=clock)
     runner = Runner(lake, log, OnlineStore(groups), groups, clock, RunnerSettings(poll_seconds=0.001))
     runner.catch_up()
+    settle()
     runner.start()
     posts: queue.Queue[tuple[float, list[dict[str, Any]]] | None] = queue.Queue()
     watched: queue.Queue[tuple[float, str, tuple[int, int]] | None] = queue.Queue()

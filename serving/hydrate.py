@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from serving.catalogue import REQUEST_FEATURES, Catalogue
+from streaming_sql.assembled import Assembled
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
@@ -124,8 +125,10 @@ def hydrate_candidates(
     author_ids: Sequence[str | None],
     t_us: int,
     tables: TableStore,
+    assembled: Assembled,
 ) -> CandidateFeatures:
-    """All candidates' features in one call per group; a key that many candidates share is assembled once."""
+    """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
+    share is assembled once."""
     columns: dict[str, Sequence[str | None]] = {
         "user_id": [user_id] * len(note_ids),
         "note_id": note_ids,
@@ -136,8 +139,11 @@ def hydrate_candidates(
     sequences: dict[str, list[list[str]]] = {}
     maps: dict[str, list[dict[str, float]]] = {}
 
+    def keys_of(key_columns: tuple[str, ...]) -> list[Key]:
+        return list(zip(*(columns[key] for key in key_columns), strict=True))
+
     def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> None:
-        keys = list(zip(*(columns[key] for key in key_columns), strict=True))
+        keys = keys_of(key_columns)
         distinct = dict.fromkeys(keys)
         matrix = assemble(list(distinct))
         place = {key: row for row, key in enumerate(distinct)}
@@ -148,8 +154,16 @@ def hydrate_candidates(
         maps.update(_gathered(matrix.maps, places))
 
     for group in groups.values():
-        if group.entity_keys != USER:
+        if group.entity_keys == USER:
+            continue
+        matrix = assembled.gather(view, group.name, keys_of(group.entity_keys), t_us)
+        if matrix is None:
             gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
+            continue
+        names.extend(matrix.names)
+        values.append(matrix.values)
+        sequences.update(matrix.sequences)
+        maps.update(matrix.maps)
     for table in tables.tables:
         if table.keys != USER:
             gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))

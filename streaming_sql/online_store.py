@@ -68,6 +68,9 @@ class OnlineStore:
         }
         self._view = StoreView(tick_us, position, states)
         self._previous = self._view
+        self.blocks_through = (0,) * len(position)
+        """Records of the log at or after this position are in no block of the store it started as; before it some may be,
+        landed or not."""
 
     @classmethod
     def from_lake(cls, lake: Lake, groups: Mapping[str, FeatureGroup]) -> "OnlineStore":
@@ -76,6 +79,14 @@ class OnlineStore:
         tick_us, blocks = blocks_in_lake(lake, groups)
         if tick_us:
             store.advance(store.position, {}, tick_us=tick_us, blocks=blocks)
+        return store
+
+    @classmethod
+    def of_blocks(cls, view: StoreView, position: tuple[int, ...]) -> "OnlineStore":
+        """A store that starts from the blocks of a view of an earlier process, made when it had read up to `position`."""
+        store = cls({name: state.plan.group for name, state in view.groups.items()}, position=(0,) * len(position))
+        store._view = store._previous = replace(view, position=(0,) * len(position))
+        store.blocks_through = position
         return store
 
     def view(self, at_us: int | None = None) -> StoreView:
@@ -139,6 +150,12 @@ class OnlineStore:
         if tick_us is not None:
             self._previous = view
         self._view = next_view
+
+    def show(self, view: StoreView) -> None:
+        """Moves to a view of a newer tick that was made elsewhere. Raises ValueError if it is not newer."""
+        if view.tick_us <= self.tick_us:
+            raise ValueError(f"the view's tick must be after {self.tick_us}, got {view.tick_us}")
+        self._previous, self._view = (self._view if self.tick_us else view), view
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""
