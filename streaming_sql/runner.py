@@ -228,7 +228,17 @@ class Runner:
         if self._status_path is not None:
             num_behind = sum(self._log.end()) - sum(position)
             through_us = self._feed.read_through_us
-            write_runner_report(self._status_path, self.store, self.totals, num_behind, through_us, per_s, self._clock)
+            write_runner_report(
+                self._status_path,
+                self.store,
+                self.totals,
+                num_behind,
+                through_us,
+                per_s,
+                self._clock,
+                len(self._feed.arrivals),
+                self._publisher.tick_us if self._publisher else 0,
+            )
 
     def _land_once(self) -> int:
         landed = self._lander.step()

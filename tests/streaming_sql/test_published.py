@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -193,3 +194,25 @@ def test_arrays_of_any_shape_and_texts_come_back_as_they_were(tmp_path):
     (tmp_path / "b.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="not a file of arrays"):
         map_arrays(tmp_path / "b.bin")
+
+
+def test_only_the_keys_of_a_tick_are_touched_and_the_counters_say_so(tmp_path):
+    world, _ = opened(tmp_path)
+    moved(world, 30)
+    before = {name: replace(work) for name, work in world.runner.store.work.items()}
+    layers = {name: state.layers for name, state in world.runner.store.view().groups.items()}
+    world.post({"event_id": "one", "event_type": "click", "user_id": "u3"})
+    world.clock.advance_us(FIVE_MINUTES_US + MINUTE_US)
+    world.log.heartbeat()
+    world.runner.step()
+    for name, work in world.runner.store.work.items():
+        assert work.num_keys_touched - before[name].num_keys_touched == 1
+        assert work.num_blocks_added - before[name].num_blocks_added == 1
+        bulk = layers[name][0]
+        if bulk.num_blocks > 4:
+            assert work.num_blocks_merged == before[name].num_blocks_merged
+            assert world.runner.store.view().groups[name].layers[0] is bulk
+    of_users = before["user_activity"]
+    assert (of_users.num_blocks_added, of_users.num_keys_touched) == (600, 580)  # the last two ticks closed at once
+    assert of_users.num_blocks_merged < 600 * np.log2(600)
+    world.crash()
