@@ -129,6 +129,8 @@ def hydrate_candidates(
 ) -> CandidateFeatures:
     """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
     share is assembled once."""
+    row_C = catalogue.rows(note_ids)
+    rows_C = {("note_id",): row_C, ("author_id",): catalogue.author_rows(row_C)}
     columns: dict[str, Sequence[str | None]] = {
         "user_id": [user_id] * len(note_ids),
         "note_id": note_ids,
@@ -139,11 +141,8 @@ def hydrate_candidates(
     sequences: dict[str, list[list[str]]] = {}
     maps: dict[str, list[dict[str, float]]] = {}
 
-    def keys_of(key_columns: tuple[str, ...]) -> list[Key]:
-        return list(zip(*(columns[key] for key in key_columns), strict=True))
-
     def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> None:
-        keys = keys_of(key_columns)
+        keys = list(zip(*(columns[key] for key in key_columns), strict=True))
         distinct = dict.fromkeys(keys)
         matrix = assemble(list(distinct))
         place = {key: row for row, key in enumerate(distinct)}
@@ -156,7 +155,11 @@ def hydrate_candidates(
     for group in groups.values():
         if group.entity_keys == USER:
             continue
-        matrix = assembled.gather(view, group.name, keys_of(group.entity_keys), t_us)
+        matrix = None
+        if group.entity_keys in rows_C:
+            (column,) = group.entity_keys
+            at = columns[column]
+            matrix = assembled.gather(view, group.name, rows_C[group.entity_keys], lambda place, at=at: (at[place],), t_us)
         if matrix is None:
             gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
             continue
@@ -168,7 +171,7 @@ def hydrate_candidates(
         if table.keys != USER:
             gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))
     names.extend(REQUEST_FEATURES)
-    values.append(catalogue.request_features(note_ids, t_us))
+    values.append(catalogue.request_features(row_C, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
 
 

@@ -41,14 +41,13 @@ class Assembled:
     """The matrices of the newest ticks. One thread assembles, any number gather."""
 
     def __init__(self, plans: Mapping[str, GroupPlan], keys: Mapping[tuple[str, ...], Sequence[Key]]):
-        """keys: of each tuple of key columns the keys to hold, each once; groups keyed otherwise are left out."""
+        """keys: of each tuple of key columns the keys to hold, in the order of their rows; groups keyed otherwise are left
+        out."""
         self._keys = {
             name: keys[plan.group.entity_keys]
             for name, plan in plans.items()
             if keys.get(plan.group.entity_keys) and can_be_assembled(plan)
         }
-        self._row_of = {columns: {key: row for row, key in enumerate(held)} for columns, held in keys.items()}
-        self._columns = {name: plans[name].group.entity_keys for name in self._keys}
         self._ticks: tuple[_OfTick, ...] = ()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -69,22 +68,24 @@ class Assembled:
         matrices = {name: _in_pieces(view, name, keys) for name, keys in self._keys.items()}
         self._ticks = (_OfTick(view.tick_us, matrices), *self._ticks)[:_TICKS_KEPT]
 
-    def gather(self, view: StoreView, name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix | None:
-        """What `view.assemble(name, keys, t_us)` gives, by gathering; None where the group or the tick is not held. Keys that
-        are not held are assembled now."""
+    def gather(
+        self, view: StoreView, name: str, row_C: np.ndarray, key_of: Callable[[int], Key], t_us: int
+    ) -> FeatureMatrix | None:
+        """What `view.assemble` gives at t_us for the keys at these rows; None where the group or the tick is not held.
+
+        row_C: int64, -1 for a key that is not held; it is assembled now, key_of(its place among the C) being the key.
+        """
         of_tick = next((one for one in self._ticks if one.tick_us == view.tick_us), None)
         if of_tick is None or name not in of_tick.matrices:
             return None
         held = of_tick.matrices[name]
-        get = self._row_of[self._columns[name]].get
-        row_C = np.fromiter((get(key, -1) for key in keys), np.int64, len(keys))
         values_CF = held.values[row_C]
         rows = row_C.tolist() if held.sequences or held.maps else []
         sequences = {column: [lists[row] for row in rows] for column, lists in held.sequences.items()}
         maps = {column: [one[row] for row in rows] for column, one in held.maps.items()}
         missing = np.flatnonzero(row_C < 0)
         if len(missing):
-            found = view.assemble(name, [keys[place] for place in missing], t_us)
+            found = view.assemble(name, [key_of(place) for place in missing.tolist()], t_us)
             values_CF[missing] = found.values
             columns: list[tuple[dict[str, list[Any]], Mapping[str, list[Any]]]] = [
                 (sequences, found.sequences),

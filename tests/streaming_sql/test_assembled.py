@@ -42,6 +42,10 @@ def fed():
     return feed_ticks
 
 
+def rows_of(asked, held):
+    return np.array([held.index(key) if key in held else -1 for key in asked])
+
+
 def test_gathering_equals_assembling_for_every_group_that_is_held(fed):
     store = fed(12)
     keys = {columns: [(one,) for one in values if one] for (columns, values) in (((c,), v) for c, v in VALUES_OF.items())}
@@ -52,7 +56,8 @@ def test_gathering_equals_assembling_for_every_group_that_is_held(fed):
     for name in assembled.groups:
         held = keys[store.plans[name].group.entity_keys]
         asked = [held[0], ("never met",), held[-1], held[0], (None,)]
-        gathered, expected = assembled.gather(view, name, asked, t_us), view.assemble(name, asked, t_us)
+        gathered = assembled.gather(view, name, rows_of(asked, held), asked.__getitem__, t_us)
+        expected = view.assemble(name, asked, t_us)
         assert gathered.names == expected.names
         assert np.array_equal(gathered.values, expected.values, equal_nan=True)
         assert (gathered.sequences, gathered.maps) == (expected.sequences, expected.maps)
@@ -68,11 +73,11 @@ def test_a_view_is_answered_from_its_own_tick_and_others_are_assembled_by_the_re
         assembled.assemble(views[-1])
     assert len({view.tick_us for view in views}) == 3
     t_us = views[-1].tick_us + FIVE_MINUTES_US
-    assert assembled.gather(views[0], "note_engagement", NOTES, t_us) is None
+    assert assembled.gather(views[0], "note_engagement", np.arange(3), NOTES.__getitem__, t_us) is None
     for view in views[1:]:
-        found = assembled.gather(view, "note_engagement", NOTES, t_us)
+        found = assembled.gather(view, "note_engagement", np.arange(3), NOTES.__getitem__, t_us)
         assert np.array_equal(found.values, view.assemble("note_engagement", NOTES, t_us).values, equal_nan=True)
-    assert assembled.gather(views[-1], "user_activity", [("u1",)], t_us) is None
+    assert assembled.gather(views[-1], "user_activity", np.arange(1), NOTES.__getitem__, t_us) is None
 
 
 def test_what_changes_with_the_request_is_never_held():
@@ -92,7 +97,7 @@ def test_each_new_tick_is_assembled_beside_the_requests(fed):
     for _ in range(2):
         view = fed(2).view()
         for _ in range(100):
-            if assembled.gather(view, "note_engagement", NOTES, view.tick_us) is not None:
+            if assembled.gather(view, "note_engagement", np.arange(3), NOTES.__getitem__, view.tick_us) is not None:
                 break
             assembled._stopping.wait(0.05)
         else:
