@@ -138,7 +138,7 @@ def test_largest_breaks_ties_by_place_whatever_the_limit():
 
 
 def test_request_features_of_a_note_are_null_until_it_exists():
-    values = catalogue().request_features(["n1", "n4", "n2", "unheard-of"], NOON)
+    values = catalogue().request_features(catalogue().rows(["n1", "n4", "n2", "unheard-of"]), NOON)
     assert values[0].tolist() == [1000.0, HOUR_US / MINUTE_US]
     assert np.isnan(values[1:]).all()
 
