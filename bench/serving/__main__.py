@@ -63,7 +63,9 @@ def main() -> int:
         for name in COMMANDS:
             if arguments.only in (None, name):
                 with _serving(COMMANDS[name], home) as port:
-                    result[name] = measure(port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")).as_dict()
+                    result[name] = measure(
+                        port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")
+                    ).as_dict()
     if arguments.only is None:
         result["ratio"] = result["ours"]["capacity_per_s"] / result["peer"]["capacity_per_s"]
     print(as_text(result))
@@ -79,7 +81,9 @@ def _serving(command: list[str], home: Home) -> Iterator[int]:
         port = probe.getsockname()[1]
     settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting()}
     settings["HEADRACE_SERVING"] = str(home.path / SETTINGS_FILE)
-    process = subprocess.Popen([sys.executable, *command, "--port", str(port)], env=os.environ | settings, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command, "--port", str(port)], env=os.environ | settings, stdout=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + READY_WITHIN_S
         while not _is_ready(port):

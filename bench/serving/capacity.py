@@ -58,9 +58,7 @@ class Asker:
 
     def ask(self, seconds: float, rate_per_s: float | None = None, clients: int = 1) -> Answers:
         self._seed += 1
-        plan = Plan(
-            self._port, self._load.readers, seconds, self._load.notes, rate_per_s, clients, self._asked, self._seed
-        )
+        plan = Plan(self._port, self._load.readers, seconds, self._load.notes, rate_per_s, clients, self._asked, self._seed)
         run = subprocess.run(
             [sys.executable, "-m", "bench.serving.arrivals"],
             input=json.dumps(asdict(plan)),
@@ -73,7 +71,7 @@ class Asker:
         return answers
 
 
-def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Measured:  # noqa: ANN001
+def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Measured:
     """Warms up, searches the capacity by halving, then measures at `share` of it. Raises RuntimeError if the server gives no
     full answer at all."""
     asker = Asker(port, load)
@@ -91,7 +89,9 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         rate = (low + high) / 2
         answers = asker.ask(load.step_s, rate)
         holds = _sustained(answers, slowest_ms)
-        tell(f"{rate:.1f}/s: p99 {_percentile(answers.latency_ms, 99):.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
+        tell(
+            f"{rate:.1f}/s: p99 {_percentile(answers.latency_ms, 99):.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}"
+        )
         low, high = (rate, high) if holds else (low, rate)
     answers = asker.ask(load.measured_s, low * share)
     stages = sorted({stage for timings in answers.timings for stage in timings})

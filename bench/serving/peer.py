@@ -73,7 +73,9 @@ class Plain:
         freshness_N = world.catalogue.freshness_us()
         self.fresh = [world.catalogue.note_ids[row] for row in np.argsort(-freshness_N, kind="stable")[:20_000]]
         self.exists = {
-            note_id for note_id, is_there in zip(world.catalogue.note_ids, world.catalogue.exists_at(self.t_us), strict=True) if is_there
+            note_id
+            for note_id, is_there in zip(world.catalogue.note_ids, world.catalogue.exists_at(self.t_us), strict=True)
+            if is_there
         }
 
     def _hold(self, name: str, columns: tuple[str, ...], keys: list[tuple[str, ...]]) -> None:
