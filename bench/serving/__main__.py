@@ -2,8 +2,8 @@
 
     python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--share 0.6] [--json FILE]
 
-Each server runs alone, in a process of its own; arrivals come from another (`arrivals.py`). The capacity is searched first, then
-the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
+Each server runs alone, in a process of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
+then the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
 included.
 """
 

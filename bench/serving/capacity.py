@@ -89,9 +89,8 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         rate = (low + high) / 2
         answers = asker.ask(load.step_s, rate)
         holds = _sustained(answers, slowest_ms)
-        tell(
-            f"{rate:.1f}/s: p99 {_percentile(answers.latency_ms, 99):.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}"
-        )
+        p99_ms = _percentile(answers.latency_ms, 99)
+        tell(f"{rate:.1f}/s: p99 {p99_ms:.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
         low, high = (rate, high) if holds else (low, rate)
     answers = asker.ask(load.measured_s, low * share)
     stages = sorted({stage for timings in answers.timings for stage in timings})

@@ -70,7 +70,7 @@ class Plain:
             held = keys.get(group.entity_keys) or self.view.groups[group.name].index.keys(0)
             self._hold(group.name, group.entity_keys, held)
         self.trending = [world.catalogue.note_ids[row] for row in world.trending.rows(world, self.view, self.t_us)]
-        freshness_N = world.catalogue.freshness_us()
+        freshness_N = world.catalogue.freshness_us
         self.fresh = [world.catalogue.note_ids[row] for row in np.argsort(-freshness_N, kind="stable")[:20_000]]
         self.exists = {
             note_id

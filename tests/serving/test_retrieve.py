@@ -11,7 +11,7 @@ from serving.catalogue import Catalogue
 from serving.retrieve import Retrieval, retrieve
 from serving.vector_index import ShardedVectors
 from warehouse.landing import NOTES_SCHEMA
-from warehouse.time_algebra import HOUR_US
+from warehouse.time_algebra import HOUR_US, MINUTE_US
 
 NOON = 1_650_000_000_000_000
 NOTES = [
