@@ -1,8 +1,10 @@
 """The metrics of `metrics` as SQL, so that they can be asked of served requests where those lie.
 
-`METRICS` reads a relation `scored_rows`, one row per impression: row_id (unique; its order settles only which bin of ECE a tied
-row falls in), group_id (reader or request), label (0 or 1), score (a probability), and answers one row of numbers, NULL where
-`metrics` says NaN. Parameters: $base_rate, $k, $bins. `SERVED_ROWS` makes that relation of the lake's forward log and events.
+`METRICS` reads a relation `scored_rows`, one row per impression: row_id (unique; settles only which bin of ECE a tied row falls
+in), group_id (reader or request), label (0 or 1), score (a probability). It answers one row of numbers, NULL where
+`metrics` says NaN. Parameters: $base_rate, $k, $bins.
+`SERVED_ROWS` makes that relation of the lake's `forward_log` and `events`: shown candidates of requests before $until, positive
+when an event $head followed within $wait_min minutes.
 """
 
 METRICS = """
@@ -134,23 +136,26 @@ cross join over_ties
 SERVED_ROWS = """
 with shown as (
     select
-        forward_log.user_id as group_id,
-        unnest(list_filter(forward_log.candidates, candidate -> candidate.shown)) as candidate
+        user_id as group_id,
+        request_ts,
+        unnest(list_filter(candidates, lambda candidate: candidate.shown)) as candidate
     from forward_log
-    where forward_log.request_ts < $until
+    where request_ts < $until::timestamptz
 ),
 
 acted as (
-    select distinct impression_id
+    select impression_id, min(event_ts) as event_ts
     from events
-    where event_type = $head and event_ts < $until + $wait
+    where event_type = $head
+    group by impression_id
 )
 
 select
     shown.candidate.impression_id as row_id,
     shown.group_id,
-    (acted.impression_id is not null)::integer as label,
-    shown.candidate.predictions[$head] as score
+    shown.candidate.note_id as note_id,
+    coalesce(acted.event_ts < shown.request_ts + to_minutes($wait_min::integer), false)::integer as label,
+    shown.candidate.predictions[$head]::double as score
 from shown
 left join acted on shown.candidate.impression_id = acted.impression_id
 where shown.candidate.predictions[$head] is not null
