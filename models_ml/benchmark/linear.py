@@ -13,13 +13,20 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse import csr_matrix
 
 from models_ml.benchmark.directed import decayed_histories
+from models_ml.benchmark.protocol import Question, figures, places_of
 from models_ml.benchmark.sequences import Sequences
 
 MOST_ITEMS = 6_000
+CHOSEN_BY = "ndcg@10"
+MOST_ASKED = 3000
+_REACHES = ((10, 0.7), (20, 0.9))
+_RIDGES = (30.0, 100.0, 300.0, 1000.0)
 
 
 @dataclass(frozen=True)
 class LinearConfig:
+    """window, decay: of the past that explains; ridge: what each weight costs; seed_decay: per item of the history."""
+
     window: int = 10
     decay: float = 0.7
     ridge: float = 20.0
@@ -43,6 +50,17 @@ class Linear:
     def scores(self, histories: Sequences, users_Q: np.ndarray) -> np.ndarray:
         """float32 [Q, I]: the decayed history times the weights."""
         return decayed_histories(histories, users_Q, self._seed_decay) @ self._weights_II
+
+
+def choose(validation: Question) -> LinearConfig:
+    """The best reach and ridge on (at most 3,000 of) the validation items."""
+    asked = validation.some(MOST_ASKED)
+
+    def value(config: LinearConfig) -> float:
+        return figures(places_of(Linear(validation.histories, config), asked))[CHOSEN_BY]
+
+    configs = [LinearConfig(window, decay, ridge, decay) for window, decay in _REACHES for ridge in _RIDGES]
+    return max(configs, key=value)
 
 
 def pairs(learned: Sequences, window: int, decay: float) -> tuple[csr_matrix, csr_matrix]:

@@ -19,7 +19,7 @@ import torch
 
 from models_ml.benchmark import blend, directed, learned, linear, protocol
 from models_ml.benchmark.directed import Directed, DirectedConfig
-from models_ml.benchmark.linear import Linear, LinearConfig
+from models_ml.benchmark.linear import Linear
 from models_ml.benchmark.popular import Popular
 from models_ml.benchmark.protocol import Question, Scorer
 from models_ml.benchmark.sequences import Sequences
@@ -87,7 +87,9 @@ def _makers(wanted: set[str], validation: Question, progress: Progress) -> dict[
     if "linear" in wanted and validation.histories.num_items > linear.MOST_ITEMS:
         progress(f"linear: left out, {validation.histories.num_items:,} items are more than {linear.MOST_ITEMS:,}")
     elif "linear" in wanted:
-        makers["linear"] = partial(Linear, config=LinearConfig())
+        chosen = linear.choose(validation)
+        progress(f"linear: {chosen}")
+        makers["linear"] = partial(Linear, config=chosen)
     return makers
 
 
