@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import diags
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from models_ml.benchmark.directed import DirectedConfig, counted
 from models_ml.benchmark.protocol import Question, figures, places_of
 from models_ml.benchmark.sequences import Sequences
 from models_ml.benchmark.transformer import Transformer, TransformerConfig
@@ -42,10 +45,31 @@ def settings(learned: Sequences) -> TrainingConfig:
     mean = float(lengths_U.mean())
     length = int(min(200, max(16, 2 ** math.ceil(math.log2(np.quantile(lengths_U, 0.9))))))
     dropout = float(np.clip(0.5 - 0.1 * math.log2(mean / 10), 0.2, 0.5))
-    places = int(2 ** round(math.log2(np.clip(len(learned.items_P) / 100, 1024, 4096))))
-    sampled = 0 if learned.num_items <= 2048 else max(512, learned.num_items // 8)
+    places = int(2 ** round(math.log2(np.clip(len(learned.items_P) / 400, 512, 2048))))
+    sampled = 0 if learned.num_items <= 2048 else 512
     network = TransformerConfig(length=length, dropout=round(dropout, 2), sampled=sampled)
     return TrainingConfig(network, epochs=int(np.clip(4e6 / len(learned.items_P), 20, 60)), places=places)
+
+
+def count_vectors(learned: Sequences, width: int) -> np.ndarray:
+    """Unit vectors float32 [I, D] in which items that occur near one another are near: where training starts.
+
+    The first eigenvectors of the symmetric, degree-normalised counts of `directed`; items without neighbours get a random one.
+    """
+    rng = np.random.default_rng(0)
+    vectors_ID = np.zeros((learned.num_items, width))
+    config = DirectedConfig()
+    counts_II = counted(learned, config.window, config.decay)
+    counts_II = (counts_II + counts_II.T).astype(np.float64)
+    degree_I = np.asarray(counts_II.sum(1)).ravel()
+    scale = diags(1 / np.sqrt(np.maximum(degree_I, 1e-9)))
+    size = min(width, learned.num_items - 2)
+    values_D, found_ID = eigsh(scale @ counts_II @ scale, k=size, which="LA", v0=rng.random(learned.num_items))
+    vectors_ID[:, :size] = found_ID * np.sqrt(values_D.clip(0))
+    norm_I1 = np.linalg.norm(vectors_ID, axis=1, keepdims=True)
+    drawn_ID = rng.normal(size=vectors_ID.shape)
+    vectors_ID = np.where(norm_I1 > 1e-6, vectors_ID, drawn_ID)
+    return (vectors_ID / np.linalg.norm(vectors_ID, axis=1, keepdims=True)).astype(np.float32)
 
 
 def batches(learned: Sequences, length: int, places: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,7 +140,7 @@ def train(
     """
     torch.manual_seed(seed)
     learned = validation.histories
-    network = Transformer(learned.num_items, config.network)
+    network = Transformer(learned.num_items, config.network, torch.from_numpy(count_vectors(learned, config.network.width)))
     decayed = [weights for weights in network.parameters() if weights.dim() > 1]
     plain = [weights for weights in network.parameters() if weights.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -41,6 +41,10 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up_and_gates = nn.Linear(width, 5 * width)
         self.down = nn.Linear(2 * width, width)
+        # a block that adds nothing yet: the untrained network answers with items like the last one
+        for last in (self.out, self.down):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, places_BLD: Tensor, rotation_2LE: Tensor) -> Tensor:
         size_B, length, width = places_BLD.shape
@@ -73,11 +77,15 @@ def rotated(inputs_BHLE: Tensor, rotation_2LE: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """Item code i is row i + 1 of the table; row 0 is padding."""
 
-    def __init__(self, num_items: int, config: TransformerConfig):
+    def __init__(self, num_items: int, config: TransformerConfig, start_ID: Tensor | None = None):
+        """start_ID: unit vectors that the items start from; None draws them."""
         super().__init__()
         self.config = config
         self.items = nn.Embedding(num_items + 1, config.width, padding_idx=0)
         nn.init.normal_(self.items.weight, std=config.width**-0.5)
+        if start_ID is not None:
+            with torch.no_grad():
+                self.items.weight[1:] = start_ID
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from models_ml.benchmark.sequences import Sequences
 
@@ -22,3 +23,12 @@ def round_and_round() -> Sequences:
     return of_lists(
         [[(start + step) % 40 for step in range(length)] for start, length in zip(starts, lengths, strict=True)], 40
     )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small only wait for one another's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
