@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test faults clean
+.PHONY: help setup demo lint test faults quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +61,9 @@ test: lint ## lint, then every test this machine can run; those it cannot name w
 
 faults: $(READY) ## kill collector, lander and runner KILLS times each (50) over all their write boundaries; minutes
 	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults
+
+quality: $(READY) ## the gates of models_ml/quality.json: benchmarks and ranking; hours; ONLY="beauty ranking" picks
+	$(BIN)/python -m models_ml.quality $(ONLY)
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info
