@@ -1,7 +1,7 @@
 """`make quality`: the gates of `quality.json`, each a metric, its bound, its tolerance and its number of runs (seeds).
 
-`benchmark` gates run `headrace benchmark` on a set; `ranking` gates train L2 and the floor on the export of the Headrace home, into
-a registry that is thrown away. Hours on two cores: not for CI. What was measured lies in `<home>/benchmark/quality.json`.
+`benchmark` gates run `headrace benchmark` on a set; `ranking` gates train L2 and the floor on the export of the Headrace home,
+into a registry that is thrown away. Hours on two cores: not for CI. What was measured lies in `<home>/benchmark/quality.json`.
 """
 
 import argparse
