@@ -48,7 +48,7 @@ def settings(learned: Sequences) -> TrainingConfig:
     places = int(2 ** round(math.log2(np.clip(len(learned.items_P) / 400, 512, 2048))))
     sampled = 0 if learned.num_items <= 2048 else 512
     network = TransformerConfig(length=length, dropout=round(dropout, 2), sampled=sampled)
-    return TrainingConfig(network, epochs=int(np.clip(4e6 / len(learned.items_P), 20, 60)), places=places)
+    return TrainingConfig(network, epochs=int(np.clip(2e6 / len(learned.items_P), 12, 30)), places=places)
 
 
 def count_vectors(learned: Sequences, width: int) -> np.ndarray:
