@@ -1,15 +1,24 @@
 """Slope and intercept that make a ranker's probabilities true on days it has not seen, folded into its last layer.
 
+`rehearsed` holds the last day before `test_start` back, trains on what comes before, and fits both on that day; the model that
+is published learns from every day and takes them over.
 A network that fits its training days is too sure of itself on the next. Per head, logits z become slope * z + intercept; both
 are fitted by maximum likelihood on rows the network did not learn from. Order, and so AUC, hardly moves (with one member, not
 at all).
 K members, R rows. Sources: Platt 1999; Guo et al., ICML 2017.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from models_ml.examples import Examples
+from models_ml.l2 import L2
+
+DAY_US = 86_400_000_000
 _SMALLEST_SLOPE = 0.05
 
 
@@ -38,6 +47,20 @@ def fit(logits_KR: np.ndarray, labels_R: np.ndarray) -> tuple[float, float]:
 
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(_SMALLEST_SLOPE, None), (None, None)])
     return float(found.x[0]), float(found.x[1])
+
+
+def rehearsed(examples: Examples, train: Callable[[Examples], L2], days: float = 1.0) -> dict[str, tuple[float, float]]:
+    """Head -> (slope, intercept), as `L2.rescale` takes them. train: examples to a model, with the settings of the real one.
+
+    Empty where fewer than two days come before `test_start`, or nothing was shown in the days held back.
+    """
+    start_us = examples.test_start_us - round(days * DAY_US)
+    rows = np.flatnonzero(examples.is_train & (examples.request_us_R >= start_us))
+    if len(rows) == 0 or (examples.request_us_R < start_us).sum() < len(rows):
+        return {}
+    model = train(replace(examples, test_start_us=start_us))
+    logits_KRT = model.logits_rows(examples, rows).numpy()
+    return {head: fit(logits_KRT[..., column], examples.labels[head][rows]) for column, head in enumerate(model.heads)}
 
 
 _PULL = 10.0

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from models_ml import calibration, metrics
+from models_ml import calibration, l2, metrics
+from models_ml.l2 import L2Config
 
 
 def drawn(slope: float, intercept: float, members: int = 3, rows: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -32,6 +33,25 @@ def test_a_few_positives_move_the_intercept_and_hardly_the_slope():
     slope, intercept = calibration.fit(logits_KR, labels_R)
     assert slope == pytest.approx(1, abs=0.2)
     assert (1 / (1 + np.exp(-(slope * logits_KR[0] + intercept)))).sum() == pytest.approx(5, rel=0.05)
+
+
+def test_a_rehearsal_reads_nothing_of_the_test_days_and_rescaling_changes_what_the_files_say(loaded, other_future, tmp_path):
+    config = L2Config(epochs=1, width=8, hidden=16)
+    lines = [
+        calibration.rehearsed(some, lambda earlier: l2.train(earlier, config, 0, lambda done, total: None))
+        for some in (loaded, other_future)
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0].keys() == {"click", "long_view"}
+    model = l2.train(loaded, config, 0, lambda done, total: None)
+    rows = loaded.test_rows[:50]
+    before_KRT = model.logits_rows(loaded, rows).numpy()
+    model.rescale({"long_view": (0.5, 0.25)})
+    for name, content in model.to_files().items():
+        (tmp_path / name).write_bytes(content)
+    after_KRT = l2.load(tmp_path).logits_rows(loaded, rows).numpy()
+    np.testing.assert_allclose(after_KRT[..., 0], before_KRT[..., 0], atol=1e-5)
+    np.testing.assert_allclose(after_KRT[..., 1], 0.5 * before_KRT[..., 1] + 0.25, atol=1e-5)
 
 
 def test_without_both_classes_nothing_changes():
