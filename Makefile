@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test faults sanitize clean
+.PHONY: help setup demo lint test faults sanitize quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,6 +73,9 @@ sanitize: $(READY) ## compute-sanitizer over the kernels that follow indices, on
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 			$(BIN)/python -m pytest -q $(SANITIZED) -k "not compiles and not debug"; \
 	fi
+
+quality: $(READY) ## the gates of models_ml/quality.json: benchmarks and ranking; hours; ONLY="beauty ranking" picks
+	$(BIN)/python -m models_ml.quality $(ONLY)
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

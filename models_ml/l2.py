@@ -10,7 +10,7 @@ as in X's open algorithm, shared-weight ensembles (TabM, Gorishniy et al., ICLR 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -375,11 +375,27 @@ class L2:
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Head -> float32 [len(rows)]: the export's rows, each as a request with one candidate."""
+        return self._by_head(self.logits_rows(examples, rows, batch_size))
+
+    @torch.inference_mode()
+    def logits_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> Tensor:
+        """float32 [K, len(rows), T]: what `score_rows` turns into probabilities."""
         inputs = inputs_of(examples, self.shape, self.history_length)
         parts = [
             _logits_of_rows(self.network, inputs, some, self.table_ND) for some in torch.from_numpy(rows).split(batch_size)
         ]
-        return self._by_head(torch.cat(parts, dim=1))
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def rescale(self, lines: Mapping[str, tuple[float, float]]) -> None:
+        """Makes a head's logits slope * logit + intercept, in the last layer's weights: files, exports and kernels follow.
+
+        lines: head -> (slope, intercept). For a model that is not yet shared between threads.
+        """
+        for column, head in enumerate(self.heads):
+            slope, intercept = lines.get(head, (1.0, 0.0))
+            self.network.last_KHT[..., column] *= slope
+            self.network.last_bias_KT[..., column] = slope * self.network.last_bias_KT[..., column] + intercept
 
     def to_files(self) -> dict[str, bytes]:
         """The registry's files of this model."""
