@@ -1,13 +1,13 @@
 """Feast's half of the last-value join, run by its own Python: rows.parquet and spine.parquet in, feast.parquet out."""
 
 import json
-import resource
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import feast
+import ibis
 import pandas as pd
 import pyarrow.parquet as pq
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
@@ -15,7 +15,7 @@ from feast.types import Int64
 
 
 def main(folder: Path, most_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    ibis.set_backend(ibis.duckdb.connect(memory_limit=f"{most_bytes >> 20}MiB", temp_directory=str(folder / "spilled")))
     config = RepoConfig(
         project="bench",
         registry=str(folder / "registry.db"),

@@ -1,5 +1,6 @@
 """What a person would write instead: a NumPy program of prefix sums, and one SQL range join. Both know the one group."""
 
+import threading
 from pathlib import Path
 
 import duckdb
@@ -48,8 +49,9 @@ def by_numpy(events: Path, spine: pa.Table) -> dict[str, np.ndarray]:
     return columns
 
 
-def by_range_join(events: pa.Table, spine: pa.Table) -> pa.Table:
-    """One join on key and time, one filtered aggregate per feature: exact, and the plain way to say it in SQL."""
+def by_range_join(events: pa.Table, spine: pa.Table, limit_s: float) -> pa.Table | None:
+    """One join on key and time, one filtered aggregate per feature: exact, and the plain way to say it in SQL. None if that is
+    not done within the limit."""
     items = []
     for measure in GROUP.measures:
         for window in measure.windows:
@@ -67,8 +69,15 @@ def by_range_join(events: pa.Table, spine: pa.Table) -> pa.Table:
             "create table spine as select impression_id, note_id, make_timestamptz((epoch_us(request_ts) - "
             f"{GRACE_US}) // {FIVE_MINUTES_US} * {FIVE_MINUTES_US}) as tick from spine_given"
         )
-        return connection.execute(
-            f"select impression_id, {', '.join(items)} from spine left join events on spine.note_id = events.note_id "
-            "and event_ts >= tick - interval 30 day and event_ts < tick and known_at <= tick "
-            "group by impression_id order by impression_id"
-        ).to_arrow_table()
+        alarm = threading.Timer(limit_s, connection.interrupt)
+        alarm.start()
+        try:
+            return connection.execute(
+                f"select impression_id, {', '.join(items)} from spine left join events on spine.note_id = events.note_id "
+                "and event_ts >= tick - interval 30 day and event_ts < tick and known_at <= tick "
+                "group by impression_id order by impression_id"
+            ).to_arrow_table()
+        except duckdb.InterruptException:
+            return None
+        finally:
+            alarm.cancel()

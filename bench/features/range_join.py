@@ -16,8 +16,10 @@ from warehouse.home import Home
 SIZES = {
     "quick": ((2_000, 20_000), (5_000, 50_000)),
     "default": ((5_000, 50_000), (10_000, 100_000), (20_000, 200_000)),
-    "full": ((12_500, 250_000), (25_000, 500_000), (50_000, 1_000_000), (100_000, 2_000_000)),
+    "full": ((12_500, 250_000), (25_000, 500_000), (100_000, 2_000_000)),
 }
+LIMIT_S = 400
+"""The join is quadratic in a hot key; at the largest size it is stopped here, and what it would have taken is not known."""
 
 
 def measure(
@@ -34,8 +36,11 @@ def measure(
         spine = generated_spine(num_rows, num_keys)
         events = lake.scan(STAGED, columns=("note_id", "event_type", "event_ts", "known_at", "watch_ms"))
         ours, answers = timed(lambda lake=lake, spine=spine: by_compute(lake, spine), repeat)
-        join, joined = timed(lambda events=events, spine=spine: by_range_join(events, spine))
-        must_be_equal("the range join", answers, joined)
+        join, joined = timed(lambda events=events, spine=spine: by_range_join(events, spine, LIMIT_S))
+        if joined is None:
+            report.facts.append(f"(b) range join {told}: stopped after {join.wall_s:,.0f} s, so the ratio is a lower bound")
+        else:
+            must_be_equal("the range join", answers, joined)
         report.rows.append(Row("(b) compute / plain range join", told, ours, join, 8))
         found.append((num_events, ours, join))
     if images is not None:
