@@ -10,10 +10,10 @@ from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from streaming_sql.replica import Replica
 from tests.streaming_sql.generated import as_table
 from tests.streaming_sql.postgres import Server
-from tests.streaming_sql.test_risingwave_models import GROUPS, VIEWS, a_log, compiled, load_into_postgres
+from tests.streaming_sql.test_risingwave_models import GROUPS, a_log, compiled, create_views, load_into_postgres, manifest
 from warehouse.errors import HeadraceError
 
-__all__ = ["compiled"]  # the fixture
+__all__ = ["compiled", "manifest"]  # the fixtures
 
 QUICK = ReaderSettings(connect_timeout_s=2, statement_timeout_s=2.0, attempts=4, first_pause_s=0.2)
 
@@ -58,8 +58,7 @@ def test_each_connection_that_was_cut_is_replaced(server, opened):
 def test_a_database_that_stays_away_is_said_within_bounds_and_the_store_keeps_its_tick(server, opened, compiled):
     with server.connected() as connection:
         load_into_postgres(connection, as_table(a_log(5, 400)))
-        for name in VIEWS:
-            connection.execute(f"create view {name} as {compiled[name]}")
+        create_views(connection, compiled)
     replica = Replica(opened(QUICK), GROUPS)
     assert replica.refresh()
     view = replica.store.view()
@@ -76,8 +75,7 @@ def test_a_database_that_stays_away_is_said_within_bounds_and_the_store_keeps_it
 def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, opened, compiled, monkeypatch):
     with server.connected() as connection:
         load_into_postgres(connection, as_table(a_log(5, 400)))
-        for name in VIEWS:
-            connection.execute(f"create view {name} as {compiled[name]}")
+        create_views(connection, compiled)
     replica = Replica(opened(QUICK), GROUPS)
     read, names = replica._rows, []
 

@@ -11,9 +11,9 @@ from streaming_sql.postgres_reader import PostgresReader
 from streaming_sql.replica import Replica
 from tests.streaming_sql.generated import ListHistory, as_table
 from tests.streaming_sql.postgres import postgres
-from tests.streaming_sql.test_risingwave_models import GROUPS, VIEWS, a_log, compiled, load_into_postgres
+from tests.streaming_sql.test_risingwave_models import GROUPS, a_log, compiled, create_views, load_into_postgres, manifest
 
-__all__ = ["compiled"]  # the fixture
+__all__ = ["compiled", "manifest"]  # the fixtures
 
 KEYS = {
     "note_engagement": [("n1",), ("n2",), ("N1",), ("?",)],
@@ -52,8 +52,7 @@ def test_a_replica_moves_tick_by_tick_and_equals_the_embedded_store(compiled):
     half = [record for record in records if record["landed_at"] < records[700]["landed_at"]]
     with postgres("dev") as connection:
         load_into_postgres(connection, as_table(half))
-        for name in VIEWS:
-            connection.execute(f"create view {name} as {compiled[name]}")
+        create_views(connection, compiled)
         reader = PostgresReader(address(connection))
         replica = Replica(reader, GROUPS)
         assert replica.refresh()
@@ -86,8 +85,7 @@ def test_a_silent_partition_leaves_the_store_where_it_is(compiled):
     records = [record for record in a_log(3, 60) if record["log_partition"] == 0]
     with postgres("dev") as connection:
         load_into_postgres(connection, as_table(records))
-        for name in VIEWS:
-            connection.execute(f"create view {name} as {compiled[name]}")
+        create_views(connection, compiled)
         with contextlib.closing(PostgresReader(address(connection))) as reader:
             replica = Replica(reader, GROUPS)
             assert not replica.refresh()
