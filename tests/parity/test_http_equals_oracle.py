@@ -28,7 +28,7 @@ from warehouse.landing import EVENTS, landed_position
 from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US, SECOND_US
 
 GROUPS = load_groups()
-LIVES = 3
+LIVES, POSTS = 3, 8
 FIRST_US = 1_650_934_800_000_000  # 2022-04-26T01:00:00Z, an hour after the history ends
 TYPES = ("view", "click", "watch", "like", "click", "retraction")
 
@@ -75,13 +75,14 @@ def one_life(home, life, started_us):
     command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     acknowledged = set()
-    killer = threading.Timer(2.5 + life, process.send_signal, [signal.SIGKILL])
+    killer = threading.Timer(0.004 * life, process.send_signal, [signal.SIGKILL])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
             _until_ready(client, process)
             began = time.monotonic()
-            killer.start()
             for number in range(10_000):
+                if number == POSTS + life:
+                    killer.start()  # while this post is on its way, or is answered
                 now_us = started_us + round((time.monotonic() - began) * 60 * SECOND_US)
                 events = events_of(life, number, now_us)
                 answer = client.post("/v1/events", json={"events": events})
