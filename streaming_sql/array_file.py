@@ -45,7 +45,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
     """Writes numeric arrays of any shape under their names; returns the file's CRC-32."""
     head, parts, offset = {}, [], 0
     for name, array in arrays.items():
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         head[name] = {"dtype": array.dtype.str, "shape": list(array.shape), "offset": offset}
         padding = -len(data) % _ALIGNMENT
         parts += [data, bytes(padding)]

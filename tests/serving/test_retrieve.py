@@ -11,7 +11,7 @@ from serving.catalogue import Catalogue
 from serving.retrieve import Retrieval, retrieve
 from serving.vector_index import ShardedVectors
 from warehouse.landing import NOTES_SCHEMA
-from warehouse.time_algebra import HOUR_US, MINUTE_US
+from warehouse.time_algebra import HOUR_US
 
 NOON = 1_650_000_000_000_000
 NOTES = [
@@ -156,12 +156,6 @@ def test_topics_share_the_places_by_how_much_they_are_read():
     )
     found = retrieve(asked, {"topics": 8})[0].note_ids
     assert found == ["art7", "books7", "art6", "art5", "art4", "books6", "art3", "art2"]
-
-
-def test_request_features_of_a_note_are_null_until_it_exists():
-    values = catalogue().request_features(catalogue().rows(["n1", "n4", "n2", "unheard-of"]), NOON)
-    assert values[0].tolist() == [1000.0, HOUR_US / MINUTE_US]
-    assert np.isnan(values[1:]).all()
 
 
 def test_a_shard_that_breaks_is_named():
