@@ -1,6 +1,6 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
-    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--share 0.6] [--json FILE]
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--share 0.6] [--seconds 20]
 
 Each server runs alone, in a process of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 then the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
@@ -40,10 +40,13 @@ def main() -> int:
     parser.add_argument("--world", type=Path, help="folder of the world, kept; a temporary one by default")
     parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement; a step of the search takes 0.3 of it")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
         parser.error(f"--share must be above 0 and at most 1, got {arguments.share}")
+    if not 1 <= arguments.seconds <= 60:
+        parser.error(f"--seconds must be 1 to 60, got {arguments.seconds}")
     size = QUICK if arguments.quick else FULL
     with contextlib.ExitStack() as stack:
         folder = arguments.world or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
@@ -52,7 +55,8 @@ def main() -> int:
             furnish(home, size)
         except ValueError as error:
             parser.exit(2, f"{error}\n")
-        load = Load(readers_of(size), PAGE, 1.0 if arguments.quick else 6.0, 2.0 if arguments.quick else 20.0)
+        seconds = min(arguments.seconds, 3.0) if arguments.quick else arguments.seconds
+        load = Load(readers_of(size), PAGE, 0.3 * seconds, seconds)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load_average": os.getloadavg()[0],

@@ -80,6 +80,9 @@ class _Connection(asyncio.Protocol):
         if len(self._buffer) >= self._body_at + self._length and self.answer is not None and not self.answer.done():
             self.answer.set_result(bytes(self._buffer))
 
+    def close(self) -> None:
+        self._transport.close()
+
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
         if self.answer is not None and not self.answer.done():
@@ -90,12 +93,15 @@ class _Generator:
     def __init__(self, plan: Plan):
         self.plan, self.answers = plan, Answers()
         self._idle: deque[_Connection] = deque()
+        self._connections: list[_Connection] = []
         self._next = plan.first_reader
 
     async def run(self) -> Answers:
         started = time.perf_counter()
         await (self._closed() if self.plan.rate_per_s is None else self._open())
         self.answers.elapsed_s = time.perf_counter() - started
+        for connection in self._connections:
+            connection.close()
         return self.answers
 
     async def _closed(self) -> None:
@@ -138,10 +144,10 @@ class _Generator:
         except OSError:
             self.answers.failed += 1
             return
-        self.answers_note(answer, (time.perf_counter() - due) * 1000)
+        self._note(answer, (time.perf_counter() - due) * 1000)
         self._idle.append(connection)
 
-    def answers_note(self, answer: bytes, latency_ms: float) -> None:
+    def _note(self, answer: bytes, latency_ms: float) -> None:
         is_full = answer.startswith(b"HTTP/1.1 200") and answer.count(b'"noteId":') == self.plan.notes
         if not (is_full and all(part in answer for part in _COMPLETE)):
             self.answers.failed += 1
@@ -157,12 +163,18 @@ class _Generator:
             if connection.is_open:
                 return connection
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", self.plan.port)
+        self._connections.append(connection)
         return connection
+
+
+async def run_plan(plan: Plan) -> Answers:
+    """Asks as the plan says, in this process."""
+    return await _Generator(plan).run()
 
 
 def main() -> int:
     plan: dict[str, Any] = json.load(sys.stdin)
-    answers = asyncio.run(_Generator(Plan(**plan)).run())
+    answers = asyncio.run(run_plan(Plan(**plan)))
     json.dump(asdict(answers), sys.stdout)
     return 0
 

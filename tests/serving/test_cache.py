@@ -142,12 +142,13 @@ def test_features_logged_from_the_caches_are_those_of_the_request(server, reader
             assert [told[feature] for feature in matrix.names] == wanted
 
 
-def test_a_readers_own_event_drops_what_is_kept_for_that_reader_alone(server, readers):
+def test_a_readers_own_event_drops_what_is_kept_for_that_reader_alone(server, readers, clock):
     mine, other = readers[22], readers[23]
     page, _ = (server.feed(user_id) for user_id in (mine, other))
     clicked = page["notes"][0]["noteId"]
     event = {"eventId": "cache-click", "eventType": "click", "userId": mine, "noteId": clicked}
     assert server.post("/v1/events", event).status_code == 202
+    clock.advance_us(1)
     after = server.feed(mine)
     assert "candidates" not in after["cached"]
     assert "user" not in after["cached"]
