@@ -5,12 +5,11 @@ Without an SDK they cost a function call and go nowhere. They are sent where OTE
 log records are off: they hold what was in a body that it refused.
 """
 
-from typing import Any
-
+from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
 
 CANDIDATES, REQUEST_ID, DEGRADED = "headrace.candidates", "headrace.request_id", "headrace.degraded"
 """Attributes of spans: how many candidates a stage had, the id of the answer, what was left out of it."""
 tracer = trace.get_tracer("headrace.serving")
-OF_FASTAPI: dict[str, Any] = {"auto_configure": True, "operation_spans": False, "metrics": False, "logs": False}
+OF_FASTAPI: TelemetryConfig = {"auto_configure": True, "operation_spans": False, "metrics": False, "logs": False}
 """Metrics are Prometheus's (`serving.metrics`)."""
