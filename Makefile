@@ -59,8 +59,9 @@ lint: $(READY) ## format, imports between rooms, types, SQL
 test: lint ## lint, then every test this machine can run; those it cannot name what is missing
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-faults: $(READY) ## kill collector, lander and runner KILLS times each (50) over all their write boundaries; minutes
+faults: $(READY) ## kill collector, lander and runner KILLS times each (50), the trainer twice as often, over all their write boundaries
 	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults
+	HEADRACE_KILLS=$$((2 * $(or $(KILLS),50))) $(BIN)/python -m pytest -q --timeout 1800 tests/models_ml/trainer/test_kill.py
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models_ml.durable import replace_file, sync_folder, write_durably
 from warehouse.errors import HeadraceError
 
 MANIFEST = "manifest.json"
@@ -75,7 +76,7 @@ class Registry:
         """Points `alias` at a version that exists and is whole; readers see the old one or the new one, nothing between."""
         self._check_name(alias, "alias")
         self._check(name, version)
-        _replace_file(self.root / name / alias, (version + "\n").encode())
+        replace_file(self.root / name / alias, (version + "\n").encode())
 
     def resolve(self, name: str, alias_or_version: str = "production") -> str:
         """The version an alias points at; a version stands for itself."""
@@ -129,13 +130,13 @@ class Registry:
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
         try:
             for file_name, content in contents.items():
-                _write_durably(draft / file_name, content)
+                write_durably(draft / file_name, content)
             draft.chmod(0o755)
             # two publishers at once may take the same number; their contents differ, so their folders do too
             number = max((_number_of(version) for version in self.versions(folder.name)), default=0) + 1
             version = f"{number:04d}-{digest}"
             os.rename(draft, folder / version)
-            _sync_folder(folder)
+            sync_folder(folder)
             return version
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -155,31 +156,3 @@ def _number_of(version: str) -> int:
 
 def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
-    os.close(descriptor)
-    try:
-        _write_durably(Path(draft), content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
