@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", choices=choices, help="which one; `all` ends with the floor's comparison")
     parser.add_argument("--config", type=Path, help="YAML with sections named after models, and `trainer`")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint instead of from the start")
+    parser.add_argument("--no-promote", action="store_true", help="move `candidate` alone and leave `production` as it is")
     parser.add_argument("--seed", type=int, help="the same seed on the same export gives the same weights (default 0)")
     parser.add_argument("--epochs", type=int, help="passes over the data for the networks (default: each model's own)")
     parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
@@ -76,7 +77,13 @@ def _train(arguments: argparse.Namespace, names: tuple[str, ...], configs: confi
             if done == total and not console.is_terminal:  # a log file shows no bars until the end
                 console.print(f"{name}: trained after {time.monotonic() - started:.0f} s", highlight=False)
 
-        options = train.Options(ranks, home.training, arguments.resume, lambda line: console.print(line, highlight=False))
+        options = train.Options(
+            ranks,
+            home.training,
+            arguments.resume,
+            promote=not arguments.no_promote,
+            say=lambda line: console.print(line, highlight=False),
+        )
         report = train.train(examples, names, configs, seed, Registry(home.models), progress, options)
     if not ranks.is_first:
         return 0

@@ -65,6 +65,16 @@ class Registry:
         except OSError as error:
             raise HeadraceError(f"model {name}: cannot write a version under {folder}: {error}") from error
 
+    def names(self) -> list[str]:
+        """Models that have a version."""
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(folder.name for folder in folders if _NAME.match(folder.name) and self.versions(folder.name))
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Alias -> version."""
+        files = (entry for entry in (self.root / name).iterdir() if entry.is_file() and _NAME.match(entry.name))
+        return {entry.name: self.resolve(name, entry.name) for entry in sorted(files)}
+
     def versions(self, name: str) -> list[str]:
         """Oldest first."""
         folder = self.root / name
@@ -77,6 +87,36 @@ class Registry:
         self._check_name(alias, "alias")
         self._check(name, version)
         replace_file(self.root / name / alias, (version + "\n").encode())
+
+    def promote(self, name: str, version: str) -> None:
+        """Makes a version `production`; the one that was becomes `previous`. After a crash between the two flips `production`
+        is still the old one and the call may be repeated."""
+        self._check(name, version)
+        now = self.production(name)
+        if now == version:
+            return
+        if now is not None:
+            self.set_alias(name, "previous", now)
+        self.set_alias(name, "production", version)
+
+    def production(self, name: str) -> str | None:
+        """The version in production, None before there is one."""
+        return self.resolve(name) if (self.root / name / "production").is_file() else None
+
+    def find(self, reference: str) -> tuple[str, str]:
+        """(name, version) of `l2`, `l2@candidate`, `l2@0003` or `l2@0003-0123456789ab`; without a version the one in
+        production. Raises HeadraceError that lists what there is."""
+        name, _, wanted = reference.partition("@")
+        self._check_name(name, "model name")
+        if wanted.isdigit():
+            found = [version for version in self.versions(name) if _number_of(version) == int(wanted)]
+            if len(found) != 1:
+                have = ", ".join(self.versions(name)) or "none"
+                raise HeadraceError(f"model {name} has {len(found)} versions numbered {wanted}; it has {have}")
+            return name, found[0]
+        version = self.resolve(name, wanted or "production")
+        self._check(name, version)
+        return name, version
 
     def resolve(self, name: str, alias_or_version: str = "production") -> str:
         """The version an alias points at; a version stands for itself."""

@@ -6,11 +6,14 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from models_ml.registry import Registry
 from models_ml.request_rows import AnyRows, RequestRows, RequestTable
 from models_ml.trainer.fit import Run
 from models_ml.trainer.ranks import ALONE, Ranks
+from warehouse.home import REPOSITORY
 
 MODELS = ("item_to_item", "two_tower", "l1", "l2", "floor")
 REPORT = "report.json"
@@ -34,11 +38,12 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Options:
     """How a run is carried out. work: folder of request rows and checkpoints; None trains in memory and keeps none.
-    say: one line for a person."""
+    promote: move `production` too, not `candidate` alone. say: one line for a person."""
 
     ranks: Ranks = ALONE
     work: Path | None = None
     resume: bool = False
+    promote: bool = True
     say: Callable[[str], None] = lambda line: None
 
 
@@ -137,11 +142,16 @@ class _Run:
             "protocol": self.examples.protocol(),
             "training": self.examples.manifest,
             "training_sha256": self.examples.fingerprint(),
+            "snapshots": self.examples.manifest.get("snapshots"),
+            "declarations_hash": self.examples.manifest.get("declarations_hash"),
+            "code_revision": code_revision(),
             **features,
         }
-        version = self.registry.publish(name, files, manifest)
-        self.registry.set_alias(name, "production", version)
-        self.versions[name] = version
+        published = self.registry.publish(name, files, manifest)
+        self.registry.set_alias(name, "candidate", published)
+        if self.options.promote:
+            self.registry.promote(name, published)
+        self.versions[name] = published
 
 
 def train(
@@ -181,6 +191,16 @@ def train(
     report = _report(run)
     _write_report(registry.root / REPORT, report)
     return report
+
+
+@cache
+def code_revision() -> str:
+    """The commit the code is at, `-dirty` when files differ from it; the version of the package where there is no git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"headrace {version('headrace')}"
 
 
 def _timed(run: _Run, name: str, stage: Callable[[], None]) -> None:

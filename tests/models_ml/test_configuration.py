@@ -13,12 +13,12 @@ def _read(tmp_path, text):
 def test_sections_change_what_they_name_and_nothing_else(tmp_path):
     configs = _read(
         tmp_path,
-        "seed: 3\nl1: {head_weights: {click: 2, like: 1}}\nl2: {heads: [click], learning_rate: 1}\ntrainer: {precision: bf16}\n",
+        "seed: 3\nl1: {head_weights: {click: 2, like: 1}}\nl2: {heads: [click], learning_rate: 1}\ntrainer: {keep: 9}\n",
     )
     assert configs.seed == 3
     assert configs.l1.head_weights == (("click", 2), ("like", 1))
     assert (configs.l2.heads, configs.l2.learning_rate) == (("click",), 1.0)
-    assert configs.trainer.precision == "bf16"
+    assert configs.trainer.keep == 9
     assert configs.l2.width == configuration.Configs().l2.width
     assert _read(tmp_path, "") == configuration.Configs()
 

@@ -22,7 +22,7 @@ from tests.models_ml.trainer import toy, victim
 from warehouse.errors import HeadraceError
 
 KILLS = int(os.environ.get("HEADRACE_KILLS", "3"))
-MOST_POINTS = 160
+MOST_POINTS = 95
 """A run that is never killed reaches about as many crash points."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.models_ml.trainer.test_kill"])
