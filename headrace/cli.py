@@ -17,6 +17,8 @@ COMMANDS = {
     "score": ("models_ml.artefacts_cli", "score the rows of a Parquet file as the server would"),
     "embed": ("models_ml.artefacts_cli", "publish a model's note and reader vectors to the lake, dated"),
     "models": ("models_ml.artefacts_cli", "list versions; promote one, go back to the previous one"),
+    "benchmark": ("models_ml.benchmark.cli", "next-item prediction under published protocols"),
+    "evaluate": ("models_ml.evaluate_cli", "metrics of a published ranking model, by slice, with plots"),
     "serve": ("serving.cli", "run the HTTP server"),
     "parity": ("serving.cli", "recompute served features from the lake and compare"),
     "workflow": ("headrace.workflow", "features, export, train, gate, publish; skips what has not changed"),
