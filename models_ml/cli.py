@@ -16,10 +16,12 @@ from rich.table import Table
 from models_ml import configuration, train
 from models_ml.evaluation import NDCG_AT, RECALL_AT
 from models_ml.examples import load
+from models_ml.logged_rows import as_served
 from models_ml.registry import Registry
 from models_ml.trainer.ranks import Ranks, ranks_of_environment
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
+from warehouse.lake import Lake
 
 ALIASES = {"retrieval": "two_tower"}
 
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", choices=choices, help="which one; `all` ends with the floor's comparison")
     parser.add_argument("--config", type=Path, help="YAML with sections named after models, and `trainer`")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint instead of from the start")
+    parser.add_argument("--logged", action="store_true", help="train on the values that were served (the forward log)")
     parser.add_argument("--no-promote", action="store_true", help="move `candidate` alone and leave `production` as it is")
     parser.add_argument("--seed", type=int, help="the same seed on the same export gives the same weights (default 0)")
     parser.add_argument("--epochs", type=int, help="passes over the data for the networks (default: each model's own)")
@@ -65,6 +68,13 @@ def _train(arguments: argparse.Namespace, names: tuple[str, ...], configs: confi
     console = Console(stderr=True, quiet=not ranks.is_first)
     started = time.monotonic()
     examples = load(arguments.export or home.exports)
+    if arguments.logged:
+        examples = as_served(examples, Lake.open(home).scan("lake.forward_log"))
+        for rows, side in ((examples.train_rows, "before"), (examples.test_rows, "from")):
+            if len(rows) == 0:
+                raise HeadraceError(
+                    f"nothing was served {side} the test's start {examples.manifest['test_start']}; serve longer"
+                )
     console.print(examples.protocol(), highlight=False)
     seed = configs.seed if arguments.seed is None else arguments.seed
     columns = TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -35,6 +35,7 @@ from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.rows import Rows
 from models_ml.trainer.settings import Plan
+from warehouse.errors import HeadraceError
 
 NAME = "l2"
 
@@ -334,6 +335,10 @@ def train(
     """
     rows = rows or RequestTable.of_examples(examples)
     request_rows.require_labels(rows, config.heads, NAME)
+    if config.history_length > request_rows.HISTORY_PLACES:
+        raise HeadraceError(
+            f"l2: history_length must be at most {request_rows.HISTORY_PLACES}, what request rows hold; got {config.history_length}"
+        )
     attributes = AttributeInputs.of(examples.users["attributes"].to_pylist()).words
     facts = ranking_rows.Facts(rows, examples.user_features, examples.note_features, config.heads)
     shape = Shape(
