@@ -336,9 +336,8 @@ def train(
     rows = rows or RequestTable.of_examples(examples)
     request_rows.require_labels(rows, config.heads, NAME)
     if config.history_length > request_rows.HISTORY_PLACES:
-        raise HeadraceError(
-            f"l2: history_length must be at most {request_rows.HISTORY_PLACES}, what request rows hold; got {config.history_length}"
-        )
+        most = request_rows.HISTORY_PLACES
+        raise HeadraceError(f"l2: history_length must be at most {most}, what request rows hold; got {config.history_length}")
     attributes = AttributeInputs.of(examples.users["attributes"].to_pylist()).words
     facts = ranking_rows.Facts(rows, examples.user_features, examples.note_features, config.heads)
     shape = Shape(
