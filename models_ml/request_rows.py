@@ -78,16 +78,21 @@ def requests_of(examples: Examples, rows: np.ndarray) -> pa.Table:
     return pa.table(columns)
 
 
-def write(tables: pa.Table | Sequence[pa.Table], folder: Path, about: dict[str, Any], group_rows: int = GROUP_ROWS) -> None:
+def group_rows_of(num_rows: int) -> int:
+    """Rows of a row group: GROUP_ROWS, fewer in a small set, so that it still has groups to shuffle, share and hold back."""
+    return min(GROUP_ROWS, max(64, num_rows // 16))
+
+
+def write(table: pa.Table, folder: Path, about: dict[str, Any], group_rows: int | None = None) -> None:
     """The files of `RequestRows`, all or nothing: a folder that is there is replaced. about: goes into the manifest."""
+    group_rows = group_rows or group_rows_of(len(table))
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     try:
         with disk_full_said(folder):
             files = {}
-            parts = [tables] if isinstance(tables, pa.Table) else tables
-            slices = [part.slice(start, FILE_ROWS) for part in parts for start in range(0, len(part), FILE_ROWS)]
-            for number, part in enumerate(slices):
+            for number, start in enumerate(range(0, len(table), FILE_ROWS)):
+                part = table.slice(start, FILE_ROWS)
                 path = draft / f"part-{number:05d}.parquet"
                 pq.write_table(part, path, compression=CODEC, row_group_size=group_rows)
                 files[path.name] = _described(path)
@@ -199,7 +204,8 @@ class RequestRows:
 class RequestTable:
     """The same interface over a table in memory. fingerprint: names its content."""
 
-    def __init__(self, table: pa.Table, fingerprint: str, group_rows: int = GROUP_ROWS):
+    def __init__(self, table: pa.Table, fingerprint: str, group_rows: int | None = None):
+        group_rows = group_rows or group_rows_of(len(table))
         self._table, self._group_rows, self.fingerprint = table, group_rows, fingerprint
         self.group_sizes = [min(group_rows, len(table) - start) for start in range(0, len(table), group_rows)]
         self.columns, self.num_rows = table.schema, len(table)
