@@ -77,6 +77,7 @@ sanitize: $(READY) ## compute-sanitizer over the kernels that follow indices, on
 
 quality: $(READY) ## the gates of models_ml/quality.json: benchmarks and ranking; hours; ONLY="beauty ranking" picks
 	$(BIN)/python -m models_ml.quality $(ONLY)
+	$(if $(ONLY),,for form in onnx torchscript torch; do $(BIN)/headrace export l2 --format $$form --requests 10000; done)
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

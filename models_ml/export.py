@@ -137,6 +137,7 @@ def program_of(scorer: nn.Module) -> torch.export.ExportedProgram:
 def dry_run(objective: nn.Module) -> None:
     """Before the first step: raises HeadraceError when the network that is to be trained could not be exported."""
     network = objective.network
+    assert isinstance(network, nn.Module)
     try:
         program_of(scorer_of(network))
     except Exception as error:
@@ -150,9 +151,7 @@ def content_of(scorer: nn.Module, form: str) -> bytes:
     stream = io.BytesIO()
     with _quiet(), torch.no_grad():
         if form == "torchscript":
-            names, tensors = zip(*example_inputs(scorer).items(), strict=True)
-            torch.jit.save(torch.jit.trace(scorer, tensors, check_trace=False), stream)
-            del names
+            torch.jit.save(torch.jit.trace(scorer, tuple(example_inputs(scorer).values()), check_trace=False), stream)
         elif form == "torch":
             torch.export.save(program_of(scorer), stream)
         else:
@@ -244,10 +243,10 @@ def check(model: L1 | L2 | TwoTower, run: Call, examples: Examples, count: int) 
             same += 1
             continue
         ours, theirs = (values.reshape(len(values), -1).mean(1) for values in (scores, served))
-        tops = [np.argsort(-values, kind="stable")[:TOP] for values in (ours, theirs)]
-        if np.array_equal(*tops):
+        our_top, their_top = (np.argsort(-values, kind="stable")[:TOP] for values in (ours, theirs))
+        if np.array_equal(our_top, their_top):
             same += 1
-        elif np.abs(theirs[tops[0]] - theirs[tops[1]]).max() <= SWAP:
+        elif np.abs(theirs[our_top] - theirs[their_top]).max() <= SWAP:
             swapped += 1
         else:
             raise HeadraceError(f"request {number}: its first {TOP} are not those that are served")

@@ -86,8 +86,8 @@ class Reader(NamedTuple):
 
     def of_lanes(self, reader_of_lane: Tensor) -> "Reader":
         """The same for each lane of candidates: int64 [P], a request's number."""
-        per_request = (part.index_select(0, reader_of_lane) for part in self[:4])
-        return Reader(*per_request, self.first_KBH.index_select(1, reader_of_lane))
+        keys, values, is_there, mean = (part.index_select(0, reader_of_lane) for part in self[:4])
+        return Reader(keys, values, is_there, mean, self.first_KBH.index_select(1, reader_of_lane))
 
 
 class MemberLinear(nn.Module):

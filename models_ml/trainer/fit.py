@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models_ml.seeding import deterministic
 from models_ml.trainer.checkpoints import BEST, Checkpoints, Progress
@@ -104,14 +105,14 @@ class _Loop:
         if run.folder is not None and self.ranks.is_first:
             self.checkpoints = Checkpoints(run.folder, self.settings.keep)
         self.speed = Speed(self.ranks.device)
-        self._log_file = None
+        self._log_file: Any = None
 
     def run_all(self) -> Fitted:
         self._resume_or_clear()
         self.ranks.same_start([*self.objective.parameters(), *self.objective.buffers()])
         if self.run.before is not None and self.state.step == 0 and self.ranks.is_first:
             self.run.before(self.objective)
-        self.module = self.ranks.wrap(self.objective)
+        self.module: nn.Module = self.ranks.wrap(self.objective)
         self.module.train()
         seconds, late_said, stopped_early = 0.0, 0, False
         waiting = time.perf_counter()
@@ -172,7 +173,9 @@ class _Loop:
 
     def _quiet(self, last: bool) -> contextlib.AbstractContextManager:
         """Only the last part of a step adds gradients up over the ranks."""
-        return contextlib.nullcontext() if last or self.ranks.size == 1 else self.module.no_sync()
+        return (
+            contextlib.nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
