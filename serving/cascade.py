@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from opentelemetry.trace import get_current_span
 
 from serving.budget import Budget
 from serving.cache import Same
@@ -19,6 +20,7 @@ from serving.recall import find_candidates, find_or_recall
 from serving.request import NO_DEADLINE, Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served, new_request_id
+from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, tracer
 from serving.world import World
 from warehouse.features.kinds.values import Value
 
@@ -26,6 +28,7 @@ Said = Mapping[str, Value] | None
 """The features of the request, as `outside.said` gives them."""
 
 
+@tracer.start_as_current_span("headrace.feed")
 def feed(
     world: World,
     user_id: str,
@@ -43,8 +46,9 @@ def feed(
     if (in_a_hurry := page_without_ranking(request, page_size)) is not None:
         return in_a_hurry
 
-    with steps.timed("retrieve"):
+    with steps.timed("retrieve") as span:
         candidates = affordable(request, find_or_recall(request, page_size), page_size)
+        span.set_attribute(CANDIDATES, len(candidates))
     l1_score_C, features = _score_with_l1(request, candidates)
     l1_order_C = best_first(candidates.recall_score_C if np.isnan(l1_score_C).all() else l1_score_C, len(candidates))
     survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
@@ -52,20 +56,22 @@ def feed(
     sampled = np.flatnonzero(_sampled(request_id, len(candidates), settings.logged_share))
     is_l1_new = features is not None
     if features is None:
-        with steps.timed("hydrate_candidates"):
-            features = _Hydrated.of(request, candidates, np.union1d(survivors_S, sampled))
-    with steps.timed("l2"):
+        needed = np.union1d(survivors_S, sampled)
+        with steps.timed("hydrate_candidates", len(needed)):
+            features = _Hydrated.of(request, candidates, needed)
+    with steps.timed("l2", len(survivors_S)):
         if has_time_for_l2(request, len(survivors_S)):
             note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S.tolist()]
             predictions_S, final_score_S = run_l2(request, note_ids_S, features.at(survivors_S), l1_score_C[survivors_S])
         else:
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
-    with steps.timed("policy"):
+    with steps.timed("policy", len(survivors_S)):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
         page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
     logged = np.union1d(sampled, np.array([placed.candidate for placed in page], dtype=np.int64))
     steps.note_total()
+    get_current_span().set_attributes({REQUEST_ID: request_id, CANDIDATES: len(candidates), DEGRADED: steps.degraded})
     for stage in RANKING:
         if not ((stage == "l2" and L2_SKIPPED in steps.degraded) or (stage in ("hydrate_candidates", "l1") and not is_l1_new)):
             pace.note(stage, steps.timings_ms[stage], len(survivors_S) if stage in ("l2", "policy") else len(candidates))
@@ -140,9 +146,9 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
 
     def make() -> tuple[Scored, bool]:
         nonlocal made
-        with steps.timed("hydrate_candidates"):
+        with steps.timed("hydrate_candidates", len(candidates)):
             made = _Hydrated.of(request, candidates, np.arange(len(candidates)))
-        with steps.timed("l1"):
+        with steps.timed("l1", len(candidates)):
             l1_score_C, _ = run_l1(request, made.features, candidates.recall_score_C, len(candidates))
         return Scored(candidates, l1_score_C), "l1" not in steps.degraded
 
