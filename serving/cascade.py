@@ -178,7 +178,7 @@ def _hydrate(request: Request, note_ids: Sequence[str], row_C: np.ndarray) -> Ca
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:
     """bool [C]: the candidates whose features are logged although they are not shown; the same for the same request."""
-    return np.random.default_rng(int(request_id, 16)).random(num_candidates) < share
+    return np.random.default_rng(int.from_bytes(request_id.encode())).random(num_candidates) < share
 
 
 def _spread(values_S: np.ndarray, survivors_S: np.ndarray, num_candidates: int) -> np.ndarray:
