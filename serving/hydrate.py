@@ -151,7 +151,7 @@ def hydrate_candidates(
     """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
     share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones."""
     author_row_C = catalogue.author_rows(row_C)
-    held = {("note_id",): row_C, ("author_id",): author_row_C}
+    held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
     authors = catalogue.authors
     key_of: dict[str, Callable[[int], Any]] = {
         "user_id": lambda place: user_id,
@@ -164,19 +164,19 @@ def hydrate_candidates(
     sequences: dict[str, list[list[str]]] = {}
     maps: dict[str, list[dict[str, float]]] = {}
 
-    def keys_at(key_columns: tuple[str, ...], places: Sequence[int]) -> list[Key]:
-        return [tuple(key_of[column](place) for column in key_columns) for place in places]
+    def key_at(key_columns: tuple[str, ...], place: int) -> Key:
+        return tuple(key_of[column](place) for column in key_columns)
 
     def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> FeatureMatrix:
         """Each distinct key once. Candidates of one author differ in no key but their own."""
         if "note_id" in key_columns:
-            keys = keys_at(key_columns, range(len(note_ids)))
+            keys = [key_at(key_columns, place) for place in range(len(note_ids))]
             distinct = dict.fromkeys(keys)
             place_of = {key: place for place, key in enumerate(distinct)}
             places = np.array([place_of[key] for key in keys], dtype=np.int64)
         else:
             _, first, places = np.unique(author_row_C, return_index=True, return_inverse=True)
-            distinct = dict.fromkeys(keys_at(key_columns, first.tolist()))
+            distinct = dict.fromkeys(key_at(key_columns, place) for place in first.tolist())
         matrix = assemble(list(distinct))
         gathered = _gathered(matrix.sequences, places), _gathered(matrix.maps, places)
         return FeatureMatrix(matrix.names, matrix.values[places], *gathered)
@@ -187,9 +187,8 @@ def hydrate_candidates(
             continue
         matrix = None
         if group.entity_keys in held:
-            matrix = assembled.gather(
-                view, group.name, held[group.entity_keys], lambda place, of=group: keys_at(of.entity_keys, [place])[0], t_us
-            )
+            rows = held[group.entity_keys]
+            matrix = assembled.gather(view, group.name, rows, partial(key_at, group.entity_keys), t_us)
         found.append(matrix or gather(group.entity_keys, partial(_assemble_known, view, group.name, t_us=t_us)))
     for table in tables.tables:
         if table.keys != USER:
