@@ -119,7 +119,15 @@ def rank_l2_alone(
 def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
     world = request.world
     return hydrate_candidates(
-        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+        request.view,
+        world.groups,
+        world.catalogue,
+        request.user_id,
+        note_ids,
+        author_ids,
+        request.t_us,
+        world.tables,
+        world.assembled,
     )
 
 
