@@ -6,8 +6,8 @@
 | l1 | the same, and what the request says of itself | `l1_cache_s` | its candidates |
 | user | reader | `user_cache_s` | its blocks and 5 minutes, the reader's next event |
 
-Features of notes need none: the store assembles them once a tick (`streaming_sql.assembled`). Models do not change while a
-server runs, so their version is part of no key.
+Candidates and L1's scores are of one set of loaded models, too. Features of notes need no cache: the store assembles them once
+a tick (`streaming_sql.assembled`).
 """
 
 from dataclasses import dataclass

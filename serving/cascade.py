@@ -153,7 +153,7 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
         return Scored(candidates, l1_score_C), "l1" not in steps.degraded
 
     key = (request.user_id, request.feed_type, request.geohash, request.surface)
-    depends_on = (Same(candidates), request.user.pick(world.models.l1.user_features).tobytes())
+    depends_on = (Same(candidates), Same(world.models), request.user.pick(world.models.l1.user_features).tobytes())
     scored, was_there = world.caches.l1.get(key, depends_on, make)
     if was_there:
         steps.cached.append("l1")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from serving.cache import Same
 from serving.caches import Found
 from serving.page import showable
 from serving.request import Request
@@ -51,7 +52,7 @@ def find_or_recall(request: Request, at_least: int) -> Candidates:
         return Found(candidates, said), all(word in RELAXED for word in said)
 
     key = (request.user_id, request.feed_type, request.geohash, at_least)
-    depends_on = (request.view.tick_us, world.readers.num_events(request.user_id), tuple(request.history))
+    depends_on = (Same(world.models), request.view.tick_us, world.readers.num_events(request.user_id), tuple(request.history))
     found, was_there = world.caches.candidates.get(key, depends_on, find)
     if was_there:
         request.steps.cached.append("candidates")
