@@ -43,7 +43,7 @@ class Ranks:
         if self.size == 1:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(objective, device_ids=ids, forward_sync_buffers=False)
 
     def meet(self, what: str) -> None:
         """Waits for all ranks. Raises HeadraceError naming the ones that did not come within `timeout_s`."""
@@ -80,7 +80,7 @@ class Ranks:
         """The first rank's tensors, to all."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)  # the graph must not know of it
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"), 0.0)

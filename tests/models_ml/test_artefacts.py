@@ -40,7 +40,7 @@ def home(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("l1", "onnx"), ("l2", "onnx"), ("l2", "torch"), ("l2", "torchscript"), ("two_tower", "onnx")]
+    ("name", "form"), [("l1", "torchscript"), ("l2", "onnx"), ("l2", "torch"), ("l2", "torchscript"), ("two_tower", "onnx")]
 )
 def test_an_export_scores_as_the_server_does(name, form, models, loaded, tmp_path):
     path = tmp_path / f"model{export.FORMATS[form]}"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import pytest
 import torch
 
 from models_ml.trainer.checkpoints import Checkpoints
+from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.ranks import ranks_of_environment
+from models_ml.trainer.settings import Plan, TrainerSettings
 from tests.models_ml.trainer import toy, victim
 from warehouse.errors import HeadraceError
 
@@ -88,6 +91,26 @@ def test_from_one_rank_to_two_every_row_is_consumed_once(tmp_path):
     for epoch in range(victim.PLAN.epochs):
         seen = Counter(row for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for row in steps[step])
         assert seen == Counter(range(toy.NUM_ROWS))
+
+
+def without_chance(folder: Path) -> None:
+    """Trains without dropout, so that ranks draw nothing of their own; warnings are errors here too."""
+    warnings.simplefilter("error")
+    objective, optimizer = toy.toy_and_optimizer()
+    objective.network[1].p = 0.0
+    with ranks_of_environment(60.0) as ranks:
+        run = Run(TrainerSettings(accumulate=2), ranks)
+        fit(objective, toy.source(), toy.collate, optimizer, Plan(1, 48, 0.01, warm_up=0.1), 0, run)
+        torch.save(objective.network.state_dict(), folder / f"{ranks.size}.{ranks.rank}.pt")
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    assert forked(without_chance, tmp_path) == [0]
+    assert forked(without_chance, tmp_path, ranks=2) == [0, 0]
+    alone, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1.0.pt", "2.0.pt", "2.1.pt"))
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], tensor, atol=1e-5), name
 
 
 def hang(folder: Path) -> None:
