@@ -52,9 +52,10 @@ def prepare_connection(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _configure(connection: duckdb.DuckDBPyConnection) -> None:
     """Times are UTC, and an ASOF join is never a nested loop: DuckDB makes it one where it expects few rows on the left, and it
-    expects few of an Arrow table with millions."""
+    expects few of an Arrow table with millions. No progress bar: it would stand amid what a command prints."""
     connection.execute("set global TimeZone = 'UTC'")
     connection.execute("set global asof_loop_join_threshold = 0")
+    connection.execute("set enable_progress_bar = false")
 
 
 def quoted(text: str) -> str:
