@@ -139,8 +139,9 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         budget = Budget.of_ms(body.deadline_ms or world.settings.deadline_ms)
         page_size = body.limit or world.settings.page_size
         context = _said(world, body.context)
+        surface, geohash = body.context.surface, body.context.geohash
         work = functools.partial(
-            cascade.feed, world, body.user_id, body.feed_type, page_size, body.context.surface, context, budget
+            cascade.feed, world, body.user_id, body.feed_type, page_size, surface, context, budget, geohash
         )
         served = await _compute(app, metrics, work)
         _engine(app).remember(served)
@@ -155,7 +156,7 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
     async def retrieve(body: wire.RetrieveRequest) -> Response:
         """Candidates, best recall first. What failed or was relaxed is named in the header `Headrace-Degraded`."""
         world = _world(app)
-        work = functools.partial(cascade.retrieve_alone, world, body.user_id, body.feed_type, body.limit)
+        work = functools.partial(cascade.retrieve_alone, world, body.user_id, body.feed_type, body.limit, body.context.geohash)
         candidates, degraded = await _compute(app, metrics, work)
         return json_response(answers.retrieved_answer(candidates, world.catalogue), headers=_degraded(degraded))
 

@@ -32,10 +32,11 @@ def feed(
     surface: str | None = None,
     said: Said = None,
     budget: Budget = NO_DEADLINE,
+    geohash: str | None = None,
 ) -> Served:
     """A page of notes for one reader: the whole path. What the budget has no time for is left out (`serving.hurry`)."""
     settings, pace = world.settings, world.pace
-    request = begin(world, user_id, feed_type, surface, said, budget)
+    request = begin(world, user_id, feed_type, surface, said, budget, geohash)
     steps = request.steps
     if (in_a_hurry := page_without_ranking(request, page_size)) is not None:
         return in_a_hurry
@@ -79,9 +80,11 @@ def feed(
     )
 
 
-def retrieve_alone(world: World, user_id: str, feed_type: str, limit: int) -> tuple[Candidates, list[str]]:
+def retrieve_alone(
+    world: World, user_id: str, feed_type: str, limit: int, geohash: str | None = None
+) -> tuple[Candidates, list[str]]:
     """The first stage alone: at most `limit` candidates, and what was degraded."""
-    request = begin(world, user_id, feed_type)
+    request = begin(world, user_id, feed_type, geohash=geohash)
     candidates = find_candidates(request, 1)
     return candidates.take(np.arange(min(limit, len(candidates)))), request.steps.degraded
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from serving.nearby import Places
 from warehouse.lake import Lake
 from warehouse.time_algebra import MINUTE_US
 
@@ -22,7 +23,7 @@ REQUEST_FEATURES = ("note_duration_ms", "note_age_min")
 
 @dataclass(frozen=True)
 class Catalogue:
-    """N notes, in the order of note_id. `row_of` maps a note_id to its row."""
+    """N notes, in the order of note_id. `row_of` maps a note_id to its row; topic_code_N is -1 for a note without a topic."""
 
     note_ids: list[str]
     author_ids: list[str | None]
@@ -33,6 +34,9 @@ class Catalogue:
     first_seen_us_N: np.ndarray
     row_of: dict[str, int]
     rows_of_author: dict[str, np.ndarray]
+    topic_codes: dict[str, int]
+    topic_code_N: np.ndarray
+    places: Places
 
     @classmethod
     def from_lake(cls, lake: Lake) -> "Catalogue":
@@ -59,16 +63,21 @@ class Catalogue:
         for row, author_id in enumerate(author_ids):
             if author_id is not None:
                 rows_of_author.setdefault(author_id, []).append(row)
+        topics = [of_note[0] if of_note else None for of_note in notes["topics"].to_pylist()]
+        topic_codes = {topic: code for code, topic in enumerate(dict.fromkeys(topic for topic in topics if topic is not None))}
         return cls(
             note_ids=note_ids,
             author_ids=author_ids,
-            topics=[topics[0] if topics else None for topics in notes["topics"].to_pylist()],
+            topics=topics,
             note_types=notes["note_type"].to_pylist(),
             duration_ms_N=pc.fill_null(notes["duration_ms"].cast(pa.float64()), float("nan")).to_numpy(),
             created_us_N=created,
             first_seen_us_N=np.array([first_seen_us.get(note_id, UNKNOWN_US) for note_id in note_ids], dtype=np.int64),
             row_of={note_id: row for row, note_id in enumerate(note_ids)},
             rows_of_author={author_id: np.array(rows) for author_id, rows in rows_of_author.items()},
+            topic_codes=topic_codes,
+            topic_code_N=np.array([-1 if topic is None else topic_codes[topic] for topic in topics], dtype=np.int64),
+            places=Places(notes["geohash"].to_pylist() if "geohash" in notes.column_names else [None] * len(note_ids)),
         )
 
     def __len__(self) -> int:
@@ -77,6 +86,10 @@ class Catalogue:
     def author_of(self, note_id: str) -> str | None:
         row = self.row_of.get(note_id)
         return None if row is None else self.author_ids[row]
+
+    def topic_of(self, note_id: str) -> str | None:
+        row = self.row_of.get(note_id)
+        return None if row is None else self.topics[row]
 
     def exists_at(self, t_us: int) -> np.ndarray:
         """bool [N]: created before t, or without a creation time. A replay must not show notes from its future."""

@@ -24,7 +24,7 @@ from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.served import Served
 from serving.settings import Settings
-from serving.world import World
+from serving.world import World, check_trending
 from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
@@ -177,6 +177,7 @@ class Engine:
         event_log = self.log = open_log(self.home, lake, self.clock, stream)
         if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
             log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
+        check_trending(groups, self.settings.trending_feature)
         store = OnlineStore.from_lake(lake, groups)
         runner = self.runner = Runner(
             lake, event_log, store, groups, self.clock, stream.runner(), self.home.online / RUNNER_FILE
@@ -196,7 +197,7 @@ class Engine:
             readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
             last_pages=LastPages(self.settings.last_pages, self.settings.last_page_minutes),
             allowed_N=allowed_notes(self.settings, catalogue.note_ids, catalogue.author_ids, catalogue.topics),
-            models=load_models(self.home, groups, catalogue, self.settings.most_candidates, kinds),
+            models=load_models(self.home, groups, catalogue, self.settings, kinds),
             kinds=kinds,
             fetcher=Fetcher(kinds.http) if kinds.http else None,
             tables=tables,

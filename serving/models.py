@@ -12,6 +12,8 @@ from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
+from serving.settings import Settings
+from serving.vector_index import ShardedVectors
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
@@ -25,7 +27,7 @@ REMEDY = "run `headrace train all`"
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
     model's vectors, -1 where the catalogue does not know the note. vectors: those vectors on a GPU, where HEADRACE_DEVICE
-    names one; L1 and L2 are then there too."""
+    names one; L1 and L2 are then there too. shards: the vectors for a search on the CPU."""
 
     item_to_item: Any
     two_tower: Any
@@ -34,6 +36,7 @@ class Models:
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
     num_notes: int  # rows of the catalogue
+    shards: ShardedVectors
     vectors: VectorsOnDevice | None = None
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
@@ -56,9 +59,9 @@ def missing_models(home: Home) -> list[str]:
 
 
 def load_models(
-    home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, most_candidates: int, kinds: Kinds | None = None
+    home: Home, groups: Mapping[str, FeatureGroup], catalogue: Catalogue, settings: Settings, kinds: Kinds | None = None
 ) -> Models:
-    """The production versions, on the device that HEADRACE_DEVICE names. most_candidates: of one request, on a GPU.
+    """The production versions, on the device that HEADRACE_DEVICE names, with the vectors indexed as the settings say.
 
     Raises HeadraceError if one is missing, damaged, or reads features that are not served, or if there is no such device.
     """
@@ -85,7 +88,13 @@ def load_models(
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
     rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
-    loaded, vectors = moved(loaded, device, most_candidates)
+    shards = ShardedVectors(loaded["two_tower"].note_vectors, settings.vector_shards, settings.hnsw_from)
+    loaded, vectors = moved(loaded, device, settings.most_candidates)
     return Models(
-        **loaded, versions=versions, rows_of_vectors=np.array(rows, dtype=np.int64), num_notes=len(catalogue), vectors=vectors
+        **loaded,
+        versions=versions,
+        rows_of_vectors=np.array(rows, dtype=np.int64),
+        num_notes=len(catalogue),
+        shards=shards,
+        vectors=vectors,
     )

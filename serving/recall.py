@@ -8,28 +8,32 @@ from serving.page import showable
 from serving.request import Request
 from serving.retrieve import Candidates, Retrieval, retrieve
 
-NO_LOCATIONS = "nearby_without_locations"
+NO_LOCATION = "nearby_without_geohash"
+NO_NEARBY_NOTES = "no_nearby_notes"
 NO_FOLLOWED_NOTES = "no_followed_notes"
 GENERATORS_SKIPPED = "generators_skipped"
 SEEN_AGAIN = "seen_filter_relaxed"
+ONLY = {"FOLLOW": ("followed_authors", NO_FOLLOWED_NOTES), "NEARBY": ("nearby", NO_NEARBY_NOTES)}
+"""Feed types that one generator answers, and what is said where it finds nothing."""
 
 
 def find_candidates(request: Request, at_least: int) -> Candidates:
     """The union of the generators, without notes of the future, blocked or hidden ones, and without what the reader has seen.
 
     Where that leaves fewer than `at_least` notes although there are more, the rule that is least missed gives way (first only
-    followed authors, then only unseen notes) and `degraded` says so.
+    followed authors or only nearby notes, then only unseen ones) and `degraded` says so.
     """
     limits, degraded = request.world.settings.generators, request.steps.degraded
     may_N = showable(request)
     unseen_N = _without_seen(request, may_N)
-    if request.feed_type == "NEARBY":
-        degraded.append(NO_LOCATIONS)
-    if request.feed_type == "FOLLOW":
-        candidates = _found(request, unseen_N, {"followed_authors": limits.get("followed_authors", 0)})
+    if request.feed_type == "NEARBY" and request.geohash is None:
+        degraded.append(NO_LOCATION)
+    elif request.feed_type in ONLY:
+        generator, without = ONLY[request.feed_type]
+        candidates = _found(request, unseen_N, {generator: limits.get(generator, 0)})
         if len(candidates) > 0:
             return candidates
-        degraded.append(NO_FOLLOWED_NOTES)
+        degraded.append(without)
     return _at_least(request, at_least, may_N, unseen_N, limits)
 
 
@@ -74,7 +78,9 @@ def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int], 
         history=request.history,
         seeds=request.history[-world.settings.item_to_item_seeds :],
         followed_authors=world.readers.follows(request.user_id),
+        interests=request.history[-world.settings.topic_seeds :],
         promoted=world.settings.promoted_notes,
+        geohash=request.geohash,
     )
     stages = ("hydrate_candidates", "l1", "policy")
 

@@ -58,6 +58,7 @@ class Request:
     history: list[str]
     steps: Steps
     budget: Budget = NO_DEADLINE
+    geohash: str | None = None
 
 
 def begin(
@@ -67,11 +68,12 @@ def begin(
     surface: str | None = None,
     said: Mapping[str, Value] | None = None,
     budget: Budget = NO_DEADLINE,
+    geohash: str | None = None,
 ) -> Request:
     """Fixes t, T and K and reads the reader's own features and the request's. A reader never met is a cold start, not an error.
 
-    said: the features of the request, as `outside.said` gives them. t never lies before the instant at which the view's tick
-    may first be read: a clock that was set back must not empty a feed.
+    said: the features of the request, as `outside.said` gives them. geohash: where it comes from. t never lies before the
+    instant at which the view's tick may first be read: a clock that was set back must not empty a feed.
     """
     steps = Steps()
     with steps.timed("hydrate_user"):
@@ -86,4 +88,4 @@ def begin(
         with steps.timed("outside"):
             keys = {"user_id": user_id, "surface": surface}
             user = with_outside(user, world.kinds, world.fetcher, keys, said or {}, steps.degraded)
-    return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps, budget)
+    return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps, budget, geohash)

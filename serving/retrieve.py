@@ -5,12 +5,14 @@ catalogue, best first, already limited to `eligible_N`. One more generator is on
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from serving.catalogue import UNKNOWN_US, Catalogue
+from serving.vector_index import largest
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +25,18 @@ class Retrieval:
     """All that generators may look at."""
 
     catalogue: Catalogue
-    models: object  # with `.item_to_item`, `.two_tower`, `.rows_of_vectors` and `.vectors`, as `serving.models.Models`
+    models: (
+        object  # with `.item_to_item`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`, as `serving.models.Models`
+    )
     eligible_N: np.ndarray
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
     seeds: Sequence[str]  # the newest part of it
     followed_authors: Sequence[str]
+    interests: Sequence[str] = ()  # of the history, as many notes as say which topics interest the reader
     promoted: Sequence[str] = ()  # what the settings promote
+    geohash: str | None = None  # where the request comes from, as finely as its caller says
+    failed: list[str] = field(default_factory=list)  # parts of generators that did
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,26 @@ def trending(request: Retrieval, limit: int) -> np.ndarray:
 def fresh(request: Retrieval, limit: int) -> np.ndarray:
     """Notes created most recently, or first seen most recently where the creation time is unknown."""
     freshness_N = np.where(request.eligible_N, request.catalogue.freshness_us(), UNKNOWN_US)
-    rows = _largest(freshness_N, limit)
+    rows = largest(freshness_N, limit)
     return rows[freshness_N[rows] != UNKNOWN_US]
+
+
+def topics(request: Retrieval, limit: int) -> np.ndarray:
+    """Notes of the topics that this reader reads, the most clicked of each first: every topic in proportion to its share of the
+    reader's newest history, interleaved."""
+    of_topic = Counter(topic for note_id in request.interests if (topic := request.catalogue.topic_of(note_id)) is not None)
+    if not of_topic:
+        return np.empty(0, dtype=np.int64)
+    codes, catalogue = [request.catalogue.topic_codes[topic] for topic in of_topic], request.catalogue
+    weight_T = np.zeros(len(catalogue.topic_codes) + 1)
+    weight_T[codes] = list(of_topic.values())
+    rows = trending(request, len(catalogue))
+    code_R = catalogue.topic_code_N[rows]
+    rows, code_R = rows[weight_T[code_R] > 0], code_R[weight_T[code_R] > 0]
+    by_topic = np.argsort(code_R, kind="stable")
+    place_R = np.empty(len(rows))
+    place_R[by_topic] = _place_in_run(code_R[by_topic])
+    return rows[np.argsort((place_R + 0.5) / weight_T[code_R], kind="stable")][:limit]
 
 
 def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
@@ -78,7 +103,7 @@ def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
 
 
 def two_tower(request: Retrieval, limit: int) -> np.ndarray:
-    """Exact dot-product top-k of the reader's vector over all notes the model knows."""
+    """The largest dot products of the reader's vector with those of all notes the model knows."""
     if not request.history:
         return np.empty(0, dtype=np.int64)
     tower = request.models.two_tower  # type: ignore[attr-defined]
@@ -90,9 +115,9 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     vectors = request.models.vectors  # type: ignore[attr-defined]
     if vectors is not None:
         return rows_V[vectors.best(user_D, usable_V, limit)]
-    # One query on a CPU: a product and a partition take a fifth of the time of `kernels.top_k` there.
-    best = _largest(np.where(usable_V, tower.note_vectors @ user_D, -np.inf), limit)
-    return rows_V[best[usable_V[best]]]
+    best, failed = request.models.shards.best(user_D, usable_V, limit)  # type: ignore[attr-defined]
+    request.failed.extend(failed)
+    return rows_V[best]
 
 
 def followed_authors(request: Retrieval, limit: int) -> np.ndarray:
@@ -104,6 +129,13 @@ def followed_authors(request: Retrieval, limit: int) -> np.ndarray:
     rows = np.concatenate(lists)
     rows = rows[request.eligible_N[rows]]
     return rows[np.argsort(-request.catalogue.freshness_us()[rows].astype(np.float64), kind="stable")][:limit]
+
+
+def nearby(request: Retrieval, limit: int) -> np.ndarray:
+    """Notes around the place of the request, nearest first."""
+    if request.geohash is None:
+        return np.empty(0, dtype=np.int64)
+    return request.catalogue.places.nearest(request.geohash, request.eligible_N, limit)
 
 
 def promoted(request: Retrieval, limit: int) -> np.ndarray:
@@ -119,6 +151,8 @@ GENERATORS: Mapping[str, Callable[[Retrieval, int], np.ndarray]] = {
     "two_tower": two_tower,
     "trending": trending,
     "fresh": fresh,
+    "topics": topics,
+    "nearby": nearby,
     "promoted": promoted,
 }
 
@@ -137,7 +171,7 @@ def retrieve(
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
     shares_of: dict[int, list[tuple[float, str]]] = {}
-    failed: list[str] = []
+    failed: list[str] = request.failed
     is_cut = False
     for name, limit in limits.items():
         if shares_of and is_late(len(shares_of)):
@@ -163,14 +197,8 @@ def retrieve(
     return candidates, failed, is_cut
 
 
-def _largest(values_N: np.ndarray, limit: int) -> np.ndarray:
-    """Positions of the largest values, largest first; ties by position, so that a page does not depend on luck."""
-    if limit < len(values_N):
-        kth = np.partition(values_N, len(values_N) - limit)[len(values_N) - limit] if limit > 0 else None
-        if kth is None:
-            return np.empty(0, dtype=np.int64)
-        pool = np.flatnonzero(values_N >= kth)
-    else:
-        pool = np.arange(len(values_N))
-    order = np.lexsort((pool, -values_N[pool].astype(np.float64)))
-    return pool[order][:limit]
+def _place_in_run(sorted_R: np.ndarray) -> np.ndarray:
+    """int64 [R]: 0, 1, 2 … within each run of equal values."""
+    starts = np.flatnonzero(np.diff(sorted_R, prepend=-1))
+    lengths = np.diff(np.append(starts, len(sorted_R)))
+    return np.arange(len(sorted_R)) - np.repeat(starts, lengths)

@@ -45,6 +45,10 @@ class Settings:
     last_page_minutes: float
     seen_per_user: int
     item_to_item_seeds: int
+    trending_feature: str
+    topic_seeds: int
+    vector_shards: int
+    hnsw_from: int
     logged_share: float
     forward_log_queue: int
     forward_log_rows: int
@@ -69,6 +73,8 @@ class Settings:
             raise HeadraceError(f"serving settings: {', '.join(unknown)} is no generator; there are {', '.join(GENERATORS)}")
         if self.diversity not in METHODS:
             raise HeadraceError(f"serving settings: diversity must be one of {', '.join(METHODS)}, got {self.diversity!r}")
+        if self.vector_shards < 1:
+            raise HeadraceError(f"serving settings: vector_shards must be at least 1, got {self.vector_shards}")
         if self.exploration_share > 1:
             raise HeadraceError(f"serving settings: exploration_share is a probability, got {self.exploration_share}")
 

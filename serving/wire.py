@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
+from serving.nearby import PATTERN
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
 FeedType = Literal["EXPLORE", "FOLLOW", "NEARBY"]
 EventType = Literal["view", "click", "long_view", "like", "comment", "share", "follow", "hide", "watch", "retraction"]
@@ -21,6 +23,10 @@ class Context(Wire):
     model_config = ConfigDict(alias_generator=to_camel, extra="allow", allow_inf_nan=False)
 
     surface: Annotated[Id | None, Field(description="Where the feed is shown; the most usual one when absent")] = None
+    geohash: Annotated[
+        str | None,
+        Field(pattern=PATTERN, description="Where the request comes from; NEARBY needs it. 5 letters are about 5 km"),
+    ] = None
 
 
 class FeedRequest(Wire):
@@ -36,6 +42,7 @@ class FeedRequest(Wire):
 class RetrieveRequest(Wire):
     user_id: Id
     feed_type: FeedType = "EXPLORE"
+    context: Context = Field(default_factory=Context)
     limit: int = Field(500, ge=1, le=5000)
 
 

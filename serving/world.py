@@ -16,13 +16,12 @@ from serving.settings import Settings
 from streaming_sql.online_store import OnlineStore, StoreView
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
+from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
 
 if TYPE_CHECKING:  # it keeps answers, which know the world they come from
     from serving.last_pages import LastPages
-
-TRENDING_FEATURE = "note_num_clicks_1d"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class World:
 
 
 class Trending:
-    """Notes by clicks of the last day, most first. Between ticks a block value never changes, so one tick costs one sort."""
+    """Notes by `trending_feature` of the settings, most first. A block value never changes between ticks: one sort a tick."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,17 +55,28 @@ class Trending:
         self._rows = np.empty(0, dtype=np.int64)
 
     def rows(self, world: World, view: StoreView, t_us: int) -> np.ndarray:
-        """int64: rows of the catalogue that were clicked in the day before the view's tick."""
+        """int64: rows of the catalogue of which the feature was more than 0 at the view's tick."""
         with self._lock:
             if self._tick_us != view.tick_us:
-                self._rows = _most_clicked(world, view, t_us)
+                self._rows = _highest(world, view, t_us)
                 self._tick_us = view.tick_us
             return self._rows
 
 
-def _most_clicked(world: World, view: StoreView, t_us: int) -> np.ndarray:
-    group = next(group for group in world.groups.values() if TRENDING_FEATURE in group.feature_names)
+def check_trending(groups: Mapping[str, FeatureGroup], feature: str) -> None:
+    """Raises HeadraceError unless the feature is a number of a group of notes."""
+    of_notes = [name for group in groups.values() if group.entity_keys == ("note_id",) for name in group.feature_names]
+    if feature not in of_notes:
+        raise HeadraceError(
+            "serving settings: trending_feature must be a declared feature of notes "
+            f"such as {', '.join(of_notes[:3])}; got {feature!r}"
+        )
+
+
+def _highest(world: World, view: StoreView, t_us: int) -> np.ndarray:
+    feature = world.settings.trending_feature
+    group = next(group for group in world.groups.values() if feature in group.feature_names)
     matrix = view.assemble(group.name, [(note_id,) for note_id in world.catalogue.note_ids], t_us)
-    clicks_N = np.nan_to_num(matrix.values[:, matrix.names.index(TRENDING_FEATURE)])
-    order = np.argsort(-clicks_N, kind="stable")
-    return order[clicks_N[order] > 0]
+    counts_N = np.nan_to_num(matrix.values[:, matrix.names.index(feature)])
+    order = np.argsort(-counts_N, kind="stable")
+    return order[counts_N[order] > 0]

@@ -159,6 +159,7 @@ def _only_reads(connection: Any, statement: Any) -> bool:
 _FEATURE_COMMANDS = {
     "plan": "warehouse.features.plan",
     "compute": "warehouse.features.compute_cli",
+    "document": "warehouse.features.document",
     "verify": "warehouse.features.verify",
 }
 
@@ -170,7 +171,7 @@ def _features(words: list[str]) -> int:
         "features",
         "Shows and checks what is declared; plans a build; computes it for any spine; proves it on generated events.",
         "  headrace features check\n  headrace features list --json\n  headrace features show note_ctr_1d\n"
-        "  headrace features plan\n"
+        "  headrace features plan\n  headrace features document --check\n"
         "  headrace features get --help\n  headrace features compute --help\n  headrace features verify --help",
     )
     parser.add_argument("action", choices=("check", "list", "show", *_FEATURE_COMMANDS))

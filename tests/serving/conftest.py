@@ -24,7 +24,15 @@ def clock():
 def server(clock, tmp_path_factory):
     home = Home(tmp_path_factory.mktemp("home"))
     furnish(home, num_users=300, num_notes=800, days=DAYS)
-    limits = {"trending": 60, "fresh": 40, "item_to_item": 60, "two_tower": 60, "followed_authors": 40}
+    limits = {
+        "trending": 60,
+        "fresh": 40,
+        "item_to_item": 60,
+        "two_tower": 60,
+        "followed_authors": 40,
+        "topics": 40,
+        "nearby": 40,
+    }
     settings = dataclasses.replace(
         Settings.load(), generators=limits, l1_top_k=100, logged_share=1.0, diversity="none", deadline_ms=60_000.0
     )

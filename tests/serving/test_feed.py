@@ -3,12 +3,14 @@
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from serving.request import CLOCK_BEHIND, begin
 from serving.retrieve import GENERATORS
 from tests.serving.hand_made import NOT_YET
 from warehouse.clock import ManualClock
+from warehouse.datasets.simulator import CITIES
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US, HOUR_US, SECOND_US
 
 NOTE_FIELDS = {
@@ -58,7 +60,7 @@ def test_a_reader_with_a_past_is_served_by_every_generator(server, readers):
     sources = {source for reader in readers[:5] for note in server.feed(reader)["notes"] for source in note["sources"]}
     candidates = server.explain(server.feed(readers[0])["requestId"])["candidates"]
     sources |= {source for candidate in candidates for source in candidate["sources"]}
-    assert sources == set(GENERATORS) - {"promoted"}  # nothing is promoted
+    assert sources == set(GENERATORS) - {"promoted", "nearby"}  # nothing is promoted, and nobody said where they are
 
 
 def test_a_reader_never_met_gets_what_is_trending_and_fresh(server):
@@ -102,9 +104,21 @@ def test_following_an_author_fills_the_follow_feed_with_their_notes(server, cloc
     assert "no_followed_notes" not in answer["degraded"]
 
 
-def test_nearby_without_places_says_so_and_serves_the_general_feed(server, readers):
-    answer = server.feed(readers[2], feedType="NEARBY")
-    assert answer["degraded"] == ["nearby_without_locations"]
+def test_nearby_shows_notes_of_the_place_that_the_request_names(server, readers):
+    catalogue = server.engine.world.catalogue
+    near = catalogue.places.nearest(CITIES[0], np.ones(len(catalogue), bool), len(catalogue))
+    answer = server.feed(readers[2], feedType="NEARBY", context={"geohash": CITIES[0]}, limit=10)
+    assert {note["noteId"] for note in answer["notes"]} <= {catalogue.note_ids[row] for row in near}
+    assert all(note["sources"] == ["nearby"] for note in answer["notes"])
+    assert not {"nearby_without_geohash", "no_nearby_notes"} & set(answer["degraded"])
+
+
+@pytest.mark.parametrize(
+    ("context", "told"), [({}, "nearby_without_geohash"), ({"geohash": "nnnnn"}, "no_nearby_notes")], ids=["no place", "at sea"]
+)
+def test_nearby_with_nothing_near_says_so_and_serves_the_general_feed(server, readers, context, told):
+    answer = server.feed(readers[2], feedType="NEARBY", context=context)
+    assert answer["degraded"] == [told]
     assert len(answer["notes"]) == 20
 
 

@@ -8,18 +8,19 @@ import torch
 
 from models_ml.on_device import VectorsOnDevice
 from serving.catalogue import Catalogue
-from serving.retrieve import Retrieval, _largest, retrieve
+from serving.retrieve import Retrieval, retrieve
+from serving.vector_index import ShardedVectors
 from warehouse.landing import NOTES_SCHEMA
-from warehouse.time_algebra import HOUR_US, MINUTE_US
+from warehouse.time_algebra import HOUR_US
 
 NOON = 1_650_000_000_000_000
 NOTES = [
-    # note, author, hours before noon that it was created (None: unknown)
-    ("n0", "a", 5),
-    ("n1", "a", 1),
-    ("n2", "b", None),
-    ("n3", "b", 3),
-    ("n4", None, -2),
+    # note, author, hours before noon that it was created (None: unknown), first topic
+    ("n0", "a", 5, "music"),
+    ("n1", "a", 1, "music"),
+    ("n2", "b", None, "books"),
+    ("n3", "b", 3, None),
+    ("n4", None, -2, "books"),
 ]
 
 
@@ -28,12 +29,12 @@ def catalogue():
         {
             "note_id": note_id,
             "author_id": author,
-            "topics": ["music", "art"],
+            "topics": [topic, "art"] if topic else [],
             "note_type": "NORMAL",
             "duration_ms": 1000,
             "created_at": None if hours is None else NOON - hours * HOUR_US,
         }
-        for note_id, author, hours in NOTES
+        for note_id, author, hours, topic in NOTES
     ]
     return Catalogue.from_tables(
         pa.Table.from_pylist(rows, schema=NOTES_SCHEMA), {"n2": NOON - 2 * HOUR_US, "n0": NOON - HOUR_US}
@@ -57,13 +58,16 @@ def request(seen=(), vectors=None, **changes):
     notes = catalogue()
     eligible_N = notes.exists_at(NOON)
     eligible_N[[notes.row_of[note_id] for note_id in seen]] = False
-    rows = np.array([3, -1, 1])
-    models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=rows, vectors=vectors)
+    rows, shards = np.array([3, -1, 1]), ShardedVectors(TwoVectors.note_vectors)
+    models = SimpleNamespace(
+        item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=rows, vectors=vectors, shards=shards
+    )
     settings = {
         "trending_rows": np.array([2, 4, 0]),
         "seeds": ["n1"],
         "history": ["n1"],
         "followed_authors": ["a", "z"],
+        "interests": ["n1", "n2", "n0", "n3", "unheard-of"],
     }
     return Retrieval(catalogue=notes, models=models, eligible_N=eligible_N, **(settings | changes))
 
@@ -82,6 +86,7 @@ def found(name, limit=10, **changes):
         ("item_to_item", ["n3", "n0"]),
         ("two_tower", ["n1", "n3"]),
         ("followed_authors", ["n1", "n0"]),
+        ("topics", ["n0", "n2"]),  # two notes of music were read and one of books
     ],
 )
 def test_each_generator_gives_its_notes_best_first(generator, expected):
@@ -99,8 +104,15 @@ def test_the_search_on_a_device_finds_what_numpy_finds(limit):
 
 
 def test_a_reader_without_a_past_gets_nothing_from_generators_that_need_one():
-    nobody = {"seeds": [], "history": [], "followed_authors": []}
-    assert found("item_to_item", **nobody) == found("two_tower", **nobody) == found("followed_authors", **nobody) == []
+    nobody = {"seeds": [], "history": [], "followed_authors": [], "interests": []}
+    assert (
+        found("topics", **nobody)
+        == found("nearby")
+        == found("item_to_item", **nobody)
+        == found("two_tower", **nobody)
+        == found("followed_authors", **nobody)
+        == []
+    )
 
 
 def test_generators_are_not_asked_once_it_is_late():
@@ -131,23 +143,26 @@ def test_a_generator_that_breaks_is_named_and_the_others_go_on(caplog):
     assert "index torn" in caplog.text
 
 
-def test_largest_breaks_ties_by_place_whatever_the_limit():
-    values = np.array([1.0, 3.0, 3.0, 2.0, 3.0])
-    for limit in range(6):
-        assert _largest(values, limit).tolist() == [1, 2, 4, 3, 0][:limit]
+def test_topics_share_the_places_by_how_much_they_are_read():
+    rows = [{"note_id": f"{topic}{n}", "topics": [topic]} for topic in ("art", "books", "cars") for n in range(8)]
+    notes = Catalogue.from_tables(pa.Table.from_pylist(rows, schema=NOTES_SCHEMA.with_metadata(None)), {})
+    everything = np.arange(len(rows))
+    asked = dataclasses.replace(
+        request(),
+        catalogue=notes,
+        eligible_N=np.ones(len(rows), bool),
+        trending_rows=everything[::-1],
+        interests=["art0"] * 3 + ["books0"],
+    )
+    found = retrieve(asked, {"topics": 8})[0].note_ids
+    assert found == ["art7", "books7", "art6", "art5", "art4", "books6", "art3", "art2"]
 
 
-def test_request_features_of_a_note_are_null_until_it_exists():
-    values = catalogue().request_features(["n1", "n4", "n2", "unheard-of"], NOON)
-    assert values[0].tolist() == [1000.0, HOUR_US / MINUTE_US]
-    assert np.isnan(values[1:]).all()
+def test_a_shard_that_breaks_is_named():
+    class Dead:
+        def best(self, user_D, usable_V, limit):
+            raise RuntimeError("torn")
 
-
-def test_a_model_that_knows_none_of_a_readers_notes_brings_nothing():
-    class Blank(TwoVectors):
-        def user_vector(self, history):
-            return np.zeros(2, dtype=np.float32)
-
-    models = SimpleNamespace(item_to_item=OneNeighbour(), two_tower=Blank(), rows_of_vectors=np.array([3, -1, 1]))
-    candidates, failed, _ = retrieve(dataclasses.replace(request(), models=models), {"two_tower": 5})
-    assert (candidates.note_ids, failed) == ([], [])
+    asked = request()
+    asked.models.shards.shards[0] = Dead()
+    assert retrieve(asked, {"two_tower": 5, "trending": 5})[1] == ["two_tower_shard_0"]

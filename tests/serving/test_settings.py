@@ -27,6 +27,7 @@ def test_a_file_replaces_only_what_it_names(tmp_path):
         ("exploration_share: 1.5", "exploration_share is a probability, got 1.5"),
         ("exploration_positions: [-1]", r"exploration_positions must be a list of positions of the page, counted from 0, got "),
         ("blocked_notes: n1", "blocked_notes must be a list of ids, got 'n1'"),
+        ("vector_shards: 0", "vector_shards must be at least 1, got 0"),
         ("- a list", "must hold `name: value` lines"),
         ("page_size: [", "cannot read serving settings"),
     ],

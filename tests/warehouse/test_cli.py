@@ -13,6 +13,7 @@ import pytest
 
 from headrace.cli import main
 from warehouse.datasets.simulator import simulate
+from warehouse.features import document
 from warehouse.features.declarations import load_groups
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
@@ -215,6 +216,18 @@ def test_features_are_listed_shown_and_checked(folder, capsys):
     assert main(["features", "show", "user_last_clicks_30d"]) == 0
     assert json.loads(capsys.readouterr().out)["empty"] == []
     assert not folder.path.exists()  # a declaration is no state
+
+
+def test_the_properties_of_features_are_what_the_declarations_say(folder, capsys, monkeypatch, tmp_path):
+    assert main(["features", "document", "--check"]) == 0, "run `headrace features document` and commit what it writes"
+    properties = (REPOSITORY / document.PROPERTIES).read_text()
+    shutil.copytree(REPOSITORY / document.FOLDER, tmp_path / document.FOLDER)
+    monkeypatch.setattr(document, "REPOSITORY", tmp_path)
+    (tmp_path / document.PROPERTIES).write_text("version: 2\n")
+    assert main(["features", "document", "--check"]) == 1
+    assert "is not up to date: headrace features document" in capsys.readouterr().out
+    assert main(["features", "document"]) == 0
+    assert (tmp_path / document.PROPERTIES).read_text() == properties
 
 
 @pytest.mark.parametrize("words", [["show", "note_num_vews_6h"], ["show"]])

@@ -19,6 +19,7 @@ import pytest
 from tests.warehouse.dbt_command import dbt
 from tests.warehouse.test_cli import small_disk  # noqa: F401
 from warehouse.datasets.simulator import simulate
+from warehouse.features.declarations import load_groups
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
 from warehouse.landing import land_dataset
@@ -168,6 +169,15 @@ def test_compile_and_docs_work_as_any_dbt_user_expects(home, built):
     assert blocks["metadata"]["schema"] == "features"
     assert {"note_id", "block_start", "known_at", "num_views"} <= set(blocks["columns"])
     assert "source.headrace.lake.events" in catalog["sources"]
+    manifest = json.loads((home.dbt / "target" / "manifest.json").read_text())
+    for group, declared in load_groups().items():
+        built_columns = set(catalog["nodes"][f"model.headrace.impression_{group}"]["columns"])
+        told = manifest["nodes"][f"model.headrace.impression_{group}"]["columns"]
+        assert built_columns == set(told) == {"impression_id", "labels_known_at", *declared.all_names}
+        assert all(column["description"] for column in told.values())
+    clicks = manifest["nodes"]["model.headrace.impression_note_engagement"]["columns"]["note_num_clicks_1h"]
+    assert clicks["description"] == "count where event_type = 'click' over 1h before the tick T, as known at K."
+    assert "staging.stg_engagements.event_type" in clicks["config"]["meta"]["source_columns"]
 
 
 def test_a_declaration_with_an_error_is_refused_with_file_and_line_and_nothing_else(home, built, copied):

@@ -21,6 +21,7 @@ NOTES_SCHEMA = pa.schema(
         pa.field("note_type", pa.string()),
         pa.field("duration_ms", pa.int64()),
         pa.field("created_at", TIMESTAMP),
+        pa.field("geohash", pa.string()),
     ]
 )
 

@@ -177,7 +177,8 @@ def _notes(source: _Source) -> pa.Table:
                 ) as topics,
                 videos.video_type as note_type,
                 coalesce(round(videos.video_duration)::bigint, reported.duration_ms) as duration_ms,
-                videos.upload_dt::timestamp as created_at
+                videos.upload_dt::timestamp as created_at,
+                null::varchar as geohash
             from videos
             left join reported on videos.video_id = reported.video_id
             order by videos.video_id

@@ -23,6 +23,8 @@ TOPICS = (
     "animals", "art", "books", "cars", "comedy", "cooking", "dance", "diy", "family", "fashion",
     "fitness", "games", "gardens", "music", "news", "photography", "science", "sport", "tech", "travel",
 )  # fmt: skip
+CITIES = ("u33db2", "u09tvw", "gcpvj0", "dr5reg", "9q8yyk", "xn76ur", "wx4g0b", "6gyf4b", "r3gx2f", "ezjmgt")
+"""Where authors live: cells about a kilometre wide."""
 NOTES_PER_REQUEST = 12
 FEWEST_NOTES = 4 * NOTES_PER_REQUEST
 LONGEST_HISTORY = 3 * NOTES_PER_REQUEST
@@ -250,6 +252,7 @@ def _notes(world: _World) -> pa.Table:
         "note_type": pa.repeat("NORMAL", len(topics)),
         "duration_ms": world.duration_ms_N,
         "created_at": pa.array(world.created_us_N, TIMESTAMP),
+        "geohash": np.array(CITIES)[world.author_N % len(CITIES)],
     }
     return pa.table(columns, schema=NOTES_SCHEMA)
 

@@ -1,0 +1,79 @@
+"""Sharded and approximate search beside one exact search of everything."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.vector_index import Exact, Hnsw, ShardedVectors, largest
+
+
+def vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
+    """Unit vectors in clusters, as the notes of a few topics are."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(12, width))
+    drawn = centres[rng.integers(0, 12, count)] + 0.6 * rng.normal(size=(count, width))
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+
+@given(st.integers(0, 60), st.integers(1, 7), st.integers(0, 70), st.integers(0, 1000))
+def test_shards_merge_to_what_one_search_finds_ties_included(count, num_shards, limit, seed):
+    rng = np.random.default_rng(seed)
+    vectors_VD = rng.integers(-1, 2, (count, 3)).astype(np.float32)  # few values, so many ties
+    user_D, usable_V = rng.integers(-2, 3, 3).astype(np.float32), rng.random(count) < 0.7
+    found, failed = ShardedVectors(vectors_VD, num_shards).best(user_D, usable_V, limit)
+    assert failed == []
+    assert found.tolist() == Exact(vectors_VD).best(user_D, usable_V, limit)[0].tolist()
+
+
+def test_a_dead_shard_is_named_and_costs_only_its_notes(caplog):
+    class Dead:
+        def best(self, user_D, usable_V, limit):
+            raise RuntimeError("shard torn")
+
+    vectors_VD, usable_V = vectors(90), np.ones(90, bool)
+    index = ShardedVectors(vectors_VD, 3)
+    index.shards[1] = Dead()
+    found, failed = index.best(vectors_VD[5], usable_V, 90)
+    assert failed == ["two_tower_shard_1"]
+    assert set(found.tolist()) == {*range(30), *range(60, 90)}
+    assert "shard torn" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def graph() -> tuple[Hnsw, np.ndarray]:
+    vectors_VD = vectors(4000)
+    return Hnsw(vectors_VD), vectors_VD
+
+
+def test_a_graph_finds_nearly_all_of_the_best_with_exact_scores(graph):
+    index, vectors_VD = graph
+    users, usable_V = vectors(40, seed=9), np.ones(4000, bool)
+    hits = 0
+    for user_D in users:
+        rows, scores = index.best(user_D, usable_V, 50)
+        assert scores == pytest.approx(vectors_VD[rows] @ user_D, abs=1e-6)
+        assert np.all(np.diff(scores) <= 0)
+        hits += len(np.intersect1d(rows, Exact(vectors_VD).best(user_D, usable_V, 50)[0]))
+    assert hits / (40 * 50) > 0.97
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05, 0.002, 0.0])
+def test_a_graph_gives_as_many_as_the_filters_leave(graph, share):
+    index, vectors_VD = graph
+    usable_V = np.random.default_rng(2).random(4000) < share
+    rows, _ = index.best(vectors_VD[7], usable_V, 100)
+    assert len(rows) == min(100, usable_V.sum())
+    assert usable_V[rows].all()
+
+
+def test_there_are_graphs_from_the_given_number_on():
+    assert isinstance(ShardedVectors(vectors(50), hnsw_from=50).shards[0], Hnsw)
+    assert isinstance(ShardedVectors(vectors(49), hnsw_from=50).shards[0], Exact)
+    assert ShardedVectors(vectors(0)).best(np.zeros(16, np.float32), np.zeros(0, bool), 5)[0].tolist() == []
+
+
+def test_largest_breaks_ties_by_place_whatever_the_limit():
+    values = np.array([1.0, 3.0, 3.0, 2.0, 3.0])
+    for limit in range(7):
+        assert largest(values, limit).tolist() == [1, 2, 4, 3, 0][:limit]
