@@ -344,6 +344,25 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(folder, small_
     assert pq.read_table(out).num_rows == 20_000
 
 
+def test_a_damaged_file_of_the_lake_is_named_and_nothing_is_written(folder, tmp_path, capsys):
+    pq.write_table(spine(("n1", at(10))), tmp_path / "spine.parquet")
+    words = ["--spine", f"{tmp_path}/spine.parquet", "--out", f"{tmp_path}/out.parquet"]
+    (task,) = Lake.open(folder).table("features.note_engagement").scan().plan_files()
+    path = Path(task.file.file_path.removeprefix("file://"))
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-100])
+        told = refused(capsys, *words)
+        assert told.startswith("a file of the lake is damaged or gone: ")
+        assert str(path) in told
+        path.unlink()
+        assert str(path) in refused(capsys, *words)
+    finally:
+        path.write_bytes(whole)
+    nothing_left(folder, tmp_path / "out.parquet")
+    assert main(["features", "compute", *words]) == 0
+
+
 def test_the_guide_names_every_aggregation_setting_and_function():
     guide = (REPOSITORY / "docs" / "features.md").read_text()
     for aggregation in AGGREGATIONS:
