@@ -81,7 +81,7 @@ def compute_file(
             spine = Spine(source, str(source))
         what = plan(groups, spine.schema.names, features, kinds)
         return _write(lake, spine, what, known_at, out, unfinished), what
-    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+    except (duckdb.IOException, duckdb.InvalidInputException, OSError) as error:  # Arrow's readers raise the last
         raise HeadraceError(f"a file of the lake is damaged or gone: {str(error).splitlines()[0]}") from error
     finally:
         spooled.unlink(missing_ok=True)
