@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test faults clean
+.PHONY: help setup demo lint test faults sanitize quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +61,21 @@ test: lint ## lint, then every test this machine can run; those it cannot name w
 
 faults: $(READY) ## kill collector, lander and runner KILLS times each (50) over all their write boundaries; minutes
 	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults
+
+SANITIZED := tests/kernels/test_kernel_window_assembly.py tests/kernels/test_kernel_embedding_lookup.py tests/kernels/test_kernel_top_k.py
+
+sanitize: $(READY) ## compute-sanitizer over the kernels that follow indices, on small cases; says so without a GPU
+	@if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "No GPU here: there is nothing that compute-sanitizer could watch."; \
+	elif ! command -v compute-sanitizer >/dev/null; then \
+		echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit." >&2; exit 2; \
+	else \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+			$(BIN)/python -m pytest -q $(SANITIZED) -k "not compiles and not debug"; \
+	fi
+
+quality: $(READY) ## the gates of models_ml/quality.json: benchmarks and ranking; hours; ONLY="beauty ranking" picks
+	$(BIN)/python -m models_ml.quality $(ONLY)
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

@@ -13,6 +13,8 @@ COMMANDS = {
     "export-training": ("warehouse.cli", "write the training examples as Parquet"),
     "stream": ("streaming_sql.cli", "run or inspect the embedded stream"),
     "train": ("models_ml.cli", "train, evaluate and publish the models"),
+    "benchmark": ("models_ml.benchmark.cli", "next-item prediction under published protocols"),
+    "evaluate": ("models_ml.evaluate_cli", "metrics of a published ranking model, by slice, with plots"),
     "serve": ("serving.cli", "run the HTTP server"),
     "parity": ("serving.cli", "recompute served features from the lake and compare"),
     "demo": ("headrace.demo", "everything, on real data, ending with a feed"),

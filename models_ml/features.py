@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 STRENGTHS = (3.0, 20.0)
 """How many views of prior a rate is shrunk by: the small one trusts a short memory, the large one only a long one."""
-_CUT = 6.0
+CUT = 6.0
 _POSITIVES = re.compile(r"^(?P<entity>.+)_num_(?:clicks|long_views|likes)_(?P<window>[^_]+)$")
 _RATIO = re.compile(r"_(?:ctr|\w*rate)(?:_|$)")
 _MASKED_SHARE = 0.001
@@ -95,7 +95,7 @@ class FeatureInputs(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def _scaled(self, raw: Tensor) -> Tensor:
-        return ((self._unscaled(raw) - self.mean_Z) * self.scale_Z).nan_to_num(0.0).clamp(-_CUT, _CUT)
+        return ((self._unscaled(raw) - self.mean_Z) * self.scale_Z).nan_to_num(0.0).clamp(-CUT, CUT)
 
     def _unscaled(self, raw: Tensor) -> Tensor:
         """[..., F + P * strengths], NaN where the raw value is NULL."""

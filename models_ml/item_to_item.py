@@ -1,13 +1,7 @@
 """Item-to-item: notes that follow a note in people's sequences, counted in SQL. Learns nothing, and is the floor of retrieval.
 
-For each reader, the notes watched before the log began, then the notes clicked, oldest first. Whenever b comes after a within
-`window` places, the pair (a, b) gains decay ** (places between - 1): directed, so b is a neighbour of a and not the reverse.
-A pair's score is
-
-    weight(a, b) / (support(a) ** normalise_from * support(b) ** normalise_to)
-
-with support(x) = how often x occurs in the sequences. Only rows before `test_start` are read. Source of the idea: Linden,
-Smith and York, IEEE Internet Computing 2003; directed and decayed as in session-based kNN (Ludewig and Jannach, UMUAI 2018).
+For each reader, the notes watched before the log began, then the notes clicked, oldest first; how pairs of them are counted and
+scored is in `co_occurrence`. Only rows before `test_start` are read.
 """
 
 import io
@@ -20,6 +14,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
 
@@ -44,8 +39,8 @@ class ItemToItemConfig:
             raise ValueError(f"decay and seed_decay must be in (0, 1], got {self.decay} and {self.seed_decay}")
 
 
-_SQL = """
-with watched as (
+_OCCURRENCES = """
+watched as (
     select user_id, unnest(history_note_ids) as note_id, generate_subscripts(history_note_ids, 1) as place, 0 as part
     from users
 ),
@@ -60,48 +55,7 @@ occurrences as (
     select user_id, note_id, row_number() over (partition by user_id order by part, place) as place
     from (select * from watched union all select * from clicked)
     where note_id is not null
-),
-
-support as (
-    select note_id, count(*) as num_occurrences
-    from occurrences
-    group by note_id
-),
-
-pairs as (
-    select
-        earlier.note_id,
-        later.note_id as neighbour_id,
-        -- sums of doubles depend on their order; rounded to whole millionths they do not
-        sum(round(1e6 * pow($decay, later.place - earlier.place - 1))::bigint) / 1e6 as weight
-    from occurrences as earlier
-    inner join occurrences as later
-        on later.user_id = earlier.user_id and later.place > earlier.place and later.place <= earlier.place + $window
-    where later.note_id != earlier.note_id
-    group by earlier.note_id, later.note_id
-),
-
-scored as (
-    select
-        pairs.note_id,
-        pairs.neighbour_id,
-        pairs.weight / (
-            pow(source.num_occurrences, $normalise_from) * pow(target.num_occurrences, $normalise_to)
-        ) as score
-    from pairs
-    inner join support as source on pairs.note_id = source.note_id
-    inner join support as target on pairs.neighbour_id = target.note_id
-),
-
-ranked as (
-    select note_id, neighbour_id, score, row_number() over (partition by note_id order by score desc, neighbour_id) as place
-    from scored
 )
-
-select note_id, neighbour_id, score::float as score
-from ranked
-where place <= $neighbours
-order by note_id, place
 """
 
 
@@ -120,7 +74,7 @@ def train(examples: Examples, config: ItemToItemConfig) -> pa.Table:
     with duckdb.connect() as connection:
         connection.register("impressions", impressions)
         connection.register("users", examples.users.select(["user_id", "history_note_ids"]))
-        return connection.execute(_SQL, parameters).to_arrow_table()
+        return co_occurrence.neighbours(connection, _OCCURRENCES, parameters)
 
 
 def to_files(neighbours: pa.Table, config: ItemToItemConfig) -> dict[str, bytes]:

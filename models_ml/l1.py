@@ -20,6 +20,7 @@ from kernels.multitask_bce import multitask_bce
 from models_ml import bundle
 from models_ml.examples import Examples, distinct
 from models_ml.features import FeatureInputs
+from models_ml.request_inputs import FeatureRows
 from models_ml.scoring import check_shapes, default_surface
 from models_ml.seeding import seeded
 
@@ -62,10 +63,14 @@ class L1Network(nn.Module):
 
     def utility(self, weights_T: Tensor, user_1U: Tensor, surface_1: Tensor, note_NI: Tensor) -> Tensor:
         """float32 [N]: one request's candidates through the fused ranker; the weighted sum of the heads' probabilities."""
-        place_N = surface_1.new_zeros(len(note_NI))
+        return self.utility_of(weights_T, self.request(user_1U, surface_1), self.note_inputs(note_NI))
+
+    def utility_of(self, weights_T: Tensor, request_1I: Tensor, inputs_NI: Tensor) -> Tensor:
+        """`utility` from the inputs of the first layer's two halves."""
+        place_N = torch.zeros(len(inputs_NI), dtype=torch.int64, device=inputs_NI.device)
         first, second, last = self.first_user, self.second, self.last
         return l1_score(
-            self.request(user_1U, surface_1), self.note_inputs(note_NI), place_N,
+            request_1I, inputs_NI, place_N,
             first.weight, self.first_note.weight, first.bias, second.weight, second.bias, last.weight, last.bias, weights_T,
         )[0]  # fmt: skip
 
@@ -124,6 +129,8 @@ class L1:
         self.weights_T = weights_T / weights_T.sum()
         self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
+        self._user_rows, self._note_rows = FeatureRows(network.user_inputs), FeatureRows(network.note_inputs)
+        self._surfaces = network.surface.weight.detach()
 
     @torch.inference_mode()
     def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
@@ -133,8 +140,9 @@ class L1:
         surface: where the feed is shown; None or unknown takes the one seen most in training. Raises ValueError on wrong
         shapes.
         """
-        user_1U, note_1NI = check_shapes(NAME, user, notes, self.user_features, self.note_features)
-        return self.network.utility(self.weights_T, user_1U, torch.tensor([self.code_of_surface(surface)]), note_1NI[0]).numpy()
+        check_shapes(NAME, user, notes, self.user_features, self.note_features)
+        request_1I = torch.cat([self._user_rows.inputs(user[None]), self._surfaces[self.code_of_surface(surface)][None]], dim=1)
+        return self.network.utility_of(self.weights_T, request_1I, self._note_rows.inputs(notes)).numpy()
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

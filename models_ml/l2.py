@@ -10,7 +10,7 @@ as in X's open algorithm, shared-weight ensembles (TabM, Gorishniy et al., ICLR 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from models_ml import bundle
 from models_ml.attributes import AttributeInputs
 from models_ml.examples import Examples, distinct
 from models_ml.features import FeatureInputs
+from models_ml.l2_scorer import L2Scorer
 from models_ml.notes import NoteTower, NoteWords
 from models_ml.scoring import check_shapes, default_surface
 from models_ml.seeding import seeded
@@ -335,8 +336,8 @@ class L2:
         self._attributes = AttributeInputs(shape.attributes)
         with torch.inference_mode():
             self.table_ND = network.notes.table()
+        self._scorer = L2Scorer(network, self.table_ND)
 
-    @torch.inference_mode()
     def score(
         self,
         user: np.ndarray,
@@ -354,16 +355,14 @@ class L2:
         surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
         `lake.users.attributes`, or None. Raises ValueError on wrong shapes.
         """
-        user_1U, note_1NI = check_shapes(NAME, user, notes, self.user_features, self.note_features)
-        if len(note_ids) != note_1NI.shape[1]:
-            raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {note_1NI.shape[1]}")
-        codes = [self._code_of.get(note_id, 0) for note_id in history_note_ids[-self.history_length :]][::-1]
-        history_1L = torch.tensor([codes + [0] * (self.history_length - len(codes))], dtype=torch.int64)
-        surface_1, attributes_A = torch.tensor([self.code_of_surface(surface)]), self.encoded_attributes(user_attributes)
-        reader = self.network.read(user_1U, surface_1, torch.from_numpy(attributes_A)[None], history_1L, self.table_ND)
-        note_1N = torch.tensor([[self._code_of.get(note_id, 0) for note_id in note_ids]], dtype=torch.int64)
-        logits_KNT = self.network.logits(reader, note_1N, note_1NI, self.table_ND)[:, 0]
-        return self._by_head(logits_KNT)
+        check_shapes(NAME, user, notes, self.user_features, self.note_features)
+        if len(note_ids) != len(notes):
+            raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
+        history = [self._code_of.get(note_id, 0) for note_id in history_note_ids[-self.history_length :]][::-1]
+        codes = np.array([self._code_of.get(note_id, 0) for note_id in note_ids], dtype=np.int64)
+        attributes_A = self.encoded_attributes(user_attributes)
+        scores_TN = self._scorer(user, self.code_of_surface(surface), attributes_A, history, codes, notes)
+        return dict(zip(self.heads, scores_TN, strict=True))
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""
@@ -376,11 +375,27 @@ class L2:
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Head -> float32 [len(rows)]: the export's rows, each as a request with one candidate."""
+        return self._by_head(self.logits_rows(examples, rows, batch_size))
+
+    @torch.inference_mode()
+    def logits_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> Tensor:
+        """float32 [K, len(rows), T]: what `score_rows` turns into probabilities."""
         inputs = inputs_of(examples, self.shape, self.history_length)
         parts = [
             _logits_of_rows(self.network, inputs, some, self.table_ND) for some in torch.from_numpy(rows).split(batch_size)
         ]
-        return self._by_head(torch.cat(parts, dim=1))
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def rescale(self, lines: Mapping[str, tuple[float, float]]) -> None:
+        """Makes a head's logits slope * logit + intercept, in the last layer's weights: files, exports and kernels follow.
+
+        lines: head -> (slope, intercept). For a model that is not yet shared between threads.
+        """
+        for column, head in enumerate(self.heads):
+            slope, intercept = lines.get(head, (1.0, 0.0))
+            self.network.last_KHT[..., column] *= slope
+            self.network.last_bias_KT[..., column] = slope * self.network.last_bias_KT[..., column] + intercept
 
     def to_files(self) -> dict[str, bytes]:
         """The registry's files of this model."""

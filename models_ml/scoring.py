@@ -3,19 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 def check_shapes(
     name: str, user: np.ndarray, notes: np.ndarray, user_features: Sequence[str], note_features: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """float32 [1, Fu] and [1, N, Fn]; ValueError unless there is one value per feature."""
+) -> None:
+    """Raises ValueError unless there is one value per feature."""
     if user.shape != (len(user_features),) or notes.ndim != 2 or notes.shape[1] != len(note_features):
         raise ValueError(
             f"{name} takes user [{len(user_features)}] and notes [N, {len(note_features)}], got {user.shape} and {notes.shape}"
         )
-    return torch.from_numpy(user.astype(np.float32))[None], torch.from_numpy(notes.astype(np.float32))[None]
 
 
 def default_surface(train_codes: np.ndarray, surfaces: Sequence[str]) -> str | None:

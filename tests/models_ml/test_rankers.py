@@ -145,6 +145,29 @@ def test_the_fused_score_of_l1_is_that_of_the_network_that_was_trained(loaded, m
     assert np.abs(model.score(user, notes, surface="tab_0") - expected.numpy()).max() <= 1e-6
 
 
+@pytest.mark.parametrize("history", [[], ["never seen"], HISTORY, ["n3", "never seen", "n3", "n7"] * 5])
+def test_a_request_to_l2_gets_what_the_network_that_was_trained_says(history, loaded, models):
+    user, notes = _request(loaded)
+    user[:2], notes[3:5], notes[6] = np.nan, np.nan, 1e9
+    model, note_ids = models["l2"], [f"n{place * 7}" for place in range(len(notes))]
+    codes = {note_id: row + 1 for row, note_id in enumerate(model.shape.words.note_ids)}
+    attributes = loaded.user_attributes()[0]
+    newest = [codes.get(note_id, 0) for note_id in history[-model.history_length :]][::-1]
+    history_1L = torch.tensor([newest + [0] * (model.history_length - len(newest))])
+    with torch.inference_mode():
+        reader = model.network.read(
+            torch.from_numpy(user.astype(np.float32))[None], torch.tensor([model.code_of_surface("tab_0")]),
+            torch.from_numpy(model.encoded_attributes(attributes))[None], history_1L, model.table_ND,
+        )  # fmt: skip
+        note_1N = torch.tensor([[codes.get(note_id, 0) for note_id in note_ids]])
+        logits_KNT = model.network.logits(reader, note_1N, torch.from_numpy(notes.astype(np.float32))[None], model.table_ND)[
+            :, 0
+        ]
+    expected_NT = torch.sigmoid(logits_KNT).mean(0).numpy()
+    served = _score(model, user, notes, note_ids, history, surface="tab_0", user_attributes=attributes)
+    assert np.abs(served - expected_NT).max() <= 1e-6
+
+
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_the_fused_history_of_l2_is_that_of_the_network_that_was_trained(layers, loaded):
     config = replace(SMALL_L2, layers=layers, epochs=1)

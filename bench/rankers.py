@@ -1,0 +1,124 @@
+"""L1 over 2,000 candidates and L2 over 500 as a whole, beside their networks as they were trained, on this machine's CPU.
+
+    python -m bench.rankers [--threads 2]
+
+Networks with random weights, features fitted on drawn values, at the shape of the project's own: 20 reader features, 49 of a
+candidate. Checked against the network first (2e-6); the two take turns, and the fastest tenth counts.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from bench.kernels import microseconds
+from models_ml.l1 import L1, L1Config, L1Network
+from models_ml.l2 import L2, L2Config, L2Network, Shape
+from models_ml.notes import NoteWords
+
+WINDOWS = ("1h", "6h", "1d", "7d")
+USER_FEATURES = tuple(
+    f"user_num_{what}_{window}" for what in ("views", "clicks", "long_views", "likes", "hides") for window in WINDOWS
+)
+NOTE_FEATURES = (
+    *(f"{entity}_{name}" for entity in ("note", "author", "user_author") for name in (
+        *(f"num_{what}_{window}" for what in ("views", "clicks", "long_views") for window in WINDOWS),
+        "num_shares_7d", "total_watch_ms_7d", "ctr_7d", "ctr_1d",
+    )),
+    "note_age_min",
+)  # fmt: skip
+TOLERANCE = 2e-6
+
+Pair = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
+
+
+def values(rows: int, names: tuple[str, ...], seed: int) -> np.ndarray:
+    """float64 [rows, names]: counts and times over several orders of magnitude, one in twenty NULL."""
+    rng = np.random.default_rng(seed)
+    drawn = np.exp(rng.normal(1, 2, (rows, len(names))))
+    drawn[rng.random(drawn.shape) < 0.05] = np.nan
+    return drawn
+
+
+def l1_pair(candidates: int = 2000) -> Pair:
+    """(`L1.score`, the same by the network)."""
+    torch.manual_seed(0)
+    config = L1Config()
+    network = L1Network(config, USER_FEATURES, NOTE_FEATURES, 3)
+    _fit(network)
+    settings = {
+        "config": asdict(config), "user_features": USER_FEATURES, "note_features": NOTE_FEATURES,
+        "surfaces": ["home", "nearby", "search"], "default_surface": "home",
+    }  # fmt: skip
+    model = L1(network, settings)
+    user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
+
+    @torch.inference_mode()
+    def plain() -> np.ndarray:
+        user_1U, notes_1NI = _tensors(user, notes)
+        logits_NT = network(user_1U, torch.tensor([1]), notes_1NI)[0]
+        return (torch.sigmoid(logits_NT) @ model.weights_T).numpy()
+
+    return lambda: model.score(user, notes, surface="home"), plain
+
+
+def l2_pair(candidates: int = 500, history: int = 100, width: int = 64) -> Pair:
+    """(`L2.score` of the first head, the same by the network)."""
+    torch.manual_seed(0)
+    config = L2Config(width=width, history_length=history)
+    words = NoteWords([f"n{i}" for i in range(8000)], ["a"], ["t"])
+    shape = Shape(words, USER_FEATURES, NOTE_FEATURES, ("home",), ("age=20s",))
+    network = L2Network(config, shape)
+    _fit(network)
+    with torch.no_grad():
+        network.notes.note.weight[1:].normal_(std=0.3)
+    model = L2(
+        network, {"config": asdict(config), "shape": {**shape._asdict(), "words": asdict(words)}, "default_surface": "home"}
+    )
+    user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
+    watched, asked = words.note_ids[:history], words.note_ids[-candidates:]
+    codes_1L = torch.arange(history, 0, -1)[None]
+    codes_1N = torch.arange(8001 - candidates, 8001)[None]
+
+    @torch.inference_mode()
+    def plain() -> np.ndarray:
+        user_1U, notes_1NI = _tensors(user, notes)
+        reader = network.read(user_1U, torch.tensor([1]), torch.zeros(1, 1), codes_1L, model.table_ND)
+        logits_KNT = network.logits(reader, codes_1N, notes_1NI, model.table_ND)[:, 0]
+        return torch.sigmoid(logits_KNT).mean(0)[:, 0].numpy()
+
+    return lambda: model.score(user, watched, asked, notes, surface="home")[model.heads[0]], plain
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.rankers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, goal_ms, (ours, plain) in (("L1, 2,000 candidates", 1, l1_pair()), ("L2, 500 x 100 x d64", 2, l2_pair())):
+        off = float(np.abs(ours() - plain()).max())
+        if off > TOLERANCE:
+            print(f"{name}: WRONG, off by {off:.1e}")
+            return 1
+        ours_us, plain_us = microseconds([[ours], [plain]], torch.device("cpu"))
+        print(
+            f"{name}: {ours_us / 1e3:.2f} ms, network {plain_us / 1e3:.2f} ms, {plain_us / ours_us:.1f} times; "
+            f"goal {goal_ms} ms; off by {off:.0e}"
+        )
+    return 0
+
+
+def _fit(network: L1Network | L2Network) -> None:
+    network.user_inputs.fit(values(800, USER_FEATURES, 3))
+    network.note_inputs.fit(values(800, NOTE_FEATURES, 4))
+
+
+def _tensors(user: np.ndarray, notes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(user.astype(np.float32))[None], torch.from_numpy(notes.astype(np.float32))[None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
