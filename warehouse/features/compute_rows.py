@@ -9,7 +9,7 @@ from warehouse.features.compute_arrays import block_index
 
 
 class BlockRows:
-    """Rows of a group's blocks. keys: dictionary arrays by key column; block, known: uint32 [R], as of `block_index`.
+    """num_rows rows of a group's blocks. block, known: uint32 [R], as of `block_index`.
 
     batches: the keys, `block_us`, `known_us` (int64) and the columns. sums: integer columns without NULL. extremes: dtype by
     column.
@@ -17,38 +17,42 @@ class BlockRows:
 
     def __init__(
         self,
+        num_rows: int,
         batches: Iterable[pa.RecordBatch],
         keys: Sequence[str],
         sums: Sequence[str],
         extremes: Mapping[str, type[np.generic]],
     ):
         encoded: dict[str, list[pa.Array]] = {key: [] for key in keys}
-        block: list[np.ndarray] = []
-        known: list[np.ndarray] = []
-        self._values: dict[str, list[np.ndarray]] = {column: [] for column in (*sums, *extremes)}
-        self._valid: dict[str, list[np.ndarray]] = {column: [] for column in extremes}
+        self.block, self.known = np.empty(num_rows, np.uint32), np.empty(num_rows, np.uint32)
+        types = dict.fromkeys(sums, np.int64) | dict(extremes)
+        self._values = {column: np.empty(num_rows, of) for column, of in types.items()}
+        self._valid = {column: np.empty(num_rows, np.bool_) for column in extremes}
+        at = 0
         for batch in batches:
+            here = slice(at, at + batch.num_rows)
+            at += batch.num_rows
             for key, parts in encoded.items():
                 parts.append(batch[key].dictionary_encode())
-            block.append(block_index(batch["block_us"].to_numpy()).astype(np.uint32))
-            known.append(block_index(batch["known_us"].to_numpy()).astype(np.uint32))
-            for column in sums:
-                self._values[column].append(np.array(batch[column].to_numpy(zero_copy_only=False), np.int64))
-            for column, of in extremes.items():
-                self._values[column].append(np.array(batch[column].fill_null(0).to_numpy(zero_copy_only=False), of))
-                self._valid[column].append(batch[column].is_valid().to_numpy(zero_copy_only=False))
+            self.block[here] = block_index(batch["block_us"].to_numpy())
+            self.known[here] = block_index(batch["known_us"].to_numpy())
+            for column, values in self._values.items():
+                values[here] = batch[column].fill_null(0).to_numpy(zero_copy_only=False)
+            for column, valid in self._valid.items():
+                valid[here] = batch[column].is_valid().to_numpy(zero_copy_only=False)
+        assert at == num_rows
         none = pa.array([], pa.string()).dictionary_encode()
-        self.keys = [pa.chunked_array(parts or [none]).unify_dictionaries() for parts in encoded.values()]
-        self.block, self.known = _joined(block, np.uint32), _joined(known, np.uint32)
+        self._keys = [pa.chunked_array(parts or [none]).unify_dictionaries() for parts in encoded.values()]
+
+    def take_keys(self) -> list[pa.ChunkedArray]:
+        """The key columns, as dictionary arrays, which the rows then forget."""
+        keys, self._keys = self._keys, []
+        return keys
 
     def take(self, column: str) -> np.ndarray:
         """[R]: the column's values, 0 for NULL, which the rows then forget."""
-        return _joined(self._values.pop(column), np.int64)
+        return self._values.pop(column)
 
     def take_valid(self, column: str) -> np.ndarray:
         """bool [R]: where an extreme is not NULL, which the rows then forget."""
-        return _joined(self._valid.pop(column), np.bool_)
-
-
-def _joined(parts: list[np.ndarray], of: type[np.generic]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, of)
+        return self._valid.pop(column)

@@ -55,9 +55,10 @@ class Windows:
         self._measures, self._keys = measures, source.group.keys
         self._sum_columns = [column for m in measures if not is_extreme(m) for column in m.columns]
         extremes = [measure for measure in measures if is_extreme(measure)]
-        batches = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
-        rows = BlockRows(batches, self._keys, self._sum_columns, {measure.name: _dtype(measure) for measure in extremes})
-        self._codes = KeyCodes(rows.keys)
+        num_rows, batches = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
+        types = {measure.name: _dtype(measure) for measure in extremes}
+        rows = BlockRows(num_rows, batches, self._keys, self._sum_columns, types)
+        self._codes = KeyCodes(rows.take_keys())
         self._blocks = BlockArrays(
             self._codes.codes,
             rows.block,
