@@ -14,7 +14,7 @@ COLOURS = ("#1f5fa8", "#c2571a", "#2f7d4f", "#7a4a9e")
 class Line:
     name: str
     points: list[tuple[float, float]]
-    """(x, y), both positive."""
+    """(x, y), both positive; a line without points is not drawn."""
 
 
 def draw(path: Path, title: str, x_name: str, y_name: str, lines: list[Line]) -> None:
@@ -46,6 +46,8 @@ def draw(path: Path, title: str, x_name: str, y_name: str, lines: list[Line]) ->
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
     names = []
     for line, colour in zip(lines, COLOURS, strict=False):
+        if not line.points:
+            continue
         places = [(across(x), up(y)) for x, y in line.points]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"/>')
