@@ -88,8 +88,8 @@ def choose(validation: Question) -> DirectedConfig:
     for _ in range(2):
         reaches = [replace(best, window=window, decay=decay, seed_decay=decay) for window, decay in _REACHES]
         best = max(reaches, key=value)
-        for name in ("normalise_to", "normalise_from"):
-            best = max((replace(best, **{name: power}) for power in _POWERS), key=value)
+        best = max((replace(best, normalise_to=power) for power in _POWERS), key=value)
+        best = max((replace(best, normalise_from=power) for power in _POWERS), key=value)
     return best
 
 
