@@ -10,16 +10,22 @@ TRAINING_THREADS = 1
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[torch.Generator]:
-    """Inside, torch's CPU random state starts at `seed` and only deterministic algorithms run; yields a generator for
-    shuffling."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def deterministic() -> Iterator[None]:
+    """Inside, only deterministic algorithms run, on one thread; torch's CPU random state is put back after."""
+    threads, was_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(TRAINING_THREADS)
         try:
-            yield torch.Generator().manual_seed(seed)
+            yield
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(was_deterministic)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """`deterministic`, with the random state at `seed`."""
+    with deterministic():
+        torch.manual_seed(seed)
+        yield

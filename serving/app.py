@@ -5,6 +5,7 @@ loop stays free to say that it is alive.
 """
 
 import asyncio
+import contextvars
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -16,9 +17,9 @@ from typing import Annotated, Any, TypeVar
 import orjson
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
-from serving import answers, cascade, collect, wire
+from serving import answers, cascade, collect, telemetry, wire
 from serving.budget import Budget
 from serving.engine import Engine
 from serving.explain import find_row
@@ -92,6 +93,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        telemetry=telemetry.OF_FASTAPI,
         responses=PROBLEMS,
     )
     install_error_bodies(app)
@@ -126,7 +128,8 @@ async def _compute(app: FastAPI, metrics: Metrics, work: Callable[[], T]) -> T:
         raise HTTPException(503, f"{waiting} requests are waiting already; try again", headers={"Retry-After": "1"})
     app.state.in_flight = waiting + 1
     try:
-        return await asyncio.get_running_loop().run_in_executor(app.state.workers, work)
+        within = contextvars.copy_context()  # the request's id and span
+        return await asyncio.get_running_loop().run_in_executor(app.state.workers, within.run, work)
     finally:
         app.state.in_flight -= 1
 
@@ -309,7 +312,7 @@ def _add_operations(app: FastAPI, metrics: Metrics) -> None:
         missing = _engine(app).missing()
         return json_response({"status": "not ready" if missing else "ready", "missing": missing}, 503 if missing else 200)
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def prometheus() -> Response:
         """Prometheus text."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from opentelemetry.trace import get_current_span
 
 from serving.budget import Budget
 from serving.hurry import L2_SKIPPED, RANKING, affordable, has_time_for_l2, page_without_ranking
@@ -17,6 +18,7 @@ from serving.recall import find_candidates
 from serving.request import NO_DEADLINE, Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served, new_request_id
+from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, tracer
 from serving.world import World
 from warehouse.features.kinds.values import Value
 
@@ -24,6 +26,7 @@ Said = Mapping[str, Value] | None
 """The features of the request, as `outside.said` gives them."""
 
 
+@tracer.start_as_current_span("headrace.feed")
 def feed(
     world: World,
     user_id: str,
@@ -41,14 +44,15 @@ def feed(
     if (in_a_hurry := page_without_ranking(request, page_size)) is not None:
         return in_a_hurry
 
-    with steps.timed("retrieve"):
+    with steps.timed("retrieve") as span:
         candidates = affordable(request, find_candidates(request, page_size), page_size)
-    with steps.timed("hydrate_candidates"):
+        span.set_attribute(CANDIDATES, len(candidates))
+    with steps.timed("hydrate_candidates", len(candidates)):
         features_CF = _hydrate(request, candidates.note_ids, candidates.author_ids)
-    with steps.timed("l1"):
+    with steps.timed("l1", len(candidates)):
         l1_score_C, l1_order_C = run_l1(request, features_CF, candidates.recall_score_C, len(candidates))
         survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
-    with steps.timed("l2"):
+    with steps.timed("l2", len(survivors_S)):
         note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S]
         if has_time_for_l2(request, len(note_ids_S)):
             predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
@@ -56,7 +60,7 @@ def feed(
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
     request_id = new_request_id()
-    with steps.timed("policy"):
+    with steps.timed("policy", len(survivors_S)):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
         page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
 
@@ -64,6 +68,7 @@ def feed(
     is_logged_C[[placed.candidate for placed in page]] = True
     logged = np.flatnonzero(is_logged_C)
     steps.note_total()
+    get_current_span().set_attributes({REQUEST_ID: request_id, CANDIDATES: len(candidates), DEGRADED: steps.degraded})
     for stage in RANKING:
         if not (stage == "l2" and L2_SKIPPED in steps.degraded):
             pace.note(stage, steps.timings_ms[stage], len(survivors_S) if stage in ("l2", "policy") else len(candidates))
@@ -114,7 +119,15 @@ def rank_l2_alone(
 def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
     world = request.world
     return hydrate_candidates(
-        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+        request.view,
+        world.groups,
+        world.catalogue,
+        request.user_id,
+        note_ids,
+        author_ids,
+        request.t_us,
+        world.tables,
+        world.assembled,
     )
 
 

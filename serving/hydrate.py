@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from serving.catalogue import REQUEST_FEATURES, Catalogue
+from streaming_sql.assembled import Assembled
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
@@ -124,8 +125,12 @@ def hydrate_candidates(
     author_ids: Sequence[str | None],
     t_us: int,
     tables: TableStore,
+    assembled: Assembled,
 ) -> CandidateFeatures:
-    """All candidates' features in one call per group; a key that many candidates share is assembled once."""
+    """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
+    share is assembled once."""
+    row_C = catalogue.rows(note_ids)
+    rows_C = {("note_id",): row_C, ("author_id",): catalogue.author_rows(row_C)}
     columns: dict[str, Sequence[str | None]] = {
         "user_id": [user_id] * len(note_ids),
         "note_id": note_ids,
@@ -148,13 +153,25 @@ def hydrate_candidates(
         maps.update(_gathered(matrix.maps, places))
 
     for group in groups.values():
-        if group.entity_keys != USER:
+        if group.entity_keys == USER:
+            continue
+        matrix = None
+        if group.entity_keys in rows_C:
+            (column,) = group.entity_keys
+            at = columns[column]
+            matrix = assembled.gather(view, group.name, rows_C[group.entity_keys], lambda place, at=at: (at[place],), t_us)
+        if matrix is None:
             gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
+            continue
+        names.extend(matrix.names)
+        values.append(matrix.values)
+        sequences.update(matrix.sequences)
+        maps.update(matrix.maps)
     for table in tables.tables:
         if table.keys != USER:
             gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))
     names.extend(REQUEST_FEATURES)
-    values.append(catalogue.request_features(note_ids, t_us))
+    values.append(catalogue.request_features(row_C, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
 
 

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span
+
 from serving.budget import Budget
 from serving.hydrate import UserFeatures, hydrate_user
 from serving.outside import with_outside
+from serving.telemetry import CANDIDATES, tracer
 from serving.world import World
 from streaming_sql.online_store import StoreView
 from warehouse.features.kinds.values import Value
@@ -27,10 +30,14 @@ class Steps:
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str, candidates: int | None = None) -> Iterator[Span]:
+        """candidates: how many go in, for the stage's span."""
         started = time.perf_counter()
         try:
-            yield
+            with tracer.start_as_current_span(f"headrace.{stage}") as span:
+                if candidates is not None:
+                    span.set_attribute(CANDIDATES, candidates)
+                yield span
         finally:
             self._note(stage, started)
 

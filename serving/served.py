@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from serving import logs
 from serving.hydrate import CandidateFeatures, UserFeatures
 from serving.policy import Placed
 from serving.request import Request, Steps
@@ -110,7 +111,9 @@ class Served:
 
 
 def new_request_id() -> str:
-    return uuid.uuid4().hex
+    """The id that the answer under way has in the logs; outside of HTTP another one at every call."""
+    current = logs.request_id.get()
+    return uuid.uuid4().hex if current == logs.NONE else current
 
 
 def finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ from serving.fetch import Fetcher
 from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
+from streaming_sql.assembled import Assembled
 from streaming_sql.online_store import OnlineStore, StoreView
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
@@ -41,6 +42,7 @@ class World:
     """bool [N]: notes that the settings do not block."""
     kinds: Kinds
     tables: TableStore
+    assembled: Assembled
     fetcher: Fetcher | None = None
     pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())
