@@ -31,6 +31,7 @@ from bench.redis import start_redis
 from streaming_sql.assembled import Assembled
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import OnlineStore, StoreView
+from streaming_sql.pauses import settle
 from streaming_sql.published import Publisher, Reading, newest_published
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
@@ -106,6 +107,7 @@ def assembly(num_notes: int, folder: Path) -> dict[str, Any]:
         user = view.assemble("user_bench", [(f"u{number % num_users}",)], TICK_US)
         return np.concatenate([user.values, view.assemble("note_bench", asked[number % 64], TICK_US).values])
 
+    settle()
     result: dict[str, Any] = {"ours": timings_ms(ours, 2_000)}
     assembled = Assembled(store.plans, {("note_id",): [(f"n{note}",) for note in range(num_notes)]})
     started = time.perf_counter()

@@ -133,8 +133,8 @@ class Workflow:
 
     def _publish(self) -> None:
         registry = Registry(self.home.models)
-        for name in _MODELS:
-            registry.promote(name, self.state["train"]["versions"][name])
+        for name, version in self.state["train"]["versions"].items():
+            registry.promote(name, version)
 
     def _headrace(self, *words: str) -> None:
         self._child([sys.executable, "-m", "headrace.cli", *words], f"headrace {words[0]}")

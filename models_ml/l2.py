@@ -43,7 +43,7 @@ NAME = "l2"
 @dataclass(frozen=True)
 class L2Config:
     """One more head is one more label name in `heads`. layers: self-attention over the history; 0 reads the notes as they
-    are."""
+    are. rehearsal_days: held back to calibrate on (`calibration`), for a second training; 0 leaves the heads as they are."""
 
     heads: tuple[str, ...] = ("click", "long_view")
     history_length: int = 50
@@ -62,6 +62,7 @@ class L2Config:
     dropout: float = 0.1
     id_dropout: float = 0.2
     attribute_dropout: float = 0.1
+    rehearsal_days: float = 0.0
 
 
 class Shape(NamedTuple):

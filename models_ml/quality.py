@@ -19,6 +19,7 @@ from rich.console import Console
 from models_ml import examples, train
 from models_ml.benchmark import run, sequences
 from models_ml.benchmark.published import SETS
+from models_ml.configuration import Configs
 from models_ml.registry import Registry
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
@@ -93,7 +94,7 @@ def benchmark_values(gates: Sequence[Gate], progress: Callable[[str], None], hom
 
 
 def ranking_values(
-    gates: Sequence[Gate], progress: Callable[[str], None], home: Home, configs: train.Configs | None = None
+    gates: Sequence[Gate], progress: Callable[[str], None], home: Home, configs: Configs | None = None
 ) -> list[float]:
     """The mean over seeds of L2 and the floor, trained on the export and asked as `headrace train` does."""
     loaded = examples.load(home.exports)
@@ -101,7 +102,7 @@ def ranking_values(
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(max(gate.runs for gate in gates)):
             registry = Registry(Path(folder) / str(seed))
-            reports.append(train.train(loaded, ["l2", "floor"], configs or train.Configs(), seed, registry, lambda *_: None))
+            reports.append(train.train(loaded, ["l2", "floor"], configs or Configs(), seed, registry, lambda *_: None))
             progress(f"l2 and the floor, seed {seed}: trained")
     return [statistics.fmean(value_at(report, gate.metric) for report in reports[: gate.runs]) for gate in gates]
 

@@ -1,5 +1,6 @@
 """The same seed gives the same weights: one place that sets random state, algorithms and threads, and puts them back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ TRAINING_THREADS = 1
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Inside, only deterministic algorithms run, on one thread; torch's CPU random state is put back after."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     threads, was_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.use_deterministic_algorithms(True)

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models_ml import evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
+from models_ml import calibration, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
 from models_ml.configuration import Configs
 from models_ml.examples import Examples
 from models_ml.registry import Registry
@@ -118,6 +118,10 @@ class _Run:
         model = l2.train(self.examples, self.configs.l2, self.seed, self._progress_of("l2"), self.rows, self._run_of("l2"))
         if not self.options.ranks.is_first:
             return
+        config = self.configs.l2
+        if config.rehearsal_days:
+            earlier = partial(l2.train, config=config, seed=self.seed, progress=lambda done, total: None)
+            model.rescale(calibration.rehearsed(self.examples, earlier, config.rehearsal_days))
         self._rank("l2", model.score_rows(self.examples, self.examples.test_rows))
         self._publish("l2", model.to_files(), self.ranking["l2"], model)
 

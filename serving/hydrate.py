@@ -130,7 +130,7 @@ def hydrate_candidates(
     """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
     share is assembled once."""
     row_C = catalogue.rows(note_ids)
-    rows_C = {("note_id",): row_C, ("author_id",): catalogue.author_rows(row_C)}
+    rows_C: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): catalogue.author_rows(row_C)}
     columns: dict[str, Sequence[str | None]] = {
         "user_id": [user_id] * len(note_ids),
         "note_id": note_ids,
@@ -158,8 +158,7 @@ def hydrate_candidates(
         matrix = None
         if group.entity_keys in rows_C:
             (column,) = group.entity_keys
-            at = columns[column]
-            matrix = assembled.gather(view, group.name, rows_C[group.entity_keys], lambda place, at=at: (at[place],), t_us)
+            matrix = assembled.gather(view, group.name, rows_C[group.entity_keys], partial(_key_at, columns[column]), t_us)
         if matrix is None:
             gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
             continue
@@ -173,6 +172,10 @@ def hydrate_candidates(
     names.extend(REQUEST_FEATURES)
     values.append(catalogue.request_features(row_C, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
+
+
+def _key_at(column: Sequence[str | None], place: int) -> Key:
+    return (column[place],)  # type: ignore[return-value]  # a note without author reads like an author never met
 
 
 def _gathered(rows: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:

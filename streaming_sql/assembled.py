@@ -117,7 +117,9 @@ class Assembled:
 
 
 def _in_pieces(view: StoreView, name: str, keys: Sequence[Key]) -> FeatureMatrix:
-    values, sequences, maps = [], {}, {}
+    values: list[np.ndarray] = []
+    sequences: dict[str, list[Any]] = {}
+    maps: dict[str, list[Any]] = {}
     names: tuple[str, ...] = ()
     for start in range(0, max(len(keys), 1), _PIECE):
         matrix = view.assemble(name, keys[start : start + _PIECE], view.tick_us)

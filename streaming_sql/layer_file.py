@@ -39,7 +39,9 @@ def layer_of(plan: GroupPlan, arrays: Mapping[str, np.ndarray]) -> BlockLayer:
     """The layer of `arrays_of`. Raises KeyError if the plan needs what is not there."""
     lists = {
         measure.name: EventLists(
-            *(arrays[f"lists/{measure.name}/{part}"] for part in ("place", "row", "event_ts")),
+            arrays[f"lists/{measure.name}/place"],
+            arrays[f"lists/{measure.name}/row"],
+            arrays[f"lists/{measure.name}/event_ts"],
             texts_of(f"lists/{measure.name}/event_id", arrays),
             texts_of(f"lists/{measure.name}/value", arrays),
         )

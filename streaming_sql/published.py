@@ -66,15 +66,15 @@ class Publisher:
         if view.tick_us == self.tick_us:
             return manifest
         self._folder.mkdir(parents=True, exist_ok=True)
-        groups, held = {}, {}
+        groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        held: dict[int, tuple[BlockLayer, dict[str, Any]]] = {}
         for name, state in view.groups.items():
-            told = {}
+            groups[name] = {}
             for which, layers in (("layers", state.layers), ("fresh_layers", state.fresh_layers)):
                 if layers is not None:
                     files = [self._layer(layer) for layer in layers]
-                    told[which] = [file for _, file in files]
+                    groups[name][which] = [file for _, file in files]
                     held |= {id(layer): (layer, file) for layer, file in files}
-            groups[name] = told
         segment = self._write_segment(view)
         events = {name: _told_head(state, view.position) for name, state in view.groups.items() if state.plan.fresh}
         head = self._write(f"head-{uuid.uuid4().hex}.json", orjson.dumps(events))
@@ -102,7 +102,8 @@ class Publisher:
         """What came to keys and texts since the last one."""
         if len(self._segments) >= _MOST_SEGMENTS:
             self._segments, self._num_keys, self._num_texts = [], {}, {}
-        arrays, counts, num_keys, num_texts = {}, {}, {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        counts, num_keys, num_texts = {}, {}, {}
         for name, state in view.groups.items():
             first_key, first_text = self._num_keys.get(name, 0), self._num_texts.get(name, 0)
             keys, texts = state.index.keys(first_key), state.codes.since(first_text)
@@ -180,7 +181,10 @@ def _head(plan: GroupPlan, told: list[list[Any]]) -> Head:
             for one, has_entry in zip(given, is_map, strict=True)
         )
 
-    return Head((tuple(key), HeadEvent(*facts, values(measured))) for key, *facts, measured in told)
+    return Head(
+        (tuple(key), HeadEvent(event_ts, event_id, known_at, landed_us, partition, offset, values(measured)))
+        for key, event_ts, event_id, known_at, landed_us, partition, offset, measured in told
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Shape letters: N keys asked for, M sum columns of the family, W window lengths of its sums.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ class WindowReader:
 
     def sums_at(self, places: np.ndarray) -> np.ndarray:
         """int64 [N, P]: sums over blocks by their places in [M, W]."""
-        return self._sums.reshape(self.num_keys, -1)[:, places]
+        return self._sums.reshape(self.num_keys, math.prod(self._sums.shape[1:]))[:, places]
 
     def numbers(self, measure: Measure, window: Window) -> list[np.ndarray]:
         """The representation's columns of a number or extreme, [N] each: int64 for sums, else float64. Fresh memory."""

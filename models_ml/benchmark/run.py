@@ -68,7 +68,7 @@ def run(
         transformers.append(_trained(validation, test, config, seed, report, progress, checkpoint))
     _over_seeds(report, "transformer")
     if "blend" in models:
-        refreshed = {name: make(test.histories) for name, make in makers.items()}
+        refreshed = {name: make(test.histories) for name, make in makers.items() if name != FLOOR}
         _blended(counted, refreshed, transformers, validation, test, report, progress)
     return report
 
@@ -141,7 +141,7 @@ def _blended(
     if len(transformers) > 1:
         learned_parts.append(("all seeds", blend.Blend(transformers, [1.0] * len(transformers))))
     for label, transformer in learned_parts:
-        members = {**counted, "transformer": transformer}
+        members = {**{name: member for name, member in counted.items() if name != FLOOR}, "transformer": transformer}
         weights = blend.choose_weights(members, validation)
         for name, made_of in (("blend", members), ("blend, refreshed", {**refreshed, "transformer": transformer})):
             mixed = blend.Blend(list(made_of.values()), list(weights.values()))

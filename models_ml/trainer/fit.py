@@ -274,6 +274,7 @@ class _Loop:
         if self.run.measure and self.ranks.is_first:
             some = self.loader.some_rows(64)
             mfu = self.speed.mfu(lambda: self.objective(self._moved(self.collate(some))), len(some))
+        self.objective.to("cpu")  # models are published from, and evaluated on, the CPU
         if self.run.measure and self.ranks.is_first:
             share = "" if mfu is None else f", MFU {mfu:.1%} of this machine's measured peak"
             self.run.say(f"{rows:,} rows in {steps} steps: {self.speed.rows_per_s:,.0f} rows/s{share}")

@@ -75,6 +75,15 @@ def test_the_first_model_has_nothing_to_be_compared_with(trained, tmp_path):
     assert gate.judge(load(home.exports), good, Registry(tmp_path)) == []
 
 
+def test_publishing_moves_production_and_keeps_the_version_before(trained):
+    home, good, bad = trained
+    workflow = Workflow(home, None, Console(quiet=True))
+    workflow.state = {"train": {"versions": bad["versions"]}, "gate": {"passed": True}}
+    workflow._stage("publish", lambda: bad["versions"], workflow._publish)
+    registry = Registry(home.models)
+    assert (registry.resolve("l1"), registry.resolve("l1", "previous")) == (bad["versions"]["l1"], good["versions"]["l1"])
+
+
 def test_a_lake_without_events_is_said_in_words(tmp_path: Path):
     with pytest.raises(HeadraceError, match=r"the lake has no table lake.events.*; run `headrace land` first"):
         _workflow(tmp_path).run()

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from models_ml import quality, train
+from models_ml import quality
 from models_ml.benchmark.published import SETS
+from models_ml.configuration import Configs
 from models_ml.floor import FloorConfig
 from models_ml.l2 import L2Config
 from warehouse.errors import HeadraceError
@@ -55,7 +56,7 @@ def test_ranking_gates_read_the_report_of_a_training(export, tmp_path, monkeypat
     home = Home.from_env()
     for file in export.iterdir():
         (home.exports / file.name).write_bytes(file.read_bytes())
-    configs = train.Configs(l2=L2Config(epochs=1, width=8, hidden=16), floor=FloorConfig(trees=5))
+    configs = Configs(l2=L2Config(epochs=1, width=8, hidden=16), floor=FloorConfig(trees=5))
     metrics = ("ranking.l2.click.ece", "l2_over_floor.click.low")
     gates = [quality.Gate(quality.RANKING, metric, 1, 0.0, at_least=-1.0) for metric in metrics]
     ece, low = quality.ranking_values(gates, lambda line: None, home, configs)

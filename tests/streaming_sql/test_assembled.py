@@ -80,6 +80,13 @@ def test_a_view_is_answered_from_its_own_tick_and_others_are_assembled_by_the_re
     assert assembled.gather(views[-1], "user_activity", np.arange(1), NOTES.__getitem__, t_us) is None
 
 
+def test_no_keys_are_a_matrix_without_rows():
+    groups = load_groups()
+    view = OnlineStore(groups).view()
+    for name, group in groups.items():
+        assert view.assemble(name, [], START_US).values.shape == (0, len(group.feature_names))
+
+
 def test_what_changes_with_the_request_is_never_held():
     held = {name for name, group in GROUPS.items() if can_be_assembled(GroupPlan.of(group))}
     for name in held:
