@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -89,10 +90,14 @@ class ItemToItem:
 
     def __init__(self, neighbours: pa.Table, seed_decay: float = ItemToItemConfig.seed_decay):
         self._seed_decay = seed_decay
-        self._lists: dict[str, list[tuple[str, float]]] = {}
-        columns = (neighbours[name].to_pylist() for name in ("note_id", "neighbour_id", "score"))
-        for note_id, neighbour_id, score in zip(*columns, strict=True):
-            self._lists.setdefault(note_id, []).append((neighbour_id, score))
+        self._names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
+        self._code_of = {name: code for code, name in enumerate(self._names)}
+        codes = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], dtype=np.int64)
+        scores = neighbours["score"].to_numpy().astype(np.float64)
+        rows_of: dict[str, list[int]] = {}
+        for row, note_id in enumerate(neighbours["note_id"].to_pylist()):
+            rows_of.setdefault(note_id, []).append(row)
+        self._lists = {note_id: (codes[rows], scores[rows]) for note_id, rows in rows_of.items()}
 
     def neighbours(self, note_ids: Sequence[str], k: int) -> list[tuple[str, float]]:
         """The k best neighbours of all `note_ids` together, best first, as (note_id, score); ties by note_id.
@@ -102,15 +107,18 @@ class ItemToItem:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        totals: dict[str, float] = {}
-        weight = 1.0
+        codes, scores, weight = [np.empty(0, np.int64)], [np.empty(0)], 1.0
         for note_id in reversed(note_ids):
-            for neighbour_id, score in self._lists.get(note_id, ()):
-                totals[neighbour_id] = totals.get(neighbour_id, 0.0) + weight * score
+            if note_id in self._lists:
+                codes.append(self._lists[note_id][0])
+                scores.append(weight * self._lists[note_id][1])
             weight *= self._seed_decay
-        for note_id in note_ids:
-            totals.pop(note_id, None)
-        return sorted(totals.items(), key=lambda item: (-item[1], item[0]))[:k]
+        code_C, place = np.unique(np.concatenate(codes), return_inverse=True)
+        total_C = np.bincount(place, np.concatenate(scores), len(code_C))
+        asked = [self._code_of[note_id] for note_id in note_ids if note_id in self._code_of]
+        kept = np.flatnonzero(~np.isin(code_C, asked))
+        best = kept[np.argsort(-total_C[kept], kind="stable")[:k]]
+        return [(self._names[code], total) for code, total in zip(code_C[best].tolist(), total_C[best].tolist(), strict=True)]
 
 
 def load(path: Path) -> ItemToItem:

@@ -21,6 +21,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
 from serving import answers, cascade, collect, telemetry, wire
 from serving.budget import Budget
+from serving.caches import CACHES
 from serving.engine import Engine
 from serving.explain import find_row
 from serving.http import Edge, install_error_bodies, json_response, sentence
@@ -342,6 +343,10 @@ def _status(engine: Engine) -> dict[str, Any]:
         "featureGroups": {name: len(group.feature_names) + len(group.sequence_names) for name, group in world.groups.items()},
         "notes": len(world.catalogue),
         "readers": len(world.readers),
+        "caches": {
+            name: {"entries": len(cache), "hits": cache.num_hits, "shared": cache.num_shared, "misses": cache.num_misses}
+            for name, cache in world.caches.by_name().items()
+        },
         "forwardLog": {
             "written": forward_log.num_written,
             "waiting": forward_log.num_waiting,
@@ -359,6 +364,12 @@ def _watch(metrics: Metrics, engine: Engine) -> None:
         world = engine.world
         return (engine.clock.now_us() - world.store.view().tick_us) / 1e6 if world else float("nan")
 
+    def of_cache(name: str, result: str) -> float:
+        world = engine.world
+        return float(getattr(world.caches.by_name()[name], f"num_{result}")) if world else 0.0
+
+    for name in CACHES:
+        metrics.cache(name, functools.partial(of_cache, name))
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
     metrics.gauge("tick_age_seconds", "Server clock minus T; above 900 the stream is stuck", tick_age_s)
     metrics.gauge("forward_log_waiting", "Requests that wait for the lake", of_log("num_waiting"))

@@ -5,6 +5,7 @@ Request-time features of a note come from here and nowhere else. Knows nothing o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 
 import numpy as np
@@ -100,9 +101,21 @@ class Catalogue:
         """bool [N]: created before t, or without a creation time. A replay must not show notes from its future."""
         return self.created_us_N < t_us
 
+    @cached_property
     def freshness_us(self) -> np.ndarray:
         """int64 [N]: when a note was created, else first seen; UNKNOWN_US if neither is known."""
         return np.where(self.created_us_N == UNKNOWN_US, self.first_seen_us_N, self.created_us_N)
+
+    @cached_property
+    def rows_by_freshness(self) -> np.ndarray:
+        """int64: rows of which it is known how fresh they are, the freshest first, ties by row."""
+        order = np.argsort(-self.freshness_us.astype(np.float64), kind="stable")
+        return order[self.freshness_us[order] != UNKNOWN_US]
+
+    @cached_property
+    def authors(self) -> list[str]:
+        """In the order of `author_rows`."""
+        return list(self.rows_of_author)
 
     def rows(self, note_ids: Sequence[str]) -> np.ndarray:
         """int64 [C]: each note's row, -1 for one that is unknown."""

@@ -9,9 +9,11 @@ import fcntl
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from serving.caches import Caches
 from serving.catalogue import Catalogue
 from serving.explain import Recent
 from serving.fetch import Fetcher
@@ -19,6 +21,7 @@ from serving.forward_log import ForwardLog
 from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
 from serving.last_pages import LastPages
+from serving.log_table import as_table
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
@@ -130,7 +133,7 @@ class Engine:
         self.recent.add(served)
         if self.world is not None and CACHED_PAGE not in served.steps.degraded:
             self.world.last_pages.keep(served)
-        self.forward_log.offer(served.as_row)
+        self.forward_log.offer(partial(as_table, served))
 
     def stop(self) -> None:
         """Waits for loading to end, then writes what waits and closes everything."""
@@ -216,6 +219,7 @@ class Engine:
             kinds=kinds,
             fetcher=Fetcher(kinds.http) if kinds.http else None,
             tables=tables,
+            caches=Caches(self.settings),
             assembled=Assembled(store.plans, {("note_id",): notes, ("author_id",): authors}),
         )
         world.assembled.assemble(store.view())

@@ -1,6 +1,7 @@
 """Prometheus metrics of one server. Stage latencies, what was degraded, queue and tick: what one looks at at 3 a.m."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -21,11 +22,19 @@ class Metrics:
         self.candidates = Histogram("headrace_candidates", "Candidates of one feed", buckets=_CANDIDATES, registry=own)
         self.degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
         self.events = Counter("headrace_events", "Events posted", ["status"], registry=own)
+        self._cache = Gauge(
+            "headrace_cache_answers", "Asked of a cache since the start, by what came of it", ["cache", "result"], registry=own
+        )
         self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=own)
 
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A value that is read when it is asked for."""
         Gauge(f"headrace_{name}", what, registry=self.registry).set_function(read)
+
+    def cache(self, name: str, read: Callable[[str], float]) -> None:
+        """read: the number of `hits`, `shared` (made for another who asked at the same time) or `misses`."""
+        for result in ("hits", "shared", "misses"):
+            self._cache.labels(name, result).set_function(partial(read, result))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

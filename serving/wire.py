@@ -133,6 +133,8 @@ class FeedResponse(Wire):
     known_position: list[int] = Field(description="K: the log position of every fresh value")
     notes: list[FeedNote]
     degraded: list[str] = Field(description="What was skipped, failed or relaxed; empty on a good day")
+    cached: list[str] = Field(description="Caches that had an answer: user, candidates, l1")
+    num_candidates: int = Field(description="Notes that were found, before ranking")
     timings: dict[str, float] = Field(description="Milliseconds per stage")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.budget import Pace
+from serving.caches import Caches
 from serving.catalogue import Catalogue
 from serving.fetch import Fetcher
 from serving.models import Models
@@ -43,6 +44,7 @@ class World:
     kinds: Kinds
     tables: TableStore
     assembled: Assembled
+    caches: Caches
     fetcher: Fetcher | None = None
     pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())
