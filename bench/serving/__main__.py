@@ -83,7 +83,7 @@ def _serving(command: list[str], home: Home) -> Iterator[int]:
     """A server in a process of its own, once it is ready; stopped at the end. RuntimeError if it does not become ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting()}
+    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home)}
     settings["HEADRACE_SERVING"] = str(home.path / SETTINGS_FILE)
     process = subprocess.Popen(
         [sys.executable, *command, "--port", str(port)], env=os.environ | settings, stdout=subprocess.DEVNULL

@@ -15,9 +15,9 @@ SLOWEST_P99_MS = 250.0
 """... and 99 of 100 come within this time of when they were due, or within SLOWDOWN times of an unloaded server's median, where
 that is longer."""
 SLOWDOWN = 8.0
-_SEARCHED = (0.5, 1.1)
+_SEARCHED = (0.5, 1.5)
 """Of what a closed loop reaches: where the capacity is looked for."""
-_STEPS = 4
+_STEPS = 5
 
 
 @dataclass(frozen=True)

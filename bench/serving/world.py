@@ -5,6 +5,7 @@ Features of the training rows are drawn at random, so read no quality from it: o
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +77,12 @@ def furnish(home: Home, size: Size) -> None:
     done.write_text(json.dumps(dataclasses.asdict(size)))
 
 
-def clock_setting() -> str:
-    """HEADRACE_CLOCK of a server on this world: an hour after its history ends."""
+def clock_setting(home: Home) -> str:
+    """HEADRACE_CLOCK of a server that starts on this world now: an hour after its history ends, and later by as much as the
+    world is old, so that a second server does not start before the events that the first one logged."""
     start_us = round(DEFAULT_START.timestamp() * 1_000_000)
-    return f"{np.datetime64(start_us + DAYS * DAY_US + HOUR_US, 'us')}Z"
+    age_us = round((time.time() - (home.path / _DONE).stat().st_mtime) * 1_000_000)
+    return f"{np.datetime64(start_us + DAYS * DAY_US + HOUR_US + age_us, 'us')}Z"
 
 
 def readers_of(size: Size) -> list[str]:
