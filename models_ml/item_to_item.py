@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
+from warehouse.lake import plain_connection
 
 NEIGHBOURS = "neighbours.parquet"
 
@@ -72,7 +72,7 @@ def train(examples: Examples, config: ItemToItemConfig) -> pa.Table:
         }
     ).take(pa.array(examples.train_rows))
     parameters = {name: value for name, value in asdict(config).items() if name != "seed_decay"}
-    with duckdb.connect() as connection:
+    with plain_connection() as connection:
         connection.register("impressions", impressions)
         connection.register("users", examples.users.select(["user_id", "history_note_ids"]))
         return co_occurrence.neighbours(connection, _OCCURRENCES, parameters)

@@ -370,6 +370,7 @@ def _watch(metrics: Metrics, engine: Engine) -> None:
 
     for name in CACHES:
         metrics.cache(name, functools.partial(of_cache, name))
+    metrics.versions(lambda: engine.world.models.versions if engine.world else {})
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
     metrics.gauge("tick_age_seconds", "Server clock minus T; above 900 the stream is stuck", tick_age_s)
     metrics.gauge("forward_log_waiting", "Requests that wait for the lake", of_log("num_waiting"))

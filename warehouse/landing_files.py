@@ -13,7 +13,7 @@ import pyarrow as pa
 from warehouse.clock import Clock
 from warehouse.datasets.base import DATASET_EVENTS_SCHEMA
 from warehouse.errors import HeadraceError
-from warehouse.lake import Lake, quoted
+from warehouse.lake import Lake, plain_connection, quoted
 from warehouse.landing import Landed, Progress, land_events
 
 REQUIRED = ("event_id", "event_type", "event_ts")
@@ -52,8 +52,7 @@ def land_file(
 
 
 def _read(path: Path, landed_at: str | None, delay_seconds: float | None) -> pa.Table:
-    connection = duckdb.connect()
-    connection.execute("set TimeZone = 'UTC'")
+    connection = plain_connection()
     source = READERS[path.suffix].format(path=quoted(str(path)))
     try:
         types = dict(row[:2] for row in connection.execute(f"describe select * from {source}").fetchall())

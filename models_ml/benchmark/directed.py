@@ -5,7 +5,6 @@ U users, Q queries, I items.
 
 from dataclasses import dataclass, replace
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from scipy.sparse import csr_matrix, diags
@@ -13,6 +12,7 @@ from scipy.sparse import csr_matrix, diags
 from models_ml import co_occurrence
 from models_ml.benchmark.protocol import Question, figures, places_of
 from models_ml.benchmark.sequences import Sequences
+from warehouse.lake import plain_connection
 
 CHOSEN_BY = "ndcg@10"
 MOST_ASKED = 3000
@@ -60,7 +60,7 @@ def counted(learned: Sequences, window: int, decay: float) -> csr_matrix:
     parameters = {
         "window": window, "decay": decay, "normalise_from": 0.0, "normalise_to": 0.0, "neighbours": learned.num_items,
     }  # fmt: skip
-    with duckdb.connect() as connection:
+    with plain_connection() as connection:
         connection.register("sequences", table)
         occurrences = "occurrences as (select user_id, note_id, place from sequences)"
         found = co_occurrence.neighbours(connection, occurrences, parameters)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 _SIZE = 1024
 _PASSES = 3
@@ -38,6 +37,8 @@ class Speed:
         square product measured now. None before there is a speed."""
         if not self.rows_per_s:
             return None
+        from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which a server must not
+
         with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
             forward()
         per_row = _PASSES * counter.get_total_flops() / rows

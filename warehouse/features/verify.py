@@ -27,6 +27,7 @@ from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.generated import as_table, generated_events, generated_reads
 from warehouse.features.oracle import Read, values
+from warehouse.lake import plain_connection
 from warehouse.time_algebra import newest_tick
 
 STAGED = "stg_engagements"
@@ -122,8 +123,7 @@ def verify(
     random = Random(seed)
     ours = {name: group for name, group in groups.items() if group.events == STAGED}
     rows = generated_events(random, list(ours.values()), num_events)
-    with duckdb.connect() as connection:
-        connection.execute("set TimeZone = 'UTC'")
+    with plain_connection() as connection:
         connection.register("generated", as_table(rows))
         for schema in (STAGING, "features"):
             connection.execute(f"create schema {schema}")
