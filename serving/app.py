@@ -18,6 +18,7 @@ import orjson
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+from threadpoolctl import threadpool_limits
 
 from serving import answers, cascade, collect, telemetry, wire
 from serving.budget import Budget
@@ -70,7 +71,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # requests are computed side by side; within one, threads only wait for each other
+        threadpool_limits(1, user_api="blas")
         chosen = settings or Settings.from_env()
         engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds)
         app.state.engine = engine
