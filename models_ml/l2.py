@@ -461,6 +461,7 @@ class L2:
             slope, intercept = lines.get(head, (1.0, 0.0))
             self.network.last_KHT[..., column] *= slope
             self.network.last_bias_KT[..., column] = slope * self.network.last_bias_KT[..., column] + intercept
+        self._scorer = L2Scorer(self.network, self.table_ND)
 
     def to_files(self) -> dict[str, bytes]:
         """The registry's files of this model."""

@@ -49,7 +49,11 @@ def test_a_rehearsal_reads_nothing_of_the_test_days_and_rescaling_changes_what_t
     model.rescale({"long_view": (0.5, 0.25)})
     for name, content in model.to_files().items():
         (tmp_path / name).write_bytes(content)
-    after_KRT = l2.load(tmp_path).logits_rows(loaded, rows).numpy()
+    read_again = l2.load(tmp_path)
+    after_KRT = read_again.logits_rows(loaded, rows).numpy()
+    asked = np.zeros(len(model.user_features)), [], ["n0", "n1"], np.zeros((2, len(model.note_features)))
+    for head, scores_N in read_again.score(*asked).items():
+        np.testing.assert_array_equal(model.score(*asked)[head], scores_N)
     np.testing.assert_allclose(after_KRT[..., 0], before_KRT[..., 0], atol=1e-5)
     np.testing.assert_allclose(after_KRT[..., 1], 0.5 * before_KRT[..., 1] + 0.25, atol=1e-5)
 
