@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test faults sanitize clean
+.PHONY: help setup demo lint test faults sanitize quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -59,8 +59,10 @@ lint: $(READY) ## format, imports between rooms, types, SQL
 test: lint ## lint, then every test this machine can run; those it cannot name what is missing
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-faults: $(READY) ## kill collector, lander and runner KILLS times each (50) over all their write boundaries; minutes
+faults: $(READY) ## kill collector, lander and runner KILLS times each (50), the trainer twice as often; CASES (10000) made-up requests
 	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults
+	HEADRACE_KILLS=$$((2 * $(or $(KILLS),50))) $(BIN)/python -m pytest -q --timeout 1800 tests/models_ml/trainer/test_kill.py
+	HEADRACE_API_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -q -s --timeout 3600 tests/serving/test_openapi.py
 
 SANITIZED := tests/kernels/test_kernel_window_assembly.py tests/kernels/test_kernel_embedding_lookup.py tests/kernels/test_kernel_top_k.py
 
@@ -73,6 +75,10 @@ sanitize: $(READY) ## compute-sanitizer over the kernels that follow indices, on
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 			$(BIN)/python -m pytest -q $(SANITIZED) -k "not compiles and not debug"; \
 	fi
+
+quality: $(READY) ## the gates of models_ml/quality.json: benchmarks and ranking; hours; ONLY="beauty ranking" picks
+	$(BIN)/python -m models_ml.quality $(ONLY)
+	$(if $(ONLY),,for form in onnx torchscript torch; do $(BIN)/headrace export l2 --format $$form --requests 10000; done)
 
 clean: ## remove the environment and caches; $HEADRACE_HOME stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache target logs *.egg-info

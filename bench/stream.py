@@ -19,10 +19,7 @@ import json
 import os
 import platform
 import queue
-import shutil
-import socket
 import sqlite3
-import subprocess
 import tempfile
 import threading
 import time
@@ -36,11 +33,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bench.redis import DURABLE, Redis, start_redis
 from streaming_sql.event_log import EventLog
 from streaming_sql.feed import Feed
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.pauses import settle
 from streaming_sql.runner import Runner, RunnerSettings
 from warehouse.clock import Clock, ManualClock
 from warehouse.errors import HeadraceError
@@ -219,10 +218,16 @@ def ingest(folder: Path, num_events: int) -> dict[str, Any]:
     with open(folder / "events.ndjson", "ab", buffering=0) as file:
         rates["file append + fsync"] = _rate(lambda events: _append(file, events), batches)
     with contextlib.ExitStack() as stack:
-        redis = _redis(folder, stack)
+        redis = start_redis(folder, stack, DURABLE)
         if redis is not None:
-            rates["redis stream"] = _rate(redis, batches)
+            rates["redis stream"] = _rate(lambda events: _add(redis, events), batches)
     return {"events_per_s": rates, "ratio": {name: rates["ours"] / rate for name, rate in rates.items() if name != "ours"}}
+
+
+def _add(redis: Redis, events: list[dict[str, Any]]) -> None:
+    """XADD in a pipeline."""
+    told = [(one["event_id"].encode(), json.dumps(one).encode()) for one in events]
+    redis.pipeline([(b"XADD", b"events", b"*", b"event_id", event_id, b"event", event) for event_id, event in told])
 
 
 def _rate(keep: Callable[[list[dict[str, Any]]], Any], batches: list[list[dict[str, Any]]]) -> float:
@@ -251,46 +256,6 @@ def _append(file: Any, events: list[dict[str, Any]]) -> None:
     os.fsync(file.fileno())
 
 
-def _redis(folder: Path, stack: contextlib.ExitStack) -> Callable[[list[dict[str, Any]]], None] | None:
-    """XADD in a pipeline to a Redis of our own that syncs every write; None where there is no redis-server."""
-    if (program := shutil.which("redis-server")) is None:
-        return None
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-    server = subprocess.Popen([program, *options, "--dir", str(folder)], stdout=subprocess.DEVNULL)
-    stack.callback(lambda: (server.terminate(), server.wait()))
-    connection = stack.enter_context(_connected(port))
-    answers = stack.enter_context(connection.makefile("rb"))
-
-    def keep(events: list[dict[str, Any]]) -> None:
-        commands = [("XADD", "events", "*", "event_id", one["event_id"], "event", json.dumps(one)) for one in events]
-        connection.sendall(b"".join(map(_resp, commands)))
-        for _ in events:
-            size = answers.readline()
-            if not size.startswith(b"$"):
-                raise HeadraceError(f"redis answered {size!r}")
-            answers.readline()
-
-    return keep
-
-
-def _connected(port: int) -> socket.socket:
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=30)
-        except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
-def _resp(words: tuple[str, ...]) -> bytes:
-    parts = [word.encode() for word in words]
-    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-
-
 def end_to_end(home: Home, groups: dict[str, FeatureGroup], rate: int, seconds: float) -> dict[str, Any]:
     """Milliseconds from the instant an event was due until a store read has counted it; one event of each post is watched."""
     lake = Lake.open(home)
@@ -299,6 +264,7 @@ def end_to_end(home: Home, groups: dict[str, FeatureGroup], rate: int, seconds: 
     log = EventLog.open(home.log, clock=clock)
     runner = Runner(lake, log, OnlineStore(groups), groups, clock, RunnerSettings(poll_seconds=0.001))
     runner.catch_up()
+    settle()
     runner.start()
     posts: queue.Queue[tuple[float, list[dict[str, Any]]] | None] = queue.Queue()
     watched: queue.Queue[tuple[float, str, tuple[int, int]] | None] = queue.Queue()

@@ -13,8 +13,15 @@ COMMANDS = {
     "export-training": ("warehouse.cli", "write the training examples as Parquet"),
     "stream": ("streaming_sql.cli", "run or inspect the embedded stream"),
     "train": ("models_ml.cli", "train, evaluate and publish the models"),
+    "export": ("models_ml.artefacts_cli", "a model as ONNX, TorchScript or torch.export, checked against the served scores"),
+    "score": ("models_ml.artefacts_cli", "score the rows of a Parquet file as the server would"),
+    "embed": ("models_ml.artefacts_cli", "publish a model's note and reader vectors to the lake, dated"),
+    "models": ("models_ml.artefacts_cli", "list versions; promote one, go back to the previous one"),
+    "benchmark": ("models_ml.benchmark.cli", "next-item prediction under published protocols"),
+    "evaluate": ("models_ml.evaluate_cli", "metrics of a published ranking model, by slice, with plots"),
     "serve": ("serving.cli", "run the HTTP server"),
     "parity": ("serving.cli", "recompute served features from the lake and compare"),
+    "workflow": ("headrace.workflow", "features, export, train, gate, publish; skips what has not changed"),
     "demo": ("headrace.demo", "everything, on real data, ending with a feed"),
 }
 

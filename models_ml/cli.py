@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,20 +13,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models_ml import train
+from models_ml import configuration, train
 from models_ml.evaluation import NDCG_AT, RECALL_AT
 from models_ml.examples import load
+from models_ml.logged_rows import as_served
 from models_ml.registry import Registry
+from models_ml.trainer.ranks import Ranks, ranks_of_environment
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
+from warehouse.lake import Lake
+
+ALIASES = {"retrieval": "two_tower"}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="headrace train", description="Train, evaluate and publish the models.")
-    parser.add_argument("model", choices=("all", *train.MODELS), help="which one; `all` ends with the floor's comparison")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed on the same export gives the same weights (default 0)"
-    )
+    choices = ("all", *train.MODELS, *ALIASES)
+    parser.add_argument("model", choices=choices, help="which one; `all` ends with the floor's comparison")
+    parser.add_argument("--config", type=Path, help="YAML with sections named after models, and `trainer`")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint instead of from the start")
+    parser.add_argument("--logged", action="store_true", help="train on the values that were served (the forward log)")
+    parser.add_argument("--no-promote", action="store_true", help="move `candidate` alone and leave `production` as it is")
+    parser.add_argument("--seed", type=int, help="the same seed on the same export gives the same weights (default 0)")
     parser.add_argument("--epochs", type=int, help="passes over the data for the networks (default: each model's own)")
     parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
@@ -37,13 +46,37 @@ def main(words: list[str]) -> int:
     arguments = _parser().parse_args(words[1:])
     if arguments.epochs is not None and arguments.epochs < 1:
         raise HeadraceError(f"--epochs must be at least 1, got {arguments.epochs}")
+    names = train.MODELS if arguments.model == "all" else (ALIASES.get(arguments.model, arguments.model),)
+    configs = configuration.read(arguments.config) if arguments.config else configuration.Configs()
+    if arguments.epochs:
+        configs = configs.with_epochs(arguments.epochs)
+    with ranks_of_environment(configs.trainer.rank_timeout_s) as ranks:
+        return _train(arguments, names, configs, ranks)
+
+
+def main_of_rank(words: list[str]) -> int:
+    """`python -m models_ml.train l2 --config FILE`, as `torchrun` starts it on every rank."""
+    try:
+        return main(["train", *words])
+    except HeadraceError as error:
+        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: argparse.Namespace, names: tuple[str, ...], configs: configuration.Configs, ranks: Ranks) -> int:
     home = Home.from_env()
-    names = train.MODELS if arguments.model == "all" else (arguments.model,)
-    configs = train.Configs().with_epochs(arguments.epochs) if arguments.epochs else train.Configs()
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not ranks.is_first)
     started = time.monotonic()
     examples = load(arguments.export or home.exports)
+    if arguments.logged:
+        examples = as_served(examples, Lake.open(home).scan("lake.forward_log"))
+        for rows, side in ((examples.train_rows, "before"), (examples.test_rows, "from")):
+            if len(rows) == 0:
+                raise HeadraceError(
+                    f"nothing was served {side} the test's start {examples.manifest['test_start']}; serve longer"
+                )
     console.print(examples.protocol(), highlight=False)
+    seed = configs.seed if arguments.seed is None else arguments.seed
     columns = TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bars:
         tasks = {name: bars.add_task(name, total=None, start=False) for name in names}
@@ -54,7 +87,16 @@ def main(words: list[str]) -> int:
             if done == total and not console.is_terminal:  # a log file shows no bars until the end
                 console.print(f"{name}: trained after {time.monotonic() - started:.0f} s", highlight=False)
 
-        report = train.train(examples, names, configs, arguments.seed, Registry(home.models), progress)
+        options = train.Options(
+            ranks,
+            home.training,
+            arguments.resume,
+            promote=not arguments.no_promote,
+            say=lambda line: console.print(line, highlight=False),
+        )
+        report = train.train(examples, names, configs, seed, Registry(home.models), progress, options)
+    if not ranks.is_first:
+        return 0
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
         sys.stdout.write("\n")

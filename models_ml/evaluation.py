@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from models_ml import metrics
+from models_ml import metrics, slices
 from models_ml.examples import Examples, encode
 from models_ml.item_to_item import ItemToItem
 from models_ml.two_tower import TwoTower
@@ -19,8 +20,12 @@ SEEDS = 20
 
 RANKING_RULES = (
     "auc: ties count half; auc_low, auc_high: 2.5th and 97.5th percentile over redrawn readers; "
-    "nce: against the training rows' base rate; "
-    f"ndcg@{NDCG_AT}: per reader with a positive row, tied rows share their places' mean discount; ece: 15 bins of equal size"
+    "nce: against the training rows' base rate; grouped_auc: per reader with both classes, weighted by rows; "
+    "pr_auc: tied rows come in together; "
+    f"ndcg@{NDCG_AT}: per reader with a positive row, tied rows share their places' mean discount; "
+    f"mrr, map@{NDCG_AT}, recall@{NDCG_AT}: per reader with a positive row, a negative stands before a positive of its score; "
+    f"coverage@{NDCG_AT}: share of the test rows' notes among a reader's first; ece: 15 bins of equal size; "
+    "relative_calibration: predicted over observed positives"
 )
 RETRIEVAL_RULES = (
     "each clicked test impression is a query from the reader's history at that request (at most 50 notes, those masked); "
@@ -31,21 +36,66 @@ RETRIEVAL_RULES = (
 def ranking(examples: Examples, predictions: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Head -> metric -> value. predictions: head -> probabilities of the test rows, in their order."""
     rows = examples.test_rows
-    users_R = _users(examples, rows)
-    report = {}
-    for head, probability_R in predictions.items():
-        labels_R = examples.labels[head][rows]
-        base_rate = float(examples.labels[head][examples.train_rows].mean())
-        interval = metrics.auc_interval(labels_R, probability_R, users_R)
-        report[head] = {
-            "auc": metrics.auc(labels_R, probability_R),
-            "auc_low": interval.low,
-            "auc_high": interval.high,
-            "nce": metrics.normalised_cross_entropy(labels_R, probability_R, base_rate),
-            "log_loss": metrics.log_loss(labels_R, probability_R),
-            f"ndcg@{NDCG_AT}": metrics.ndcg(labels_R, probability_R, users_R, NDCG_AT),
-            "ece": metrics.expected_calibration_error(labels_R, probability_R),
-        }
+    users_R, notes_R = _users(examples, rows), _dictionary_codes(examples.words["note_id"].take(rows))
+    return {
+        head: of_head(
+            examples.labels[head][rows],
+            probability_R,
+            users_R,
+            notes_R,
+            float(examples.labels[head][examples.train_rows].mean()),
+        )
+        for head, probability_R in predictions.items()
+    }
+
+
+def of_head(
+    labels_R: np.ndarray, probability_R: np.ndarray, users_R: np.ndarray, notes_R: np.ndarray, base_rate: float
+) -> dict[str, float]:
+    """Every metric of one head on some rows, under RANKING_RULES. users_R, notes_R: codes."""
+    interval = metrics.auc_interval(labels_R, probability_R, users_R)
+    return {
+        "auc": metrics.auc(labels_R, probability_R),
+        "auc_low": interval.low,
+        "auc_high": interval.high,
+        "grouped_auc": metrics.grouped_auc(labels_R, probability_R, users_R),
+        "pr_auc": metrics.average_precision(labels_R, probability_R),
+        "nce": metrics.normalised_cross_entropy(labels_R, probability_R, base_rate),
+        "log_loss": metrics.log_loss(labels_R, probability_R),
+        f"ndcg@{NDCG_AT}": metrics.ndcg(labels_R, probability_R, users_R, NDCG_AT),
+        **metrics.ranked_lists(labels_R, probability_R, users_R, NDCG_AT),
+        f"coverage@{NDCG_AT}": metrics.coverage(probability_R, users_R, notes_R, NDCG_AT),
+        "ece": metrics.expected_calibration_error(labels_R, probability_R),
+        "relative_calibration": metrics.relative_calibration(labels_R, probability_R),
+    }
+
+
+def by_slice(
+    examples: Examples, predictions: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Slice -> part -> head -> metric -> value, beside `num_rows`; parts in order of their rows, most first."""
+    rows = examples.test_rows
+    users_R, notes_R = _users(examples, rows), _dictionary_codes(examples.words["note_id"].take(rows))
+    report: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for name in names:
+        part_R = slices.values_of(examples, rows, name)
+        parts, counts = np.unique(part_R, return_counts=True)
+        report[name] = {}
+        for part in parts[np.argsort(-counts, kind="stable")]:
+            some = np.flatnonzero(part_R == part)
+            report[name][str(part)] = {
+                head: {
+                    "num_rows": len(some),
+                    **of_head(
+                        examples.labels[head][rows[some]],
+                        probability_R[some],
+                        users_R[some],
+                        notes_R[some],
+                        float(examples.labels[head][examples.train_rows].mean()),
+                    ),
+                }
+                for head, probability_R in predictions.items()
+            }
     return report
 
 
@@ -137,4 +187,8 @@ def recall_at(places_Q: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
 
 
 def _users(examples: Examples, rows: np.ndarray) -> np.ndarray:
-    return examples.words["user_id"].take(rows).combine_chunks().dictionary_encode().indices.to_numpy()
+    return _dictionary_codes(examples.words["user_id"].take(rows))
+
+
+def _dictionary_codes(words: pa.ChunkedArray) -> np.ndarray:
+    return words.combine_chunks().dictionary_encode().indices.to_numpy()

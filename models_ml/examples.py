@@ -188,6 +188,45 @@ def load(folder: Path | str) -> Examples:
     return examples
 
 
+def load_spine(path: Path, folder: Path) -> tuple[Examples, pa.Table]:
+    """(rows of any Parquet file with `user_id`, `note_id` and features by their names, as examples; the file's own table).
+    Dimensions come from the export in `folder`. There are no labels, and every row counts as one after `test_start`.
+
+    Raises HeadraceError when a file or column is missing.
+    """
+    table = _read_parquet(path)
+    _require(table, ("user_id", "note_id"), path)
+    notes, users = (_read_parquet(folder / f"{name}.parquet") for name in ("notes", "users"))
+    nothing = pa.nulls(len(table))
+    words = {name: (table[name] if name in table.column_names else nothing).cast(pa.string()) for name in (*_IDS, *_WORDS)}
+    clicks = table[CLICKS] if CLICKS in table.column_names else nothing.cast(pa.list_(pa.string()))
+    names = tuple(field.name for field in table.schema if pa.types.is_floating(field.type))
+    examples = Examples(
+        manifest={"dataset": str(path), "test_start": 0, "num_rows": len(table)},
+        feature_names=names,
+        values_RF=np.column_stack([_as_float(table[name]) for name in names]) if names else np.zeros((len(table), 0)),
+        labels={},
+        request_us_R=np.zeros(len(table), dtype=np.int64),
+        test_start_us=0,
+        words=pa.table(words).combine_chunks(),
+        clicks_R=pc.fill_null(
+            pa.chunked_array(clicks.chunks if isinstance(clicks, pa.ChunkedArray) else [clicks]).combine_chunks(), []
+        ),
+        notes=notes,
+        users=users,
+    )
+    return examples, table
+
+
+def require_columns(examples: Examples, names: Iterable[str]) -> None:
+    """Raises HeadraceError naming the features that the rows lack."""
+    missing = [name for name in names if name not in examples.feature_names]
+    if missing:
+        raise HeadraceError(
+            f"{examples.manifest['dataset']} lacks the feature(s) {', '.join(missing)}; `headrace features compute` adds them"
+        )
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())

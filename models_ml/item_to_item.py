@@ -1,13 +1,7 @@
 """Item-to-item: notes that follow a note in people's sequences, counted in SQL. Learns nothing, and is the floor of retrieval.
 
-For each reader, the notes watched before the log began, then the notes clicked, oldest first. Whenever b comes after a within
-`window` places, the pair (a, b) gains decay ** (places between - 1): directed, so b is a neighbour of a and not the reverse.
-A pair's score is
-
-    weight(a, b) / (support(a) ** normalise_from * support(b) ** normalise_to)
-
-with support(x) = how often x occurs in the sequences. Only rows before `test_start` are read. Source of the idea: Linden,
-Smith and York, IEEE Internet Computing 2003; directed and decayed as in session-based kNN (Ludewig and Jannach, UMUAI 2018).
+For each reader, the notes watched before the log began, then the notes clicked, oldest first; how pairs of them are counted and
+scored is in `co_occurrence`. Only rows before `test_start` are read.
 """
 
 import io
@@ -16,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
+from warehouse.lake import plain_connection
 
 NEIGHBOURS = "neighbours.parquet"
 
@@ -44,8 +40,8 @@ class ItemToItemConfig:
             raise ValueError(f"decay and seed_decay must be in (0, 1], got {self.decay} and {self.seed_decay}")
 
 
-_SQL = """
-with watched as (
+_OCCURRENCES = """
+watched as (
     select user_id, unnest(history_note_ids) as note_id, generate_subscripts(history_note_ids, 1) as place, 0 as part
     from users
 ),
@@ -60,48 +56,7 @@ occurrences as (
     select user_id, note_id, row_number() over (partition by user_id order by part, place) as place
     from (select * from watched union all select * from clicked)
     where note_id is not null
-),
-
-support as (
-    select note_id, count(*) as num_occurrences
-    from occurrences
-    group by note_id
-),
-
-pairs as (
-    select
-        earlier.note_id,
-        later.note_id as neighbour_id,
-        -- sums of doubles depend on their order; rounded to whole millionths they do not
-        sum(round(1e6 * pow($decay, later.place - earlier.place - 1))::bigint) / 1e6 as weight
-    from occurrences as earlier
-    inner join occurrences as later
-        on later.user_id = earlier.user_id and later.place > earlier.place and later.place <= earlier.place + $window
-    where later.note_id != earlier.note_id
-    group by earlier.note_id, later.note_id
-),
-
-scored as (
-    select
-        pairs.note_id,
-        pairs.neighbour_id,
-        pairs.weight / (
-            pow(source.num_occurrences, $normalise_from) * pow(target.num_occurrences, $normalise_to)
-        ) as score
-    from pairs
-    inner join support as source on pairs.note_id = source.note_id
-    inner join support as target on pairs.neighbour_id = target.note_id
-),
-
-ranked as (
-    select note_id, neighbour_id, score, row_number() over (partition by note_id order by score desc, neighbour_id) as place
-    from scored
 )
-
-select note_id, neighbour_id, score::float as score
-from ranked
-where place <= $neighbours
-order by note_id, place
 """
 
 
@@ -117,10 +72,10 @@ def train(examples: Examples, config: ItemToItemConfig) -> pa.Table:
         }
     ).take(pa.array(examples.train_rows))
     parameters = {name: value for name, value in asdict(config).items() if name != "seed_decay"}
-    with duckdb.connect() as connection:
+    with plain_connection() as connection:
         connection.register("impressions", impressions)
         connection.register("users", examples.users.select(["user_id", "history_note_ids"]))
-        return connection.execute(_SQL, parameters).to_arrow_table()
+        return co_occurrence.neighbours(connection, _OCCURRENCES, parameters)
 
 
 def to_files(neighbours: pa.Table, config: ItemToItemConfig) -> dict[str, bytes]:
@@ -135,10 +90,14 @@ class ItemToItem:
 
     def __init__(self, neighbours: pa.Table, seed_decay: float = ItemToItemConfig.seed_decay):
         self._seed_decay = seed_decay
-        self._lists: dict[str, list[tuple[str, float]]] = {}
-        columns = (neighbours[name].to_pylist() for name in ("note_id", "neighbour_id", "score"))
-        for note_id, neighbour_id, score in zip(*columns, strict=True):
-            self._lists.setdefault(note_id, []).append((neighbour_id, score))
+        self._names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
+        self._code_of = {name: code for code, name in enumerate(self._names)}
+        codes = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], dtype=np.int64)
+        scores = neighbours["score"].to_numpy().astype(np.float64)
+        rows_of: dict[str, list[int]] = {}
+        for row, note_id in enumerate(neighbours["note_id"].to_pylist()):
+            rows_of.setdefault(note_id, []).append(row)
+        self._lists = {note_id: (codes[rows], scores[rows]) for note_id, rows in rows_of.items()}
 
     def neighbours(self, note_ids: Sequence[str], k: int) -> list[tuple[str, float]]:
         """The k best neighbours of all `note_ids` together, best first, as (note_id, score); ties by note_id.
@@ -148,15 +107,18 @@ class ItemToItem:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        totals: dict[str, float] = {}
-        weight = 1.0
+        codes, scores, weight = [np.empty(0, np.int64)], [np.empty(0)], 1.0
         for note_id in reversed(note_ids):
-            for neighbour_id, score in self._lists.get(note_id, ()):
-                totals[neighbour_id] = totals.get(neighbour_id, 0.0) + weight * score
+            if note_id in self._lists:
+                codes.append(self._lists[note_id][0])
+                scores.append(weight * self._lists[note_id][1])
             weight *= self._seed_decay
-        for note_id in note_ids:
-            totals.pop(note_id, None)
-        return sorted(totals.items(), key=lambda item: (-item[1], item[0]))[:k]
+        code_C, place = np.unique(np.concatenate(codes), return_inverse=True)
+        total_C = np.bincount(place, np.concatenate(scores), len(code_C))
+        asked = [self._code_of[note_id] for note_id in note_ids if note_id in self._code_of]
+        kept = np.flatnonzero(~np.isin(code_C, asked))
+        best = kept[np.argsort(-total_C[kept], kind="stable")[:k]]
+        return [(self._names[code], total) for code, total in zip(code_C[best].tolist(), total_C[best].tolist(), strict=True)]
 
 
 def load(path: Path) -> ItemToItem:

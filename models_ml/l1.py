@@ -5,9 +5,8 @@ is computed once per request and added to every candidate; a candidate's score c
 B requests, C candidates of each (1 in training), H hidden units, T heads; U and I inputs of the reader and of a candidate.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.l1_score import l1_score
-from kernels.multitask_bce import multitask_bce
-from models_ml import bundle
-from models_ml.examples import Examples, distinct
+from models_ml import bundle, ranking_rows, request_rows
+from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
 from models_ml.request_inputs import FeatureRows
-from models_ml.scoring import check_shapes, default_surface
+from models_ml.request_rows import AnyRows, RequestTable
+from models_ml.scoring import check_shapes
 from models_ml.seeding import seeded
+from models_ml.trainer.fit import Run, fit
+from models_ml.trainer.settings import Plan
 
 NAME = "l1"
 
@@ -52,8 +53,11 @@ class L1Network(nn.Module):
         self.second = nn.Linear(config.hidden, config.hidden)
         self.last = nn.Linear(config.hidden, len(config.head_weights))
 
-    def forward(self, user_BU: Tensor, surface_B: Tensor, note_BCI: Tensor) -> Tensor:
+    def forward(self, user_BU: Tensor, surface_B: Tensor, note_BCI: Tensor, reader_of_lane: Tensor | None = None) -> Tensor:
+        """reader_of_lane: the request of each row of candidates, where a request has several."""
         user_half_BH = self.first_user(self.request(user_BU, surface_B))
+        if reader_of_lane is not None:
+            user_half_BH = user_half_BH.index_select(0, reader_of_lane)
         hidden_BCH = F.relu(self.first_note(self.note_inputs(note_BCI)) + user_half_BH[:, None, :])
         return self.last(F.relu(self.second(hidden_BCH)))
 
@@ -75,42 +79,52 @@ class L1Network(nn.Module):
         )[0]  # fmt: skip
 
 
-def train(examples: Examples, config: L1Config, seed: int, progress: Callable[[int, int], None]) -> "L1":
-    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
-    train_rows = examples.train_rows
-    surfaces = distinct(examples.words["surface"].take(train_rows))
-    user_values, note_values = examples.columns(examples.user_features), examples.columns(examples.note_features)
-    surface_codes = examples.codes("surface", surfaces)
-    user_RU, note_RI = torch.from_numpy(user_values.astype(np.float32)), torch.from_numpy(note_values.astype(np.float32))
-    surface_R = torch.from_numpy(surface_codes)
-    labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head, _ in config.head_weights]))
-    weight_T = torch.full((labels_RT.shape[1],), 1 / labels_RT.shape[1])
-    with seeded(seed) as generator:
-        network = L1Network(config, examples.user_features, examples.note_features, len(surfaces))
-        network.user_inputs.fit(user_values[train_rows])
-        network.note_inputs.fit(note_values[train_rows])
+class L1Objective(nn.Module):
+    """The loss of a batch of `ranking_rows.tensors_of`, summed over its candidates."""
+
+    def __init__(self, network: L1Network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        lane = batch.get(ranking_rows.LANE_OF)
+        logits_PCT = self.network(batch["user"], batch["surface"], batch["features"], lane)
+        return ranking_rows.summed_loss(logits_PCT.flatten(0, 1), batch["labels"].flatten(0, 1))
+
+
+def train(
+    examples: Examples,
+    config: L1Config,
+    seed: int,
+    progress: Callable[[int, int], None],
+    rows: AnyRows | None = None,
+    run: Run | None = None,
+) -> "L1":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all).
+
+    rows: the request rows of the export, in files; without them they are made in memory.
+    """
+    rows = rows or RequestTable.of_examples(examples)
+    user_features, note_features = examples.user_features, examples.note_features
+    heads = tuple(head for head, _ in config.head_weights)
+    request_rows.require_labels(rows, heads, NAME)
+    facts = ranking_rows.Facts(rows, user_features, note_features, heads)
+    with seeded(seed):
+        network = L1Network(config, user_features, note_features, len(facts.surfaces))
+        facts.fit(network.user_inputs, network.note_inputs)
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        num_steps = config.epochs * math.ceil(len(train_rows) / config.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-        step = 0
-        network.train()
-        for _ in range(config.epochs):
-            order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
-            for rows in order.split(config.batch_size):
-                logits_BT = network(user_RU[rows], surface_R[rows], note_RI[rows, None]).squeeze(1)
-                loss = multitask_bce(logits_BT, labels_RT[rows], weight_T)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                step += 1
-                progress(step, num_steps)
+        source = rows.encoded(
+            lambda table, ids: ranking_rows.rows_of(table, ids, user_features, note_features, facts.surfaces, heads)
+        )
+        plan = Plan(config.epochs, config.batch_size, config.learning_rate)
+        run = replace(run or Run(), progress=progress)
+        fit(L1Objective(network), source, ranking_rows.tensors_of, optimizer, plan, seed, run)
     settings = {
         "config": asdict(config),
-        "user_features": examples.user_features,
-        "note_features": examples.note_features,
-        "surfaces": surfaces,
-        "default_surface": default_surface(surface_codes[train_rows], surfaces),
+        "user_features": user_features,
+        "note_features": note_features,
+        "surfaces": facts.surfaces,
+        "default_surface": facts.default_surface,
     }
     return L1(network, settings)
 

@@ -10,26 +10,31 @@ as in X's open algorithm, shared-weight ensembles (TabM, Gorishniy et al., ICLR 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.multitask_bce import multitask_bce
 from kernels.sequence_block import BlockWeights, sequence_block
-from models_ml import bundle
+from models_ml import bundle, ranking_rows, request_rows
 from models_ml.attributes import AttributeInputs
-from models_ml.examples import Examples, distinct
+from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
 from models_ml.l2_scorer import L2Scorer
 from models_ml.notes import NoteTower, NoteWords
-from models_ml.scoring import check_shapes, default_surface
+from models_ml.request_rows import AnyRows, Encode, RequestTable
+from models_ml.scoring import check_shapes
 from models_ml.seeding import seeded
+from models_ml.trainer.fit import Run, fit
+from models_ml.trainer.rows import Rows
+from models_ml.trainer.settings import Plan
 from warehouse.errors import HeadraceError
 
 NAME = "l2"
@@ -38,7 +43,7 @@ NAME = "l2"
 @dataclass(frozen=True)
 class L2Config:
     """One more head is one more label name in `heads`. layers: self-attention over the history; 0 reads the notes as they
-    are."""
+    are. rehearsal_days: held back to calibrate on (`calibration`), for a second training; 0 leaves the heads as they are."""
 
     heads: tuple[str, ...] = ("click", "long_view")
     history_length: int = 50
@@ -51,11 +56,13 @@ class L2Config:
     epochs: int = 2
     batch_size: int = 1024
     learning_rate: float = 2e-3
+    warm_up: float = 0.1
     weight_decay: float = 0.01
     id_weight_decay: float = 1.0
     dropout: float = 0.1
     id_dropout: float = 0.2
     attribute_dropout: float = 0.1
+    rehearsal_days: float = 0.0
 
 
 class Shape(NamedTuple):
@@ -77,6 +84,11 @@ class Reader(NamedTuple):
     is_there_BL: Tensor
     mean_BD: Tensor
     first_KBH: Tensor
+
+    def of_lanes(self, reader_of_lane: Tensor) -> "Reader":
+        """The same for each lane of candidates: int64 [P], a request's number."""
+        keys, values, is_there, mean = (part.index_select(0, reader_of_lane) for part in self[:4])
+        return Reader(keys, values, is_there, mean, self.first_KBH.index_select(1, reader_of_lane))
 
 
 class MemberLinear(nn.Module):
@@ -145,6 +157,7 @@ class L2Network(nn.Module):
     def __init__(self, config: L2Config, shape: Shape):
         super().__init__()
         self.config = config
+        self.fused = True  # outside training, read the history by one fused operation
         width, members, hidden = config.width, config.members, config.hidden
         self.user_inputs = FeatureInputs(shape.user_features, config.bins)
         self.note_inputs = FeatureInputs(shape.note_features, config.bins)
@@ -172,7 +185,7 @@ class L2Network(nn.Module):
     ) -> Reader:
         """`read` of a history whose notes have been looked up. Outside training the filled places come first in the answer."""
         places_BLD = note_BLD + self.place
-        if self.training:
+        if self.training or not self.fused:
             bias_BL = torch.zeros_like(is_there_BL, dtype=torch.float32).masked_fill(~is_there_BL, -1e9)
             for layer in self.history_layers:
                 places_BLD = layer(places_BLD, bias_BL)
@@ -259,51 +272,92 @@ def _logits_of_rows(network: L2Network, inputs: Inputs, rows: Tensor, table_ND: 
     return network.logits(reader, inputs.note_R[rows, None], inputs.note_RI[rows, None], table_ND).squeeze(2)
 
 
-def train(examples: Examples, config: L2Config, seed: int, progress: Callable[[int, int], None]) -> "L2":
-    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
-    missing = [head for head in config.heads if head not in examples.labels]
-    if missing:
-        raise HeadraceError(
-            f"l2: the export has no label for the head(s) {', '.join(missing)}; it has {', '.join(examples.labels)}"
+class L2Objective(nn.Module):
+    """The loss of a batch of `tensors_of`, mean over the members, summed over its candidates."""
+
+    def __init__(self, network: L2Network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        table_ND = self.network.notes.table()
+        reader = self.network.read(batch["user"], batch["surface"], batch["attributes"], batch["history"], table_ND)
+        if ranking_rows.LANE_OF in batch:
+            reader = reader.of_lanes(batch[ranking_rows.LANE_OF])
+        logits_KPCT = self.network.logits(reader, batch["note"], batch["features"], table_ND)
+        labels_KPCT = batch["labels"].expand_as(logits_KPCT)
+        loss = ranking_rows.summed_loss(logits_KPCT.flatten(0, 2), labels_KPCT.flatten(0, 2))
+        return loss / len(logits_KPCT)
+
+
+def encoder_of(shape: Shape, config: L2Config) -> Encode:
+    """Request rows as this model reads them: those of `ranking_rows.rows_of`, and history int32 [R, L], attributes as bits
+    [R, A / 8], note [N]."""
+    note_ids, inputs = pa.array(shape.words.note_ids, pa.string()), AttributeInputs(shape.attributes)
+    bits_of: dict[str | None, np.ndarray] = {}
+
+    def encode(table: pa.Table, row_ids: np.ndarray) -> Rows:
+        rows = ranking_rows.rows_of(table, row_ids, shape.user_features, shape.note_features, shape.surfaces, config.heads)
+        texts = table["user_attributes"].to_pylist()
+        for text in set(texts) - bits_of.keys():
+            bits_of[text] = np.packbits(inputs.encode([text])[0] > 0)
+        per_row = {
+            **rows.per_row,
+            "history": request_rows.newest_first(table[request_rows.HISTORY], note_ids, config.history_length),
+            "attributes": np.stack([bits_of[text] for text in texts]),
+        }
+        return replace(
+            rows,
+            per_row=per_row,
+            per_candidate={**rows.per_candidate, "note": request_rows.codes(table["note_id"], note_ids)},
         )
-    train_rows = examples.train_rows
-    surfaces = distinct(examples.words["surface"].take(train_rows))
+
+    return encode
+
+
+def tensors_of(rows: Rows, num_attributes: int) -> dict[str, Tensor]:
+    """`ranking_rows.tensors_of` with attributes as float32 [R, A]."""
+    batch = ranking_rows.tensors_of(rows)
+    bits_RA = np.unpackbits(batch["attributes"].numpy(), axis=1, count=num_attributes)
+    return {**batch, "attributes": torch.from_numpy(bits_RA.astype(np.float32))}
+
+
+def train(
+    examples: Examples,
+    config: L2Config,
+    seed: int,
+    progress: Callable[[int, int], None],
+    rows: AnyRows | None = None,
+    run: Run | None = None,
+) -> "L2":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all).
+
+    rows: the request rows of the export, in files; without them they are made in memory.
+    """
+    rows = rows or RequestTable.of_examples(examples)
+    request_rows.require_labels(rows, config.heads, NAME)
+    if config.history_length > request_rows.HISTORY_PLACES:
+        most = request_rows.HISTORY_PLACES
+        raise HeadraceError(f"l2: history_length must be at most {most}, what request rows hold; got {config.history_length}")
     attributes = AttributeInputs.of(examples.users["attributes"].to_pylist()).words
-    shape = Shape(NoteWords.of(examples), examples.user_features, examples.note_features, tuple(surfaces), tuple(attributes))
-    with seeded(seed) as generator:
+    facts = ranking_rows.Facts(rows, examples.user_features, examples.note_features, config.heads)
+    shape = Shape(
+        NoteWords.of(examples), examples.user_features, examples.note_features, tuple(facts.surfaces), tuple(attributes)
+    )
+    with seeded(seed):
         network = L2Network(config, shape)
         network.notes.describe(examples.notes, shape.words)
-        network.user_inputs.fit(examples.columns(shape.user_features)[train_rows])
-        network.note_inputs.fit(examples.columns(shape.note_features)[train_rows])
-        inputs = inputs_of(examples, shape, config.history_length)
-        labels_RT = torch.from_numpy(np.column_stack([examples.labels[head] for head in config.heads]))
-        weight_T = torch.full((labels_RT.shape[1],), 1 / labels_RT.shape[1])
-        with torch.no_grad():
-            base_rate_T = labels_RT[train_rows].mean(0).clamp(1e-4, 1 - 1e-4)
-            network.last_bias_KT.copy_(torch.logit(base_rate_T).expand_as(network.last_bias_KT))
-        optimizer = _optimizer(network, config)
-        num_steps = config.epochs * math.ceil(len(train_rows) / config.batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
-        )
-        step = 0
-        network.train()
-        for _ in range(config.epochs):
-            order = torch.from_numpy(train_rows)[torch.randperm(len(train_rows), generator=generator)]
-            for rows in order.split(config.batch_size):
-                logits_KBT = _logits_of_rows(network, inputs, rows, network.notes.table())
-                labels_KBT = labels_RT[rows].expand_as(logits_KBT)
-                loss = multitask_bce(logits_KBT.flatten(0, 1), labels_KBT.flatten(0, 1), weight_T)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                step += 1
-                progress(step, num_steps)
+        facts.fit(network.user_inputs, network.note_inputs)
+        ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
+        plan = Plan(config.epochs, config.batch_size, config.learning_rate, config.warm_up)
+        run = replace(run or Run(), progress=progress)
+        collate = partial(tensors_of, num_attributes=len(attributes))
+        source = rows.encoded(encoder_of(shape, config))
+        fit(L2Objective(network), source, collate, _optimizer(network, config), plan, seed, run)
     settings = {
         "config": asdict(config),
         "shape": {**shape._asdict(), "words": asdict(shape.words)},
-        "default_surface": default_surface(inputs.surface_R.numpy()[train_rows], shape.surfaces),
+        "default_surface": facts.default_surface,
     }
     return L2(network, settings)
 
@@ -368,6 +422,17 @@ class L2:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""
         return self._surface_of.get(surface or "", self._default_surface)
 
+    def encoded_notes(self, note_ids: Sequence[str]) -> np.ndarray:
+        """int64 [N]: rows of `table_ND`, 0 for notes that training did not know."""
+        return np.array([self._code_of.get(note_id, 0) for note_id in note_ids], dtype=np.int64)
+
+    def encoded_history(self, note_ids: Sequence[str]) -> np.ndarray:
+        """int64 [L], newest first, 0 = padding or unknown, of ids that come oldest first."""
+        codes_L = np.zeros(self.history_length, dtype=np.int64)
+        newest = self.encoded_notes(note_ids[-self.history_length :])[::-1]
+        codes_L[: len(newest)] = newest
+        return codes_L
+
     def encoded_attributes(self, attributes: str | None) -> np.ndarray:
         """float32 [A] of 0 and 1, from the JSON of `lake.users.attributes`."""
         return self._attributes.encode([attributes])[0]
@@ -375,11 +440,28 @@ class L2:
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:
         """Head -> float32 [len(rows)]: the export's rows, each as a request with one candidate."""
+        return self._by_head(self.logits_rows(examples, rows, batch_size))
+
+    @torch.inference_mode()
+    def logits_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> Tensor:
+        """float32 [K, len(rows), T]: what `score_rows` turns into probabilities."""
         inputs = inputs_of(examples, self.shape, self.history_length)
         parts = [
             _logits_of_rows(self.network, inputs, some, self.table_ND) for some in torch.from_numpy(rows).split(batch_size)
         ]
-        return self._by_head(torch.cat(parts, dim=1))
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def rescale(self, lines: Mapping[str, tuple[float, float]]) -> None:
+        """Makes a head's logits slope * logit + intercept, in the last layer's weights: files, exports and kernels follow.
+
+        lines: head -> (slope, intercept). For a model that is not yet shared between threads.
+        """
+        for column, head in enumerate(self.heads):
+            slope, intercept = lines.get(head, (1.0, 0.0))
+            self.network.last_KHT[..., column] *= slope
+            self.network.last_bias_KT[..., column] = slope * self.network.last_bias_KT[..., column] + intercept
+        self._scorer = L2Scorer(self.network, self.table_ND)
 
     def to_files(self) -> dict[str, bytes]:
         """The registry's files of this model."""

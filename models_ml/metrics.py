@@ -1,9 +1,10 @@
 """Ranking and probability metrics on plain arrays, with user-resampled confidence intervals.
 
 Ties, by rule: AUC counts a tied positive-negative pair as half; nDCG gives every row of a tied group the mean discount of the
-places the group takes (the expectation over random orders), so no metric depends on the order of the rows.
+places the group takes (the expectation over random orders); PR-AUC lets tied rows in together; MRR, MAP@k and recall@k put a
+negative before a positive of the same score. So no metric depends on the order of the rows, but for the edges of ECE's bins.
 R rows; labels are 0 or 1. Sources: Fawcett 2006 (AUC); He et al., ADKDD 2014 (NCE); McSherry & Najork, ECIR 2008 (tied nDCG);
-Field & Welsh 2007 (cluster bootstrap).
+Zhu et al., KDD 2017 (grouped AUC); Field & Welsh 2007 (cluster bootstrap). `metrics_sql` is the same in SQL.
 """
 
 from collections.abc import Callable
@@ -53,14 +54,8 @@ def normalised_cross_entropy(labels_R: np.ndarray, probabilities_R: np.ndarray, 
 
 def expected_calibration_error(labels_R: np.ndarray, probabilities_R: np.ndarray, num_bins: int = 15) -> float:
     """Mean gap between predicted and observed rate over `num_bins` bins of equal row count, weighted by rows."""
-    _check_same_length(labels_R, probabilities_R)
-    order = np.argsort(probabilities_R, kind="stable")
-    gaps = [
-        abs(probabilities_R[rows].mean() - np.asarray(labels_R)[rows].mean()) * len(rows)
-        for rows in np.array_split(order, num_bins)
-        if len(rows)
-    ]
-    return float(sum(gaps) / len(order))
+    predicted_N, observed_N, rows_N = reliability(labels_R, probabilities_R, num_bins).T
+    return float((np.abs(predicted_N - observed_N) * rows_N).sum() / rows_N.sum())
 
 
 def ndcg(labels_R: np.ndarray, scores_R: np.ndarray, groups_R: np.ndarray, k: int) -> float:
@@ -91,6 +86,99 @@ def ndcg(labels_R: np.ndarray, scores_R: np.ndarray, groups_R: np.ndarray, k: in
     ideal_by_count = np.r_[0.0, np.cumsum(1 / np.log2(1 + np.arange(1, k + 1)))]
     ideal_G = ideal_by_count[np.minimum(positives_G, k)]
     return float((dcg_G[ideal_G > 0] / ideal_G[ideal_G > 0]).mean()) if (ideal_G > 0).any() else float("nan")
+
+
+def grouped_auc(labels_R: np.ndarray, scores_R: np.ndarray, groups_R: np.ndarray) -> float:
+    """Mean of the groups' AUC, each weighted by its rows; groups without both classes are left out; NaN if none is left."""
+    _check_same_length(labels_R, groups_R)
+    labels_R, (_, group_R) = np.asarray(labels_R, dtype=np.float64), np.unique(groups_R, return_inverse=True)
+    _, score_R = np.unique(scores_R, return_inverse=True)
+    order_R = np.lexsort((score_R, group_R))
+    group_R, score_R, labels_R = group_R[order_R], score_R[order_R], labels_R[order_R]
+    num_groups = int(group_R.max(initial=-1)) + 1
+    size_G, positives_G = np.bincount(group_R, minlength=num_groups), np.bincount(group_R, labels_R, num_groups)
+    opens_tie_R = np.r_[True, (group_R[1:] != group_R[:-1]) | (score_R[1:] != score_R[:-1])][: len(group_R)]
+    tie_R = np.cumsum(opens_tie_R) - 1
+    negatives_T = np.bincount(tie_R, 1 - labels_R)
+    group_T = group_R[opens_tie_R]
+    negatives_before_G = np.r_[0.0, np.cumsum(size_G - positives_G)[:-1]]
+    below_T = np.cumsum(negatives_T) - negatives_T - negatives_before_G[group_T]
+    won_T = np.bincount(tie_R, labels_R) * (below_T + negatives_T / 2)
+    pairs_G = positives_G * (size_G - positives_G)
+    won_G = np.bincount(group_T, won_T, num_groups)
+    both_G = pairs_G > 0
+    return float(np.average(won_G[both_G] / pairs_G[both_G], weights=size_G[both_G])) if both_G.any() else float("nan")
+
+
+def average_precision(labels_R: np.ndarray, scores_R: np.ndarray) -> float:
+    """PR-AUC as the sum over thresholds of precision times the recall gained; NaN without a positive row."""
+    _check_same_length(labels_R, scores_R)
+    _, tie_R = np.unique(-np.asarray(scores_R, dtype=np.float64), return_inverse=True)
+    positives_T = np.bincount(tie_R, labels_R)
+    if positives_T.sum() == 0:
+        return float("nan")
+    precision_T = np.cumsum(positives_T) / np.cumsum(np.bincount(tie_R))
+    return float((positives_T * precision_T).sum() / positives_T.sum())
+
+
+def ranked_lists(labels_R: np.ndarray, scores_R: np.ndarray, groups_R: np.ndarray, k: int) -> dict[str, float]:
+    """`mrr`, `map@k` and `recall@k`: means over the groups with a positive row; NaN if there is none.
+
+    MRR looks at the whole list. MAP@k divides by min(positives, k), recall@k by all positives.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    _check_same_length(labels_R, scores_R)
+    _check_same_length(labels_R, groups_R)
+    _, group_R = np.unique(groups_R, return_inverse=True)
+    labels_R = np.asarray(labels_R, dtype=np.float64)
+    order_R = np.lexsort((labels_R, -np.asarray(scores_R, dtype=np.float64), group_R))
+    group_R, labels_R = group_R[order_R], labels_R[order_R]
+    positives_G = np.bincount(group_R, labels_R)
+    size_G = np.bincount(group_R)
+    starts_G = np.cumsum(size_G) - size_G
+    place_R = np.arange(len(group_R)) - starts_G[group_R] + 1
+    found_before_G = np.r_[0.0, np.cumsum(positives_G)[:-1]] if len(positives_G) else positives_G
+    precision_R = (np.cumsum(labels_R) - found_before_G[group_R]) / place_R
+    within_R = labels_R * (place_R <= k)
+    asked_G = positives_G > 0
+    if not asked_G.any():
+        return {"mrr": float("nan"), f"map@{k}": float("nan"), f"recall@{k}": float("nan")}
+    first_G = np.maximum.reduceat(labels_R / place_R, starts_G)
+    precision_G = np.bincount(group_R, within_R * precision_R)[asked_G] / np.minimum(positives_G[asked_G], k)
+    recall_G = np.bincount(group_R, within_R)[asked_G] / positives_G[asked_G]
+    return {"mrr": float(first_G[asked_G].mean()), f"map@{k}": float(precision_G.mean()), f"recall@{k}": float(recall_G.mean())}
+
+
+def coverage(scores_R: np.ndarray, groups_R: np.ndarray, items_R: np.ndarray, k: int) -> float:
+    """Share of the distinct items that stand among the first k rows of a group at least once; ties by item, ascending."""
+    _check_same_length(scores_R, groups_R)
+    _check_same_length(scores_R, items_R)
+    names, item_R = np.unique(items_R, return_inverse=True)
+    _, group_R = np.unique(groups_R, return_inverse=True)
+    order_R = np.lexsort((item_R, -np.asarray(scores_R, dtype=np.float64), group_R))
+    size_G = np.bincount(group_R)
+    place_R = np.arange(len(order_R)) - (np.cumsum(size_G) - size_G)[group_R[order_R]]
+    return float(len(np.unique(item_R[order_R][place_R < k])) / len(names)) if len(names) else float("nan")
+
+
+def relative_calibration(labels_R: np.ndarray, probabilities_R: np.ndarray) -> float:
+    """Predicted positives per observed positive: 1 is right, 2 promises twice as many. NaN without a positive row.
+
+    For rare heads, whose ECE is small whatever they answer.
+    """
+    _check_same_length(labels_R, probabilities_R)
+    observed = float(np.sum(labels_R, dtype=np.float64))
+    return float(np.sum(probabilities_R, dtype=np.float64) / observed) if observed else float("nan")
+
+
+def reliability(labels_R: np.ndarray, probabilities_R: np.ndarray, num_bins: int = 15) -> np.ndarray:
+    """float64 [bins, 3]: mean prediction, observed rate and rows of each of `num_bins` bins of equal row count."""
+    _check_same_length(labels_R, probabilities_R)
+    order = np.argsort(probabilities_R, kind="stable")
+    labels_R, probabilities_R = (np.asarray(values, dtype=np.float64) for values in (labels_R, probabilities_R))
+    bins = [rows for rows in np.array_split(order, num_bins) if len(rows)]
+    return np.array([[probabilities_R[rows].mean(), labels_R[rows].mean(), len(rows)] for rows in bins]).reshape(-1, 3)
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,13 @@ class NoteTower(nn.Module):
     def table(self) -> Tensor:
         """float32 [N + 1, D], row 0 zeros. In training the ids of some notes are dropped, so that author and topic learn to
         stand alone."""
-        return self(torch.arange(len(self.author_of_note)), self.author_of_note, self.topic_of_note)
+        notes = torch.arange(len(self.author_of_note), device=self.author_of_note.device)
+        return self(notes, self.author_of_note, self.topic_of_note)
 
     def forward(self, note_B: Tensor, author_B: Tensor, topic_B: Tensor) -> Tensor:
         id_part_BD = self.note(note_B)
         if self.training and self.id_dropout:
-            id_part_BD = id_part_BD * (torch.rand(len(note_B), 1) >= self.id_dropout)
+            id_part_BD = id_part_BD * (torch.rand(len(note_B), 1, device=note_B.device) >= self.id_dropout)
         return id_part_BD + self.author(author_B) + self.topic(topic_B)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models_ml.durable import replace_file, sync_folder, write_durably
 from warehouse.errors import HeadraceError
 
 MANIFEST = "manifest.json"
@@ -64,6 +65,16 @@ class Registry:
         except OSError as error:
             raise HeadraceError(f"model {name}: cannot write a version under {folder}: {error}") from error
 
+    def names(self) -> list[str]:
+        """Models that have a version."""
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(folder.name for folder in folders if _NAME.match(folder.name) and self.versions(folder.name))
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Alias -> version."""
+        files = (entry for entry in (self.root / name).iterdir() if entry.is_file() and _NAME.match(entry.name))
+        return {entry.name: self.resolve(name, entry.name) for entry in sorted(files)}
+
     def versions(self, name: str) -> list[str]:
         """Oldest first."""
         folder = self.root / name
@@ -75,7 +86,37 @@ class Registry:
         """Points `alias` at a version that exists and is whole; readers see the old one or the new one, nothing between."""
         self._check_name(alias, "alias")
         self._check(name, version)
-        _replace_file(self.root / name / alias, (version + "\n").encode())
+        replace_file(self.root / name / alias, (version + "\n").encode())
+
+    def promote(self, name: str, version: str) -> None:
+        """Makes a version `production`; the one that was becomes `previous`. After a crash between the two flips `production`
+        is still the old one and the call may be repeated."""
+        self._check(name, version)
+        now = self.production(name)
+        if now == version:
+            return
+        if now is not None:
+            self.set_alias(name, "previous", now)
+        self.set_alias(name, "production", version)
+
+    def production(self, name: str) -> str | None:
+        """The version in production, None before there is one."""
+        return self.resolve(name) if (self.root / name / "production").is_file() else None
+
+    def find(self, reference: str) -> tuple[str, str]:
+        """(name, version) of `l2`, `l2@candidate`, `l2@0003` or `l2@0003-0123456789ab`; without a version the one in
+        production. Raises HeadraceError that lists what there is."""
+        name, _, wanted = reference.partition("@")
+        self._check_name(name, "model name")
+        if wanted.isdigit():
+            found = [version for version in self.versions(name) if _number_of(version) == int(wanted)]
+            if len(found) != 1:
+                have = ", ".join(self.versions(name)) or "none"
+                raise HeadraceError(f"model {name} has {len(found)} versions numbered {wanted}; it has {have}")
+            return name, found[0]
+        version = self.resolve(name, wanted or "production")
+        self._check(name, version)
+        return name, version
 
     def resolve(self, name: str, alias_or_version: str = "production") -> str:
         """The version an alias points at; a version stands for itself."""
@@ -129,13 +170,13 @@ class Registry:
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
         try:
             for file_name, content in contents.items():
-                _write_durably(draft / file_name, content)
+                write_durably(draft / file_name, content)
             draft.chmod(0o755)
             # two publishers at once may take the same number; their contents differ, so their folders do too
             number = max((_number_of(version) for version in self.versions(folder.name)), default=0) + 1
             version = f"{number:04d}-{digest}"
             os.rename(draft, folder / version)
-            _sync_folder(folder)
+            sync_folder(folder)
             return version
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -155,31 +196,3 @@ def _number_of(version: str) -> int:
 
 def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
-    os.close(descriptor)
-    try:
-        _write_durably(Path(draft), content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """The same seed gives the same weights: one place that sets random state, algorithms and threads, and puts them back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,16 +11,23 @@ TRAINING_THREADS = 1
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[torch.Generator]:
-    """Inside, torch's CPU random state starts at `seed` and only deterministic algorithms run; yields a generator for
-    shuffling."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def deterministic() -> Iterator[None]:
+    """Inside, only deterministic algorithms run, on one thread; torch's CPU random state is put back after."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+    threads, was_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(TRAINING_THREADS)
         try:
-            yield torch.Generator().manual_seed(seed)
+            yield
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(was_deterministic)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """`deterministic`, with the random state at `seed`."""
+    with deterministic():
+        torch.manual_seed(seed)
+        yield

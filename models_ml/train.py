@@ -6,23 +6,27 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models_ml import evaluation, floor, item_to_item, l1, l2, two_tower
+from models_ml import calibration, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
+from models_ml.configuration import Configs
 from models_ml.examples import Examples
-from models_ml.floor import FloorConfig
-from models_ml.item_to_item import ItemToItemConfig
-from models_ml.l1 import L1Config
-from models_ml.l2 import L2Config
 from models_ml.registry import Registry
-from models_ml.two_tower import TwoTowerConfig
+from models_ml.request_rows import AnyRows, RequestRows, RequestTable
+from models_ml.trainer.fit import Run
+from models_ml.trainer.ranks import ALONE, Ranks
+from warehouse.home import REPOSITORY
 
 MODELS = ("item_to_item", "two_tower", "l1", "l2", "floor")
 REPORT = "report.json"
@@ -32,32 +36,53 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Configs:
-    """One frozen setting per model."""
+class Options:
+    """How a run is carried out. work: folder of request rows and checkpoints; None trains in memory and keeps none.
+    promote: move `production` too, not `candidate` alone. say: one line for a person."""
 
-    item_to_item: ItemToItemConfig = field(default_factory=ItemToItemConfig)
-    two_tower: TwoTowerConfig = field(default_factory=TwoTowerConfig)
-    l1: L1Config = field(default_factory=L1Config)
-    l2: L2Config = field(default_factory=L2Config)
-    floor: FloorConfig = field(default_factory=FloorConfig)
-
-    def with_epochs(self, epochs: int) -> "Configs":
-        """The same with another number of passes over the data for the networks."""
-        changed = {name: replace(getattr(self, name), epochs=epochs) for name in ("two_tower", "l1", "l2")}
-        return replace(self, **changed)
+    ranks: Ranks = ALONE
+    work: Path | None = None
+    resume: bool = False
+    promote: bool = True
+    say: Callable[[str], None] = lambda line: None
 
 
 class _Run:
     """What one `train` call has so far: predictions and metrics per model, seconds, versions."""
 
-    def __init__(self, examples: Examples, configs: Configs, seed: int, registry: Registry, progress: Progress):
+    def __init__(
+        self, examples: Examples, configs: Configs, seed: int, registry: Registry, progress: Progress, options: Options
+    ):
         self.examples, self.configs, self.seed, self.registry, self.progress = examples, configs, seed, registry, progress
+        self.options = options
+        self._rows: AnyRows | None = None
         self.predictions: dict[str, dict[str, np.ndarray]] = {}
         self.ranking: dict[str, Any] = {}
         self.retrieval: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.versions: dict[str, str] = {}
         self._queries: evaluation.RetrievalQueries | None = None
+
+    @property
+    def rows(self) -> AnyRows:
+        """The training rows; the first rank writes them where there is a folder for them."""
+        if self._rows is None:
+            options = self.options
+            if options.work is None:
+                self._rows = RequestTable.of_examples(self.examples)
+            else:
+                if options.ranks.is_first:
+                    request_rows.of_examples(self.examples, options.work / "request_rows")
+                options.ranks.meet("writing request rows")
+                self._rows = RequestRows(options.work / "request_rows")
+        return self._rows
+
+    def _run_of(self, name: str) -> Run:
+        options = self.options
+        folder = None if options.work is None else options.work / name
+        return Run(
+            self.configs.trainer, options.ranks, folder, options.resume, say=options.say, measure=options.work is not None
+        )
 
     @property
     def queries(self) -> evaluation.RetrievalQueries:
@@ -73,18 +98,30 @@ class _Run:
         self._publish("item_to_item", item_to_item.to_files(neighbours, self.configs.item_to_item), recall)
 
     def two_tower(self) -> None:
-        model = two_tower.train(self.examples, self.configs.two_tower, self.seed, self._progress_of("two_tower"))
+        model = two_tower.train(
+            self.examples, self.configs.two_tower, self.seed, self._progress_of("two_tower"), self._run_of("two_tower")
+        )
+        if not self.options.ranks.is_first:
+            return
         recall = self.queries.two_tower(model)
         self.retrieval |= {"popularity": self.queries.popularity(), "two_tower": recall}
         self._publish("two_tower", model.to_files(), recall)
 
     def l1(self) -> None:
-        model = l1.train(self.examples, self.configs.l1, self.seed, self._progress_of("l1"))
+        model = l1.train(self.examples, self.configs.l1, self.seed, self._progress_of("l1"), self.rows, self._run_of("l1"))
+        if not self.options.ranks.is_first:
+            return
         self._rank("l1", model.score_rows(self.examples, self.examples.test_rows))
         self._publish("l1", model.to_files(), self.ranking["l1"], model)
 
     def l2(self) -> None:
-        model = l2.train(self.examples, self.configs.l2, self.seed, self._progress_of("l2"))
+        model = l2.train(self.examples, self.configs.l2, self.seed, self._progress_of("l2"), self.rows, self._run_of("l2"))
+        if not self.options.ranks.is_first:
+            return
+        config = self.configs.l2
+        if config.rehearsal_days:
+            earlier = partial(l2.train, config=config, seed=self.seed, progress=lambda done, total: None)
+            model.rescale(calibration.rehearsed(self.examples, earlier, config.rehearsal_days))
         self._rank("l2", model.score_rows(self.examples, self.examples.test_rows))
         self._publish("l2", model.to_files(), self.ranking["l2"], model)
 
@@ -109,17 +146,30 @@ class _Run:
             "protocol": self.examples.protocol(),
             "training": self.examples.manifest,
             "training_sha256": self.examples.fingerprint(),
+            "snapshots": self.examples.manifest.get("snapshots"),
+            "declarations_hash": self.examples.manifest.get("declarations_hash"),
+            "code_revision": code_revision(),
             **features,
         }
-        version = self.registry.publish(name, files, manifest)
-        self.registry.set_alias(name, "production", version)
-        self.versions[name] = version
+        published = self.registry.publish(name, files, manifest)
+        self.registry.set_alias(name, "candidate", published)
+        if self.options.promote:
+            self.registry.promote(name, published)
+        self.versions[name] = published
 
 
 def train(
-    examples: Examples, names: Sequence[str], configs: Configs, seed: int, registry: Registry, progress: Progress
+    examples: Examples,
+    names: Sequence[str],
+    configs: Configs,
+    seed: int,
+    registry: Registry,
+    progress: Progress,
+    options: Options = Options(),
 ) -> dict[str, Any]:
     """Trains, evaluates and publishes the named models (of MODELS), moves their `production` alias, and returns the report.
+
+    Over several ranks all train; the first alone evaluates, publishes and has a report, the others return {}.
 
     The report is also written to `<registry>/report.json`; models of the last run on the same export that are not named keep
     their part.
@@ -127,7 +177,12 @@ def train(
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise ValueError(f"models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
-    run = _Run(examples, configs, seed, registry, progress)
+    run = _Run(examples, configs, seed, registry, progress, options)
+    if not options.ranks.is_first:
+        for name in ("two_tower", "l1", "l2"):
+            if name in names:
+                getattr(run, name)()
+        return {}
     with ThreadPoolExecutor(max_workers=1) as other_core:
         beside: Future | None = None
         if "floor" in names:
@@ -140,6 +195,16 @@ def train(
     report = _report(run)
     _write_report(registry.root / REPORT, report)
     return report
+
+
+@cache
+def code_revision() -> str:
+    """The commit the code is at, `-dirty` when files differ from it; the version of the package where there is no git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"headrace {version('headrace')}"
 
 
 def _timed(run: _Run, name: str, stage: Callable[[], None]) -> None:
@@ -188,3 +253,9 @@ def _write_report(path: Path, report: Mapping[str, Any]) -> None:
     draft = path.with_suffix(f".draft-{os.getpid()}")
     draft.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(draft, path)
+
+
+if __name__ == "__main__":
+    from models_ml.cli import main_of_rank
+
+    sys.exit(main_of_rank(sys.argv[1:]))

@@ -6,9 +6,8 @@ notes of the batch with logQ correction (Yi et al., RecSys 2019).
 B pairs in a batch, L places of a history (newest first, code 0 = padding), D width, N notes.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,9 @@ from models_ml import bundle
 from models_ml.examples import Examples, encode
 from models_ml.notes import NoteTower, NoteWords
 from models_ml.seeding import seeded
+from models_ml.trainer.fit import Run, fit
+from models_ml.trainer.rows import ArraySource, Rows
+from models_ml.trainer.settings import Plan
 from warehouse.errors import HeadraceError
 
 
@@ -101,38 +103,59 @@ def training_pairs(examples: Examples, note_ids: Sequence[str], config: TwoTower
     return histories[usable], targets[usable]
 
 
-def train(examples: Examples, config: TwoTowerConfig, seed: int, progress: Callable[[int, int], None]) -> "TwoTower":
-    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all)."""
+class TwoTowerObjective(nn.Module):
+    """The loss of a batch of pairs, summed over them. log_q_N: natural log of the chance that a note is a row's positive."""
+
+    log_q_N: Tensor
+
+    def __init__(self, network: TwoTowerNetwork, log_q_N: Tensor, temperature: float):
+        super().__init__()
+        self.network, self.temperature = network, temperature
+        self.register_buffer("log_q_N", log_q_N)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        table_ND, item_B = self.network.note_table(), batch["target"]
+        user_BD = self.network.user_vectors(batch["history"], table_ND)
+        item_BD, log_q_B = F.embedding(item_B, table_ND), self.log_q_N[item_B]
+        loss = in_batch_softmax_loss(user_BD, item_BD, item_B, log_q_B, self.temperature)
+        return loss * int(batch["num_pairs"])
+
+
+def train(
+    examples: Examples, config: TwoTowerConfig, seed: int, progress: Callable[[int, int], None], run: Run | None = None
+) -> "TwoTower":
+    """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all).
+
+    Over several ranks, a rank's negatives are the notes of its own part of the batch.
+    """
     words = NoteWords.of(examples)
     settings = {"config": asdict(config), "words": asdict(words)}
     histories, targets = training_pairs(examples, words.note_ids, config)
     if len(targets) < 2:
         raise HeadraceError(f"two_tower needs at least 2 clicks with a history before them, the export has {len(targets)}")
-    with seeded(seed) as generator:
+    # a pair is a request with one candidate, the note that came next
+    pairs = Rows(np.arange(len(targets)), {"history": histories}, {"target": targets}, np.arange(len(targets) + 1))
+    counts_N = torch.bincount(torch.from_numpy(targets), minlength=len(words.note_ids) + 1)
+    log_q_N = (counts_N.clamp(min=1) / len(targets)).log()
+    with seeded(seed):
         network = TwoTowerNetwork(config, words)
         network.notes.describe(examples.notes, words)
-        history_PL, target_P = torch.from_numpy(histories), torch.from_numpy(targets)
-        counts_N = torch.bincount(target_P, minlength=len(words.note_ids) + 1)
-        log_q_N = (counts_N.clamp(min=1) / len(target_P)).log()
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        num_steps = config.epochs * math.ceil(len(target_P) / config.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-        step = 0
-        network.train()
-        for _ in range(config.epochs):
-            for rows in torch.randperm(len(target_P), generator=generator).split(config.batch_size):
-                table_ND, item_B = network.note_table(), target_P[rows]
-                user_BD = network.user_vectors(history_PL[rows], table_ND)
-                loss = in_batch_softmax_loss(
-                    user_BD, F.embedding(item_B, table_ND), item_B, log_q_N[item_B], config.temperature
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                step += 1
-                progress(step, num_steps)
+        plan = Plan(config.epochs, config.batch_size, config.learning_rate)
+        source = ArraySource(pairs, examples.fingerprint())
+        run = replace(run or Run(), progress=progress)
+        fit(TwoTowerObjective(network, log_q_N, config.temperature), source, _tensors_of, optimizer, plan, seed, run)
     return TwoTower(network, settings)
+
+
+def _tensors_of(rows: Rows) -> dict[str, Tensor]:
+    pairs = rows.or_empty_row()
+    target_B = pairs.per_candidate["target"] if len(rows) else np.zeros(1, dtype=np.int64)
+    return {
+        "history": torch.from_numpy(pairs.per_row["history"]),
+        "target": torch.from_numpy(target_B),
+        "num_pairs": torch.tensor(len(rows)),
+    }
 
 
 class TwoTower:

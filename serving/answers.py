@@ -30,8 +30,8 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
             "authorId": candidates.author_ids[candidate],
             "topic": topic_of(catalogue, candidates.note_ids[candidate]),
             "impressionId": served.impression_id(position),
-            "source": candidates.sources[candidate][0],
-            "sources": list(candidates.sources[candidate]),
+            "source": candidates.sources_of(candidate)[0],
+            "sources": list(candidates.sources_of(candidate)),
             "recallScore": float(candidates.recall_score_C[candidate]),
             "l1Score": finite(served.l1_score_C[candidate]),
             "predictions": served.predictions_of(candidate),
@@ -51,6 +51,8 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
         "knownPosition": list(served.position),
         "notes": notes,
         "degraded": served.steps.degraded,
+        "cached": served.steps.cached,
+        "numCandidates": len(candidates),
         "timings": served.steps.timings_ms,
     }
 

@@ -5,6 +5,7 @@ loop stays free to say that it is alive.
 """
 
 import asyncio
+import contextvars
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -16,10 +17,12 @@ from typing import Annotated, Any, TypeVar
 import orjson
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+from threadpoolctl import threadpool_limits
 
-from serving import answers, cascade, collect, wire
+from serving import answers, cascade, collect, telemetry, wire
 from serving.budget import Budget
+from serving.caches import CACHES
 from serving.engine import Engine
 from serving.explain import find_row
 from serving.http import Edge, install_error_bodies, json_response, sentence
@@ -68,7 +71,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # requests are computed side by side; within one, threads only wait for each other
+        threadpool_limits(1, user_api="blas")
         chosen = settings or Settings.from_env()
         engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds)
         app.state.engine = engine
@@ -92,6 +96,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        telemetry=telemetry.OF_FASTAPI,
         responses=PROBLEMS,
     )
     install_error_bodies(app)
@@ -126,7 +131,8 @@ async def _compute(app: FastAPI, metrics: Metrics, work: Callable[[], T]) -> T:
         raise HTTPException(503, f"{waiting} requests are waiting already; try again", headers={"Retry-After": "1"})
     app.state.in_flight = waiting + 1
     try:
-        return await asyncio.get_running_loop().run_in_executor(app.state.workers, work)
+        within = contextvars.copy_context()  # the request's id and span
+        return await asyncio.get_running_loop().run_in_executor(app.state.workers, within.run, work)
     finally:
         app.state.in_flight -= 1
 
@@ -309,7 +315,7 @@ def _add_operations(app: FastAPI, metrics: Metrics) -> None:
         missing = _engine(app).missing()
         return json_response({"status": "not ready" if missing else "ready", "missing": missing}, 503 if missing else 200)
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def prometheus() -> Response:
         """Prometheus text."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
@@ -339,6 +345,10 @@ def _status(engine: Engine) -> dict[str, Any]:
         "featureGroups": {name: len(group.feature_names) + len(group.sequence_names) for name, group in world.groups.items()},
         "notes": len(world.catalogue),
         "readers": len(world.readers),
+        "caches": {
+            name: {"entries": len(cache), "hits": cache.num_hits, "shared": cache.num_shared, "misses": cache.num_misses}
+            for name, cache in world.caches.by_name().items()
+        },
         "forwardLog": {
             "written": forward_log.num_written,
             "waiting": forward_log.num_waiting,
@@ -356,6 +366,13 @@ def _watch(metrics: Metrics, engine: Engine) -> None:
         world = engine.world
         return (engine.clock.now_us() - world.store.view().tick_us) / 1e6 if world else float("nan")
 
+    def of_cache(name: str, result: str) -> float:
+        world = engine.world
+        return float(getattr(world.caches.by_name()[name], f"num_{result}")) if world else 0.0
+
+    for name in CACHES:
+        metrics.cache(name, functools.partial(of_cache, name))
+    metrics.versions(lambda: engine.world.models.versions if engine.world else {})
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
     metrics.gauge("tick_age_seconds", "Server clock minus T; above 900 the stream is stuck", tick_age_s)
     metrics.gauge("forward_log_waiting", "Requests that wait for the lake", of_log("num_waiting"))

@@ -4,6 +4,7 @@ The deadline travels with the request from the moment it arrives, so that waitin
 skipped in a fixed order (`cascade.feed`), and the answer says what.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ class Pace:
         """How many candidates the stages can take within that time; None for any number."""
         with self._lock:
             per_candidate = sum(self._per_candidate.get(stage, 0.0) for stage in stages)
-        return None if per_candidate == 0.0 else max(int(within_ms / per_candidate), 0)
+        return None if per_candidate == 0.0 or math.isinf(within_ms) else max(int(within_ms / per_candidate), 0)
 
     def skipped(self, stage: str) -> None:
         with self._lock:

@@ -3,20 +3,24 @@
 Shape letters: C candidates in order of recall, S survivors of L1, F features. Nothing here waits for a disk or a network.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from opentelemetry.trace import get_current_span
 
 from serving.budget import Budget
+from serving.cache import Same
+from serving.caches import Scored
 from serving.hurry import L2_SKIPPED, RANKING, affordable, has_time_for_l2, page_without_ranking
 from serving.hydrate import CandidateFeatures, hydrate_candidates
 from serving.page import lay_out, reserve
 from serving.rank import as_given, best_first, run_l1, run_l2, score_so_far
-from serving.recall import find_candidates
+from serving.recall import find_candidates, find_or_recall
 from serving.request import NO_DEADLINE, Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served, new_request_id
+from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, tracer
 from serving.world import World
 from warehouse.features.kinds.values import Value
 
@@ -24,6 +28,7 @@ Said = Mapping[str, Value] | None
 """The features of the request, as `outside.said` gives them."""
 
 
+@tracer.start_as_current_span("headrace.feed")
 def feed(
     world: World,
     user_id: str,
@@ -41,31 +46,34 @@ def feed(
     if (in_a_hurry := page_without_ranking(request, page_size)) is not None:
         return in_a_hurry
 
-    with steps.timed("retrieve"):
-        candidates = affordable(request, find_candidates(request, page_size), page_size)
-    with steps.timed("hydrate_candidates"):
-        features_CF = _hydrate(request, candidates.note_ids, candidates.author_ids)
-    with steps.timed("l1"):
-        l1_score_C, l1_order_C = run_l1(request, features_CF, candidates.recall_score_C, len(candidates))
-        survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
-    with steps.timed("l2"):
-        note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S]
-        if has_time_for_l2(request, len(note_ids_S)):
-            predictions_S, final_score_S = run_l2(request, note_ids_S, features_CF.take(survivors_S), l1_score_C[survivors_S])
+    with steps.timed("retrieve") as span:
+        candidates = affordable(request, find_or_recall(request, page_size), page_size)
+        span.set_attribute(CANDIDATES, len(candidates))
+    l1_score_C, features = _score_with_l1(request, candidates)
+    l1_order_C = best_first(candidates.recall_score_C if np.isnan(l1_score_C).all() else l1_score_C, len(candidates))
+    survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
+    request_id = new_request_id()
+    sampled = np.flatnonzero(_sampled(request_id, len(candidates), settings.logged_share))
+    is_l1_new = features is not None
+    if features is None:
+        needed = np.union1d(survivors_S, sampled)
+        with steps.timed("hydrate_candidates", len(needed)):
+            features = _Hydrated.of(request, candidates, needed)
+    with steps.timed("l2", len(survivors_S)):
+        if has_time_for_l2(request, len(survivors_S)):
+            note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S.tolist()]
+            predictions_S, final_score_S = run_l2(request, note_ids_S, features.at(survivors_S), l1_score_C[survivors_S])
         else:
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
-    request_id = new_request_id()
-    with steps.timed("policy"):
+    with steps.timed("policy", len(survivors_S)):
         order_C = survivors_S[best_first(final_score_S, len(survivors_S))]
         page = lay_out(request, candidates, order_C, final_score_C, page_size, request_id)
-
-    is_logged_C = _sampled(request_id, len(candidates), settings.logged_share)
-    is_logged_C[[placed.candidate for placed in page]] = True
-    logged = np.flatnonzero(is_logged_C)
+    logged = np.union1d(sampled, np.array([placed.candidate for placed in page], dtype=np.int64))
     steps.note_total()
+    get_current_span().set_attributes({REQUEST_ID: request_id, CANDIDATES: len(candidates), DEGRADED: steps.degraded})
     for stage in RANKING:
-        if not (stage == "l2" and L2_SKIPPED in steps.degraded):
+        if not ((stage == "l2" and L2_SKIPPED in steps.degraded) or (stage in ("hydrate_candidates", "l1") and not is_l1_new)):
             pace.note(stage, steps.timings_ms[stage], len(survivors_S) if stage in ("l2", "policy") else len(candidates))
     return Served.of(
         request,
@@ -76,7 +84,7 @@ def feed(
         final_score_C=final_score_C,
         page=page,
         logged=logged,
-        logged_features=features_CF.take(logged),
+        logged_features=features.at(logged),
     )
 
 
@@ -95,7 +103,7 @@ def rank_l1_alone(
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, note_ids, author_ids)
+    features_CF = _hydrate(request, note_ids, world.catalogue.rows(note_ids))
     scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
     return author_ids, scores_C, order, request.steps.degraded
 
@@ -106,22 +114,71 @@ def rank_l2_alone(
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, note_ids, author_ids)
+    features_CF = _hydrate(request, note_ids, world.catalogue.rows(note_ids))
     predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
 
-def _hydrate(request: Request, note_ids: Sequence[str], author_ids: Sequence[str | None]) -> CandidateFeatures:
+@dataclass(frozen=True)
+class _Hydrated:
+    """Features of some candidates: those at `places`, ascending."""
+
+    places: np.ndarray
+    features: CandidateFeatures
+
+    @classmethod
+    def of(cls, request: Request, candidates: Candidates, places: np.ndarray) -> "_Hydrated":
+        note_ids = [candidates.note_ids[place] for place in places.tolist()]
+        return cls(places, _hydrate(request, note_ids, candidates.row_C[places]))
+
+    def at(self, candidates: np.ndarray) -> CandidateFeatures:
+        """Of these candidates, in this order; all of them must be among the places."""
+        return self.features.take(np.searchsorted(self.places, candidates))
+
+
+def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray, _Hydrated | None]:
+    """(L1's scores float64 [C], NaN if it failed; the features of all candidates, None where the scores were known already).
+
+    Scores are kept for as long as the candidates and all that L1 reads of the reader are the same; within that time only the
+    age of notes and what the request says of itself move.
+    """
+    world, steps, made = request.world, request.steps, None
+
+    def make() -> tuple[Scored, bool]:
+        nonlocal made
+        with steps.timed("hydrate_candidates", len(candidates)):
+            made = _Hydrated.of(request, candidates, np.arange(len(candidates)))
+        with steps.timed("l1", len(candidates)):
+            l1_score_C, _ = run_l1(request, made.features, candidates.recall_score_C, len(candidates))
+        return Scored(candidates, l1_score_C), "l1" not in steps.degraded
+
+    key = (request.user_id, request.feed_type, request.geohash, request.surface)
+    depends_on = (Same(candidates), Same(world.models), request.user.pick(world.models.l1.user_features).tobytes())
+    scored, was_there = world.caches.l1.get(key, depends_on, make)
+    if was_there:
+        steps.cached.append("l1")
+        steps.timings_ms["l1"] = 0.0
+    return scored.l1_score_C, made
+
+
+def _hydrate(request: Request, note_ids: Sequence[str], row_C: np.ndarray) -> CandidateFeatures:
     world = request.world
     return hydrate_candidates(
-        request.view, world.groups, world.catalogue, request.user_id, note_ids, author_ids, request.t_us, world.tables
+        request.view,
+        world.groups,
+        world.catalogue,
+        request.user_id,
+        note_ids,
+        row_C,
+        request.t_us,
+        world.tables,
+        world.assembled,
     )
 
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:
     """bool [C]: the candidates whose features are logged although they are not shown; the same for the same request."""
-    draws = [zlib.crc32(f"{request_id}:{candidate}".encode()) for candidate in range(num_candidates)]
-    return np.array(draws, dtype=np.float64) < share * 2**32
+    return np.random.default_rng(int.from_bytes(request_id.encode())).random(num_candidates) < share
 
 
 def _spread(values_S: np.ndarray, survivors_S: np.ndarray, num_candidates: int) -> np.ndarray:

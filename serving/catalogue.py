@@ -5,6 +5,8 @@ Request-time features of a note come from here and nowhere else. Knows nothing o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,8 @@ class Catalogue:
     first_seen_us_N: np.ndarray
     row_of: dict[str, int]
     rows_of_author: dict[str, np.ndarray]
+    author_row_N: np.ndarray
+    """int64: the note's author's place in `rows_of_author`, -1 for none."""
     topic_codes: dict[str, int]
     topic_code_N: np.ndarray
     places: Places
@@ -63,6 +67,7 @@ class Catalogue:
         for row, author_id in enumerate(author_ids):
             if author_id is not None:
                 rows_of_author.setdefault(author_id, []).append(row)
+        place_of_author = {author_id: place for place, author_id in enumerate(rows_of_author)}
         topics = [of_note[0] if of_note else None for of_note in notes["topics"].to_pylist()]
         topic_codes = {topic: code for code, topic in enumerate(dict.fromkeys(topic for topic in topics if topic is not None))}
         return cls(
@@ -75,6 +80,7 @@ class Catalogue:
             first_seen_us_N=np.array([first_seen_us.get(note_id, UNKNOWN_US) for note_id in note_ids], dtype=np.int64),
             row_of={note_id: row for row, note_id in enumerate(note_ids)},
             rows_of_author={author_id: np.array(rows) for author_id, rows in rows_of_author.items()},
+            author_row_N=np.array([place_of_author.get(author_id, -1) for author_id in author_ids], dtype=np.int64),
             topic_codes=topic_codes,
             topic_code_N=np.array([-1 if topic is None else topic_codes[topic] for topic in topics], dtype=np.int64),
             places=Places(notes["geohash"].to_pylist() if "geohash" in notes.column_names else [None] * len(note_ids)),
@@ -95,16 +101,43 @@ class Catalogue:
         """bool [N]: created before t, or without a creation time. A replay must not show notes from its future."""
         return self.created_us_N < t_us
 
+    @cached_property
     def freshness_us(self) -> np.ndarray:
         """int64 [N]: when a note was created, else first seen; UNKNOWN_US if neither is known."""
         return np.where(self.created_us_N == UNKNOWN_US, self.first_seen_us_N, self.created_us_N)
 
-    def request_features(self, note_ids: Sequence[str], t_us: int) -> np.ndarray:
+    @cached_property
+    def rows_by_freshness(self) -> np.ndarray:
+        """int64: rows of which it is known how fresh they are, the freshest first, ties by row."""
+        order = np.argsort(-self.freshness_us.astype(np.float64), kind="stable")
+        return order[self.freshness_us[order] != UNKNOWN_US]
+
+    @cached_property
+    def authors(self) -> list[str]:
+        """In the order of `author_rows`."""
+        return list(self.rows_of_author)
+
+    def rows(self, note_ids: Sequence[str]) -> np.ndarray:
+        """int64 [C]: each note's row, -1 for one that is unknown."""
+        return np.fromiter(map(self.row_of.get, note_ids, repeat(-1)), np.int64, len(note_ids))
+
+    def author_rows(self, row_C: np.ndarray) -> np.ndarray:
+        """int64 [C]: the authors' places in `rows_of_author`, -1 for none."""
+        return _taken(self.author_row_N, row_C, -1)
+
+    def request_features(self, row_C: np.ndarray, t_us: int) -> np.ndarray:
         """float64 [C, 2] in the order of REQUEST_FEATURES. All NaN for a note that is unknown or not created before t,
         as in the training examples (a note without a creation time among them)."""
-        values_CF = np.full((len(note_ids), len(REQUEST_FEATURES)), np.nan)
-        for position, note_id in enumerate(note_ids):
-            row = self.row_of.get(note_id)
-            if row is not None and UNKNOWN_US != self.created_us_N[row] < t_us:
-                values_CF[position] = self.duration_ms_N[row], (t_us - self.created_us_N[row]) / MINUTE_US
+        values_CF = np.full((len(row_C), len(REQUEST_FEATURES)), np.nan)
+        created_C = _taken(self.created_us_N, row_C, UNKNOWN_US)
+        known = np.flatnonzero((created_C != UNKNOWN_US) & (created_C < t_us))
+        values_CF[known, 0] = self.duration_ms_N[row_C[known]]
+        values_CF[known, 1] = (t_us - created_C[known]) / MINUTE_US
         return values_CF
+
+
+def _taken(values_N: np.ndarray, row_C: np.ndarray, missing: int) -> np.ndarray:
+    """values_N at the rows, `missing` where a row is -1."""
+    if not len(values_N):
+        return np.full(len(row_C), missing, dtype=np.int64)
+    return np.where(row_C >= 0, values_N[row_C], missing)

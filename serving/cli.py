@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import logging
 import os
 import socket
 import sys
 
+from serving.logs import FORMATS, configure
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
@@ -24,6 +24,10 @@ def _serve(words: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes; only 1 so far, see serving/README.md")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of the lines on stderr (default %(default)s)")
+    parser.add_argument(
+        "--access-log", action="store_true", help="also a line per answer: request id, route, status, milliseconds"
+    )
     arguments = parser.parse_args(words)
     if not 1 <= arguments.port <= 65535:
         raise HeadraceError(f"--port must be between 1 and 65535, got {arguments.port}")
@@ -41,7 +45,7 @@ def _serve(words: list[str]) -> int:
     home, settings = Home.from_env(), Settings.from_env()
     if missing := missing_parts(home):
         raise HeadraceError("cannot serve yet:\n  " + "\n  ".join(missing))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(arguments.log_format, arguments.access_log)
     failures: list[str] = []
 
     def stop(missing: list[str]) -> None:

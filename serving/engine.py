@@ -9,9 +9,11 @@ import fcntl
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from serving.caches import Caches
 from serving.catalogue import Catalogue
 from serving.explain import Recent
 from serving.fetch import Fetcher
@@ -19,16 +21,20 @@ from serving.forward_log import ForwardLog
 from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
 from serving.last_pages import LastPages
+from serving.log_table import as_table
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.served import Served
 from serving.settings import Settings
 from serving.world import World, check_trending
+from streaming_sql.assembled import Assembled
 from streaming_sql.event_log import Log
-from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
+from streaming_sql.pauses import settle
+from streaming_sql.published import Publisher
 from streaming_sql.records import DeadLetter
+from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
 from streaming_sql.runner_report import RUNNER_FILE
 from streaming_sql.settings import StreamSettings
@@ -127,7 +133,7 @@ class Engine:
         self.recent.add(served)
         if self.world is not None and CACHED_PAGE not in served.steps.degraded:
             self.world.last_pages.keep(served)
-        self.forward_log.offer(served.as_row)
+        self.forward_log.offer(partial(as_table, served))
 
     def stop(self) -> None:
         """Waits for loading to end, then writes what waits and closes everything."""
@@ -145,6 +151,7 @@ class Engine:
             self.log.close()
         if self.world is not None:
             self.world.tables.stop()
+            self.world.assembled.stop()
             if self.world.fetcher is not None:
                 self.world.fetcher.close()
         if self._lock_file is not None:
@@ -158,6 +165,7 @@ class Engine:
             else:
                 self._lock_file = _only_server(self.home.log / "server.lock")
                 self.world = self._open()
+                settle()
                 self._missing = []
                 return
         except HeadraceError as error:
@@ -178,15 +186,25 @@ class Engine:
         if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
             log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         check_trending(groups, self.settings.trending_feature)
-        store = OnlineStore.from_lake(lake, groups)
+        folder = self.home.online / STORE_FOLDER
+        store = open_store(folder, lake, event_log, groups)
         runner = self.runner = Runner(
-            lake, event_log, store, groups, self.clock, stream.runner(), self.home.online / RUNNER_FILE
+            lake,
+            event_log,
+            store,
+            groups,
+            self.clock,
+            stream.runner(),
+            self.home.online / RUNNER_FILE,
+            publisher=Publisher(folder, groups),
         )
         runner.catch_up()
         runner.flush()
         tables = TableStore(lake, kinds.tables)
         tables.refresh(store.view().tick_us)
         catalogue = Catalogue.from_lake(lake)
+        notes = [(note_id,) for note_id in catalogue.note_ids]
+        authors = [(author_id,) for author_id in catalogue.rows_of_author]
         world = World(
             clock=self.clock,
             settings=self.settings,
@@ -201,12 +219,16 @@ class Engine:
             kinds=kinds,
             fetcher=Fetcher(kinds.http) if kinds.http else None,
             tables=tables,
+            caches=Caches(self.settings),
+            assembled=Assembled(store.plans, {("note_id",): notes, ("author_id",): authors}),
         )
+        world.assembled.assemble(store.view())
         self.forward_log = ForwardLog(
             lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s
         )
         self.forward_log.start()
         runner.start()
+        world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world

@@ -101,7 +101,7 @@ class ForwardLog:
 
     def __init__(self, lake: Lake, max_waiting: int, max_rows: int, max_age_s: float):
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
-        self._waiting: deque[tuple[float, Callable[[], dict[str, Any]]]] = deque()
+        self._waiting: deque[tuple[float, Callable[[], pa.Table]]] = deque()
         self._changed = threading.Condition()
         self._flush_asked = self._closing = False
         self._in_flight = 0
@@ -115,13 +115,14 @@ class ForwardLog:
         self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
         self._thread.start()
 
-    def offer(self, make_row: Callable[[], dict[str, Any]]) -> bool:
-        """Queues one request's row, made later on the writer's thread; False if it was dropped because the queue is full."""
+    def offer(self, make_table: Callable[[], pa.Table]) -> bool:
+        """Queues one request's row, as a table that is made later on the writer's thread; False if it was dropped because the
+        queue is full."""
         with self._changed:
             if self._closing or len(self._waiting) >= self._max_waiting:
                 self.num_dropped += 1
                 return False
-            self._waiting.append((time.monotonic(), make_row))
+            self._waiting.append((time.monotonic(), make_table))
             if len(self._waiting) >= self._max_rows:
                 self._changed.notify_all()
         return True
@@ -174,7 +175,7 @@ class ForwardLog:
             return self._max_age_s
         return max(0.0, self._waiting[0][0] + self._max_age_s - time.monotonic())
 
-    def _write(self, batch: list[Callable[[], dict[str, Any]]]) -> None:
+    def _write(self, batch: list[Callable[[], pa.Table]]) -> None:
         tables = [table for table in map(self._made, batch) if table is not None]
         if not tables:
             return
@@ -194,9 +195,9 @@ class ForwardLog:
                     return
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
 
-    def _made(self, make_row: Callable[[], dict[str, Any]]) -> pa.Table | None:
+    def _made(self, make_table: Callable[[], pa.Table]) -> pa.Table | None:
         try:
-            return rows_to_table([make_row()])
+            return make_table()
         except Exception:  # one row that does not fit the schema must not take the writer down
             log.exception("forward log: a request does not fit the schema and is dropped")
             self.num_dropped += 1

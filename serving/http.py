@@ -1,6 +1,8 @@
 """The HTTP manners that all routes share: body limit, metrics, error bodies that name what would be right, JSON without NaN."""
 
+import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import logs
 from serving.metrics import Metrics
 from warehouse.errors import HeadraceError
 
@@ -75,6 +78,7 @@ class Edge:
             return
         started, status, received = time.perf_counter(), 500, 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
+        logs.request_id.set(uuid.uuid4().hex)
 
         async def counted_receive() -> Message:
             nonlocal received
@@ -98,7 +102,12 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.latency.labels(route).observe(time.perf_counter() - started)
+            took_s = time.perf_counter() - started
+            self.metrics.latency.labels(route).observe(took_s)
+            if logs.access.isEnabledFor(logging.INFO):
+                logs.access.info(
+                    "answered", extra={"fields": {"route": route, "status": status, "ms": round(took_s * 1000, 2)}}
+                )
 
     def _too_large(self) -> str:
         return f"the body is larger than {self.max_body_bytes} bytes; send it in pieces"

@@ -4,14 +4,16 @@ Shape letters: C candidates, F features. One view means one tick T and one log p
 models: they ask for columns by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from serving.cache import Same
 from serving.catalogue import REQUEST_FEATURES, Catalogue
+from streaming_sql.assembled import Assembled, can_be_assembled
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
@@ -19,6 +21,7 @@ from streaming_sql.table_store import TableStore
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
+from warehouse.time_algebra import floor_5m
 
 KEY_COLUMNS = ("user_id", "note_id", "author_id")
 USER = ("user_id",)
@@ -35,7 +38,7 @@ class UserFeatures:
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [len(names)], in the order asked for; NaN for NULL."""
-        return self.values_F[_columns(self.names, names)]
+        return self.values_F[_columns(self.names, tuple(names))]
 
     def as_dict(self) -> dict[str, float | None]:
         return _nullable(self.names, self.values_F)
@@ -53,12 +56,11 @@ class CandidateFeatures:
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [C, len(names)], in the order asked for; NaN for NULL."""
-        return self.values_CF[:, _columns(self.names, names)]
+        return self.values_CF[:, _columns(self.names, tuple(names))]
 
     def take(self, order: np.ndarray) -> "CandidateFeatures":
-        places = order.tolist()
         return CandidateFeatures(
-            self.names, self.values_CF[order], _gathered(self.sequences, places), _gathered(self.maps, places)
+            self.names, self.values_CF[order], _gathered(self.sequences, order), _gathered(self.maps, order)
         )
 
     def row(self, position: int) -> dict[str, float | None]:
@@ -115,56 +117,116 @@ def hydrate_user(
     return UserFeatures(tuple(names), np.concatenate(values) if values else np.empty(0), sequences, maps)
 
 
+def user_depends_on(
+    view: StoreView, groups: Mapping[str, FeatureGroup], user_id: str, t_us: int, tables: TableStore
+) -> tuple[Hashable, ...] | None:
+    """All that `hydrate_user` is a function of, beside the reader: where it is equal the features are, bit for bit. None where
+    they hang from t itself (calendar keys) or on a batch table, which may be loaded again at any time."""
+    if any(table.keys == USER for table in tables.tables):
+        return None
+    parts: list[Hashable] = [floor_5m(t_us)]
+    for group in groups.values():
+        if group.entity_keys == USER:
+            if group.calendar:
+                return None
+            state = view.groups[group.name]
+            parts.append(tuple(map(Same, state.layers)))
+            parts.append(None if state.fresh_layers is None else tuple(map(Same, state.fresh_layers)))
+            if state.plan.fresh:
+                parts.append(tuple(map(Same, state.head.visible((user_id,), view.position, t_us))))
+    return (view.tick_us, *parts)
+
+
 def hydrate_candidates(
     view: StoreView,
     groups: Mapping[str, FeatureGroup],
     catalogue: Catalogue,
     user_id: str,
     note_ids: Sequence[str],
-    author_ids: Sequence[str | None],
+    row_C: np.ndarray,
     t_us: int,
     tables: TableStore,
+    assembled: Assembled,
 ) -> CandidateFeatures:
-    """All candidates' features in one call per group; a key that many candidates share is assembled once."""
-    columns: dict[str, Sequence[str | None]] = {
-        "user_id": [user_id] * len(note_ids),
-        "note_id": note_ids,
-        "author_id": author_ids,  # a note without author has no key, and reads like an author never met
+    """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
+    share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones."""
+    author_row_C = catalogue.author_rows(row_C)
+    held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
+    authors = catalogue.authors
+    key_of: dict[str, Callable[[int], Any]] = {
+        "user_id": lambda place: user_id,
+        "note_id": lambda place: note_ids[place],
+        # a note without author has no key, and reads like an author never met
+        "author_id": lambda place: None if author_row_C[place] < 0 else authors[author_row_C[place]],
     }
     names: list[str] = []
     values: list[np.ndarray] = []
     sequences: dict[str, list[list[str]]] = {}
     maps: dict[str, list[dict[str, float]]] = {}
 
-    def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> None:
-        keys = list(zip(*(columns[key] for key in key_columns), strict=True))
-        distinct = dict.fromkeys(keys)
-        matrix = assemble(list(distinct))
-        place = {key: row for row, key in enumerate(distinct)}
-        names.extend(matrix.names)
-        places = [place[key] for key in keys]
-        values.append(matrix.values[places])
-        sequences.update(_gathered(matrix.sequences, places))
-        maps.update(_gathered(matrix.maps, places))
+    def key_at(key_columns: tuple[str, ...], place: int) -> Key:
+        return tuple(key_of[column](place) for column in key_columns)
 
+    def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> FeatureMatrix:
+        """Each distinct key once. Candidates of one author differ in no key but their own."""
+        if "note_id" in key_columns:
+            keys = [key_at(key_columns, place) for place in range(len(note_ids))]
+            distinct = dict.fromkeys(keys)
+            place_of = {key: place for place, key in enumerate(distinct)}
+            places = np.array([place_of[key] for key in keys], dtype=np.int64)
+        else:
+            _, first, places = np.unique(author_row_C, return_index=True, return_inverse=True)
+            distinct = dict.fromkeys(key_at(key_columns, place) for place in first.tolist())
+        matrix = assemble(list(distinct))
+        gathered = _gathered(matrix.sequences, places), _gathered(matrix.maps, places)
+        return FeatureMatrix(matrix.names, matrix.values[places], *gathered)
+
+    found: list[FeatureMatrix] = []
     for group in groups.values():
-        if group.entity_keys != USER:
-            gather(group.entity_keys, partial(view.assemble, group.name, t_us=t_us))
+        if group.entity_keys == USER:
+            continue
+        matrix = None
+        if group.entity_keys in held:
+            rows = held[group.entity_keys]
+            matrix = assembled.gather(view, group.name, rows, partial(key_at, group.entity_keys), t_us)
+        found.append(matrix or gather(group.entity_keys, partial(_assemble_known, view, group.name, t_us=t_us)))
     for table in tables.tables:
         if table.keys != USER:
-            gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us))
+            found.append(gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us)))
+    for matrix in found:
+        names.extend(matrix.names)
+        values.append(matrix.values)
+        sequences.update(matrix.sequences)
+        maps.update(matrix.maps)
     names.extend(REQUEST_FEATURES)
-    values.append(catalogue.request_features(note_ids, t_us))
+    values.append(catalogue.request_features(row_C, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
 
 
-def _gathered(rows: Mapping[str, list[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
-    return {name: [column[place] for place in places] for name, column in rows.items()}
+def _assemble_known(view: StoreView, group_name: str, keys: list[Key], t_us: int) -> FeatureMatrix:
+    """`view.assemble`, where keys that the store has never seen, which all read alike, are assembled as one."""
+    state = view.groups[group_name]
+    if len(keys) < 2 or not can_be_assembled(state.plan):
+        return view.assemble(group_name, keys, t_us)
+    known = np.flatnonzero(state.index.find(keys) >= 0)
+    if len(known) == len(keys):
+        return view.assemble(group_name, keys, t_us)
+    place_N = np.full(len(keys), len(known), dtype=np.int64)
+    place_N[known] = np.arange(len(known))
+    stranger = keys[int(np.argmax(place_N == len(known)))]
+    matrix = view.assemble(group_name, [*(keys[place] for place in known.tolist()), stranger], t_us)
+    gathered = _gathered(matrix.sequences, place_N), _gathered(matrix.maps, place_N)
+    return FeatureMatrix(matrix.names, matrix.values[place_N], *gathered)
 
 
-def _columns(have: tuple[str, ...], want: Sequence[str]) -> list[int]:
+def _gathered(rows: Mapping[str, list[Any]], places: np.ndarray) -> dict[str, list[Any]]:
+    return {name: [column[place] for place in places.tolist()] for name, column in rows.items()}
+
+
+@lru_cache(maxsize=64)
+def _columns(have: tuple[str, ...], want: tuple[str, ...]) -> np.ndarray:
     place = {name: column for column, name in enumerate(have)}
-    return [place[name] for name in want]
+    return np.array([place[name] for name in want], dtype=np.int64)
 
 
 def _nullable(names: tuple[str, ...], values_F: np.ndarray) -> dict[str, float | None]:

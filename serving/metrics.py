@@ -1,8 +1,11 @@
 """Prometheus metrics of one server. Stage latencies, what was degraded, queue and tick: what one looks at at 3 a.m."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
 _CANDIDATES = (0, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -21,11 +24,37 @@ class Metrics:
         self.candidates = Histogram("headrace_candidates", "Candidates of one feed", buckets=_CANDIDATES, registry=own)
         self.degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
         self.events = Counter("headrace_events", "Events posted", ["status"], registry=own)
+        self._cache = Gauge(
+            "headrace_cache_answers", "Asked of a cache since the start, by what came of it", ["cache", "result"], registry=own
+        )
+        ProcessCollector(registry=own)  # processor seconds, memory, open files
         self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=own)
 
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A value that is read when it is asked for."""
         Gauge(f"headrace_{name}", what, registry=self.registry).set_function(read)
 
+    def cache(self, name: str, read: Callable[[str], float]) -> None:
+        """read: the number of `hits`, `shared` (made for another who asked at the same time) or `misses`."""
+        for result in ("hits", "shared", "misses"):
+            self._cache.labels(name, result).set_function(partial(read, result))
+
+    def versions(self, read: Callable[[], Mapping[str, str]]) -> None:
+        """read: the version of each loaded model."""
+        self.registry.register(_Versions(read))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Versions(Collector):
+    """`headrace_model_info{model,version} 1` for the models that are loaded at the moment."""
+
+    def __init__(self, read: Callable[[], Mapping[str, str]]):
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("headrace_model_info", "Versions of the loaded models", labels=["model", "version"])
+        for model, version in self._read().items():
+            family.add_metric([model, version], 1.0)
+        yield family

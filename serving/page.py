@@ -58,15 +58,14 @@ def lay_out(
     """
     world = request.world
     picked = candidates.take(order_C)
-    row_of = world.catalogue.row_of
-    rows_S = [row_of[note_id] for note_id in picked.note_ids]
+    row_S = picked.row_C
     pool = Pool(
         note_ids=picked.note_ids,
         author_ids=picked.author_ids,
-        topics=[world.catalogue.topics[row] for row in rows_S],
+        topics=[world.catalogue.topics[row] for row in row_S.tolist()],
         scores_S=score_C[order_C],
-        vectors_SD=_vectors(request, np.array(rows_S, dtype=np.int64)),
-        may_show_S=showable(request)[rows_S],
+        vectors_SD=_vectors(request, row_S),
+        may_show_S=_may_show(request, row_S),
         is_promoted_S=_promoted(request, picked),
         is_cold_S=_cold(request, picked),
     )
@@ -79,13 +78,20 @@ def showable(request: Request) -> np.ndarray:
     """bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not."""
     world = request.world
     may_N = world.catalogue.exists_at(request.t_us) & world.allowed_N
-    hidden = [
-        world.catalogue.row_of[note_id]
-        for note_id in world.readers.hidden(request.user_id)
-        if note_id in world.catalogue.row_of
-    ]
-    may_N[hidden] = False
+    may_N[_hidden(request)] = False
     return may_N
+
+
+def _may_show(request: Request, row_S: np.ndarray) -> np.ndarray:
+    """bool [S]: `showable` at these rows."""
+    world = request.world
+    may_S = (world.catalogue.created_us_N[row_S] < request.t_us) & world.allowed_N[row_S]
+    return may_S & ~np.isin(row_S, _hidden(request))
+
+
+def _hidden(request: Request) -> list[int]:
+    row_of = request.world.catalogue.row_of
+    return [row_of[note_id] for note_id in request.world.readers.hidden(request.user_id) if note_id in row_of]
 
 
 def _vectors(request: Request, rows_S: np.ndarray) -> np.ndarray:
@@ -101,6 +107,8 @@ def _vectors(request: Request, rows_S: np.ndarray) -> np.ndarray:
 
 def _promoted(request: Request, candidates: Candidates) -> np.ndarray:
     promoted = set(request.world.settings.promoted_notes)
+    if not promoted:
+        return np.zeros(len(candidates), dtype=bool)
     return np.array([note_id in promoted for note_id in candidates.note_ids], dtype=bool)
 
 
@@ -108,5 +116,4 @@ def _cold(request: Request, candidates: Candidates) -> np.ndarray:
     """Notes made, or first seen, within the hours of a cold start."""
     world: World = request.world
     since_us = request.t_us - round(world.settings.cold_start_hours * HOUR_US)
-    rows = [world.catalogue.row_of[note_id] for note_id in candidates.note_ids]
-    return world.catalogue.freshness_us()[rows] >= since_us
+    return world.catalogue.freshness_us[candidates.row_C] >= since_us

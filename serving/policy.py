@@ -5,6 +5,7 @@ Each place is one choice among the candidates that are left, so its propensity i
 this place, given the places before it. It is what off-policy estimates divide by.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -107,16 +108,15 @@ class _Page:
         self._left_S = pool.may_show_S & _first_of_each(pool.note_ids)
         self._rank_S = np.cumsum(self._left_S) - 1
         self._author_S, self._topic_S = _codes(pool.author_ids), _codes(pool.topics)
-        self._of_author = np.zeros(self._author_S.max(initial=-1) + 1, np.int64)
-        self._of_topic = np.zeros(self._topic_S.max(initial=-1) + 1, np.int64)
+        self._author_left_S, self._topic_left_S = np.ones(len(pool), bool), np.ones(len(pool), bool)
+        self._of_author, self._of_topic = Counter[int](), Counter[int]()
         self._gains = METHODS[rules.diversity](
             as_relevance(pool.scores_S), pool.vectors_SD, rules.diversity_strength, rules.diversity_window
         )
 
     def allowed(self) -> np.ndarray:
         """bool [S]: what may take the next place. Where the caps leave nothing, the topics' gives way, then the authors'."""
-        under_author_S = _under(self._rules.max_notes_per_author, self._author_S, self._of_author)
-        under_topic_S = _under(self._rules.max_notes_per_topic, self._topic_S, self._of_topic)
+        under_author_S, under_topic_S = self._author_left_S, self._topic_left_S
         if (allowed_S := self._left_S & under_author_S & under_topic_S).any() or not self._left_S.any():
             return allowed_S
         if (allowed_S := self._left_S & under_author_S).any():
@@ -142,19 +142,18 @@ class _Page:
     def put(self, candidate: int) -> None:
         self._shown.append(candidate)
         self._left_S[candidate] = False
-        for codes_S, counts in ((self._author_S, self._of_author), (self._topic_S, self._of_topic)):
-            if codes_S[candidate] >= 0:
-                counts[codes_S[candidate]] += 1
+        for cap, codes_S, counts, left_S in (
+            (self._rules.max_notes_per_author, self._author_S, self._of_author, self._author_left_S),
+            (self._rules.max_notes_per_topic, self._topic_S, self._of_topic, self._topic_left_S),
+        ):
+            code = int(codes_S[candidate])
+            counts[code] += 1
+            if cap and code >= 0 and counts[code] >= cap:
+                left_S[codes_S == code] = False
 
     def _relax(self, rule: str) -> None:
         if rule not in self.relaxed:
             self.relaxed.append(rule)
-
-
-def _under(cap: int, codes_S: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    if cap == 0 or not len(counts):
-        return np.ones(len(codes_S), bool)
-    return np.where(codes_S < 0, True, counts[codes_S] < cap)
 
 
 def _codes(names: Sequence[str | None]) -> np.ndarray:

@@ -23,6 +23,7 @@ class Readers:
         self._hidden: dict[str, dict[str, str]] = {}  # user -> the event that says so -> note
         self._histories: dict[str, list[str]] = {}
         self._attributes: dict[str, str] = {}
+        self._num_events: dict[str, int] = {}  # since the start
         self._lock = threading.Lock()
 
     @classmethod
@@ -91,6 +92,7 @@ class Readers:
                 user_id, note_id, author_id = event.get("user_id"), event.get("note_id"), event.get("author_id")
                 if user_id is None:
                     continue
+                self._num_events[user_id] = self._num_events.get(user_id, 0) + 1
                 if note_id is not None and event.get("event_type") != RETRACTION:
                     seen = self._seen.setdefault(user_id, {})
                     seen.pop(note_id, None)
@@ -129,6 +131,10 @@ class Readers:
     def history_before_the_log(self, user_id: str) -> list[str]:
         """Notes watched before the first event, oldest first."""
         return self._histories.get(user_id, [])
+
+    def num_events(self, user_id: str) -> int:
+        """Of the reader since the server started: what is kept for a reader goes by it."""
+        return self._num_events.get(user_id, 0)
 
     def attributes(self, user_id: str) -> str | None:
         """JSON of `lake.users.attributes`; None for a reader without any."""

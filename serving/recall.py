@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from serving.cache import Same
+from serving.caches import Found
 from serving.page import showable
 from serving.request import Request
 from serving.retrieve import Candidates, Retrieval, retrieve
@@ -13,6 +15,8 @@ NO_NEARBY_NOTES = "no_nearby_notes"
 NO_FOLLOWED_NOTES = "no_followed_notes"
 GENERATORS_SKIPPED = "generators_skipped"
 SEEN_AGAIN = "seen_filter_relaxed"
+RELAXED = (NO_LOCATION, NO_NEARBY_NOTES, NO_FOLLOWED_NOTES, SEEN_AGAIN)
+"""Said of candidates that are as good as there are; whatever else is said of them is a reason not to keep them."""
 ONLY = {"FOLLOW": ("followed_authors", NO_FOLLOWED_NOTES), "NEARBY": ("nearby", NO_NEARBY_NOTES)}
 """Feed types that one generator answers, and what is said where it finds nothing."""
 
@@ -35,6 +39,25 @@ def find_candidates(request: Request, at_least: int) -> Candidates:
             return candidates
         degraded.append(without)
     return _at_least(request, at_least, may_N, unseen_N, limits)
+
+
+def find_or_recall(request: Request, at_least: int) -> Candidates:
+    """`find_candidates`, or what it found a moment ago for the same reader, place and feed type."""
+    world, degraded = request.world, request.steps.degraded
+    already = len(degraded)
+
+    def find() -> tuple[Found, bool]:
+        candidates = find_candidates(request, at_least)
+        said = tuple(degraded[already:])
+        return Found(candidates, said), all(word in RELAXED for word in said)
+
+    key = (request.user_id, request.feed_type, request.geohash, at_least)
+    depends_on = (Same(world.models), request.view.tick_us, world.readers.num_events(request.user_id), tuple(request.history))
+    found, was_there = world.caches.candidates.get(key, depends_on, find)
+    if was_there:
+        request.steps.cached.append("candidates")
+        degraded.extend(word for word in found.degraded if word not in degraded)
+    return found.candidates
 
 
 def find_popular(request: Request, at_least: int) -> Candidates:

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span
+
 from serving.budget import Budget
-from serving.hydrate import UserFeatures, hydrate_user
+from serving.hydrate import UserFeatures, hydrate_user, user_depends_on
 from serving.outside import with_outside
+from serving.telemetry import CANDIDATES, tracer
 from serving.world import World
 from streaming_sql.online_store import StoreView
 from warehouse.features.kinds.values import Value
@@ -20,17 +23,22 @@ CLOCK_BEHIND = "clock_behind_the_log"
 
 @dataclass
 class Steps:
-    """Milliseconds per stage, and what was skipped, failed or relaxed."""
+    """Milliseconds per stage; what was skipped, failed or relaxed; the caches that had an answer."""
 
     timings_ms: dict[str, float] = field(default_factory=dict)
     degraded: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str, candidates: int | None = None) -> Iterator[Span]:
+        """candidates: how many go in, for the stage's span."""
         started = time.perf_counter()
         try:
-            yield
+            with tracer.start_as_current_span(f"headrace.{stage}") as span:
+                if candidates is not None:
+                    span.set_attribute(CANDIDATES, candidates)
+                yield span
         finally:
             self._note(stage, started)
 
@@ -82,10 +90,23 @@ def begin(
         t_us = max(now_us, view.tick_us + GRACE_US)
         if t_us > now_us:
             steps.degraded.append(CLOCK_BEHIND)
-        user = hydrate_user(view, world.groups, user_id, t_us, world.tables)
+        user = _user(world, view, user_id, t_us, steps)
         history = [*world.readers.history_before_the_log(user_id), *user.sequences.get(LAST_CLICKS, [])]
     if world.kinds.served_inputs:
         with steps.timed("outside"):
             keys = {"user_id": user_id, "surface": surface}
             user = with_outside(user, world.kinds, world.fetcher, keys, said or {}, steps.degraded)
     return Request(world, view, t_us, user_id, feed_type, surface, user, history, steps, budget, geohash)
+
+
+def _user(world: World, view: StoreView, user_id: str, t_us: int, steps: Steps) -> UserFeatures:
+    """The reader's own features, as they were a moment ago where nothing that they hang from has changed."""
+    depends_on = user_depends_on(view, world.groups, user_id, t_us, world.tables)
+    if depends_on is None:
+        return hydrate_user(view, world.groups, user_id, t_us, world.tables)
+    user, was_there = world.caches.user.get(
+        user_id, depends_on, lambda: (hydrate_user(view, world.groups, user_id, t_us, world.tables), True)
+    )
+    if was_there:
+        steps.cached.append("user")
+    return user

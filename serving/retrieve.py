@@ -8,11 +8,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from serving.catalogue import UNKNOWN_US, Catalogue
-from serving.vector_index import largest
+from serving.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +41,38 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Candidates:
-    """C notes, each once, best recall first."""
+    """C notes, each once, best recall first. row_C: their rows of the catalogue. share_CG: what each of the G generators added
+    to a note's score, 0 where it did not bring the note."""
 
-    note_ids: list[str]
-    author_ids: list[str | None]
-    sources: list[tuple[str, ...]]
+    catalogue: Catalogue
+    generators: tuple[str, ...]
+    row_C: np.ndarray
     recall_score_C: np.ndarray
+    share_CG: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.note_ids)
+        return len(self.row_C)
+
+    @cached_property
+    def note_ids(self) -> list[str]:
+        return [self.catalogue.note_ids[row] for row in self.row_C.tolist()]
+
+    @cached_property
+    def author_ids(self) -> list[str | None]:
+        return [self.catalogue.author_ids[row] for row in self.row_C.tolist()]
+
+    @property
+    def sources(self) -> list[tuple[str, ...]]:
+        return [self.sources_of(position) for position in range(len(self))]
+
+    def sources_of(self, position: int) -> tuple[str, ...]:
+        """The generators that brought a candidate, in the order of what each added to its score."""
+        shares_G = self.share_CG[position]
+        return tuple(self.generators[place] for place in np.argsort(-shares_G, kind="stable") if shares_G[place] > 0)
 
     def take(self, order: np.ndarray) -> "Candidates":
         """The candidates at these positions, in this order."""
-        picked = [int(position) for position in order]
-        return Candidates(
-            [self.note_ids[position] for position in picked],
-            [self.author_ids[position] for position in picked],
-            [self.sources[position] for position in picked],
-            self.recall_score_C[picked] if picked else np.empty(0),
-        )
+        return Candidates(self.catalogue, self.generators, self.row_C[order], self.recall_score_C[order], self.share_CG[order])
 
 
 def trending(request: Retrieval, limit: int) -> np.ndarray:
@@ -69,9 +82,8 @@ def trending(request: Retrieval, limit: int) -> np.ndarray:
 
 def fresh(request: Retrieval, limit: int) -> np.ndarray:
     """Notes created most recently, or first seen most recently where the creation time is unknown."""
-    freshness_N = np.where(request.eligible_N, request.catalogue.freshness_us(), UNKNOWN_US)
-    rows = largest(freshness_N, limit)
-    return rows[freshness_N[rows] != UNKNOWN_US]
+    rows = request.catalogue.rows_by_freshness
+    return rows[request.eligible_N[rows]][:limit]
 
 
 def topics(request: Retrieval, limit: int) -> np.ndarray:
@@ -128,7 +140,7 @@ def followed_authors(request: Retrieval, limit: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     rows = np.concatenate(lists)
     rows = rows[request.eligible_N[rows]]
-    return rows[np.argsort(-request.catalogue.freshness_us()[rows].astype(np.float64), kind="stable")][:limit]
+    return rows[np.argsort(-request.catalogue.freshness_us[rows].astype(np.float64), kind="stable")][:limit]
 
 
 def nearby(request: Retrieval, limit: int) -> np.ndarray:
@@ -170,31 +182,39 @@ def retrieve(
     A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
-    shares_of: dict[int, list[tuple[float, str]]] = {}
+    found: dict[str, np.ndarray] = {}
     failed: list[str] = request.failed
     is_cut = False
     for name, limit in limits.items():
-        if shares_of and is_late(len(shares_of)):
+        if found and is_late(len(np.unique(np.concatenate(list(found.values()))))):
             is_cut = True
             break
         try:
-            rows = GENERATORS[name](request, int(limit))
+            found[name] = _first_of_each(GENERATORS[name](request, int(limit)))
         except Exception:  # one generator's failure costs its notes, never the page
             log.exception("generator %s failed; the feed goes on without it", name)
             failed.append(name)
-            continue
-        for rank, row in enumerate(dict.fromkeys(rows.tolist())):
-            shares_of.setdefault(row, []).append((1.0 / (RANK_DAMPING + 1 + rank), name))
-    score_of = {row: sum(share for share, _ in shares) for row, shares in shares_of.items()}
-    rows_C = sorted(score_of, key=lambda row: (-score_of[row], row))
-    catalogue = request.catalogue
-    candidates = Candidates(
-        [catalogue.note_ids[row] for row in rows_C],
-        [catalogue.author_ids[row] for row in rows_C],
-        [tuple(name for _, name in sorted(shares_of[row], key=lambda pair: -pair[0])) for row in rows_C],
-        np.array([score_of[row] for row in rows_C], dtype=np.float64),
+    return _union(request.catalogue, found), failed, is_cut
+
+
+def _union(catalogue: Catalogue, found: Mapping[str, np.ndarray]) -> Candidates:
+    rows = np.concatenate([np.empty(0, np.int64), *found.values()])
+    shares = [1.0 / (RANK_DAMPING + 1 + np.arange(len(of_one))) for of_one in found.values()]
+    row_C, place = np.unique(rows, return_inverse=True)
+    share_CG = np.zeros((len(row_C), len(found)))
+    share_CG[place, np.repeat(np.arange(len(found)), [len(of_one) for of_one in found.values()])] = np.concatenate(
+        [np.empty(0), *shares]
     )
-    return candidates, failed, is_cut
+    score_C = np.zeros(len(row_C))
+    for generator in range(len(found)):
+        score_C += share_CG[:, generator]
+    order = np.argsort(-score_C, kind="stable")
+    return Candidates(catalogue, tuple(found), row_C[order], score_C[order], share_CG[order])
+
+
+def _first_of_each(rows: np.ndarray) -> np.ndarray:
+    """The rows, each where it comes first."""
+    return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
 
 def _place_in_run(sorted_R: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from serving import logs
 from serving.hydrate import CandidateFeatures, UserFeatures
 from serving.policy import Placed
 from serving.request import Request, Steps
@@ -68,6 +69,14 @@ class Served:
         """The row of `lake.forward_log`; instants as microseconds, maps as dicts."""
         logged = {int(candidate): row for row, candidate in enumerate(self.logged)}
         position_of = {placed.candidate: position for position, placed in enumerate(self.page)}
+        candidates = range(len(self.candidates))
+        return {
+            **self.head(),
+            "candidates": [self._candidate(one, position_of.get(one), logged.get(one)) for one in candidates],
+        }
+
+    def head(self) -> dict[str, Any]:
+        """The row without its candidates."""
         return {
             "request_id": self.request_id,
             "user_id": self.user_id,
@@ -82,10 +91,6 @@ class Served:
             "user_features": self.user.as_dict(),
             "user_sequences": dict(self.user.sequences),
             "user_maps": dict(self.user.maps),
-            "candidates": [
-                self._candidate(candidate, position_of.get(candidate), logged.get(candidate))
-                for candidate in range(len(self.candidates))
-            ],
         }
 
     def _candidate(self, candidate: int, position: int | None, logged: int | None) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class Served:
             "impression_id": None if position is None else self.impression_id(position),
             "note_id": self.candidates.note_ids[candidate],
             "author_id": self.candidates.author_ids[candidate],
-            "sources": list(self.candidates.sources[candidate]),
+            "sources": list(self.candidates.sources_of(candidate)),
             "recall_score": finite(self.candidates.recall_score_C[candidate]),
             "l1_score": finite(self.l1_score_C[candidate]),
             "final_score": finite(self.final_score_C[candidate]),
@@ -110,7 +115,9 @@ class Served:
 
 
 def new_request_id() -> str:
-    return uuid.uuid4().hex
+    """The id that the answer under way has in the logs; outside of HTTP another one at every call."""
+    current = logs.request_id.get()
+    return uuid.uuid4().hex if current == logs.NONE else current
 
 
 def finite(value: float) -> float | None:

@@ -53,6 +53,10 @@ class Settings:
     forward_log_queue: int
     forward_log_rows: int
     forward_log_age_s: float
+    cached_readers: int
+    candidate_cache_s: float
+    l1_cache_s: float
+    user_cache_s: float
     recent_requests: int
     inference_threads: int
     waiting_requests: int

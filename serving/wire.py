@@ -2,12 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from serving.nearby import PATTERN
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+def _as_sent(value: Any) -> Any:
+    """JSON has numbers: `true` and `"5"` are none, although Python would take them for some."""
+    if isinstance(value, bool | str):
+        raise ValueError(f"must be a number, got {'true or false' if isinstance(value, bool) else 'text'}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_as_sent)]
+Number = Annotated[float, BeforeValidator(_as_sent)]
 FeedType = Literal["EXPLORE", "FOLLOW", "NEARBY"]
 EventType = Literal["view", "click", "long_view", "like", "comment", "share", "follow", "hide", "watch", "retraction"]
 
@@ -33,8 +44,8 @@ class FeedRequest(Wire):
     user_id: Id
     feed_type: FeedType = "EXPLORE"
     context: Context = Field(default_factory=Context)
-    limit: int | None = Field(None, ge=1, le=200, description="Notes on the page; `page_size` of the settings by default")
-    deadline_ms: float | None = Field(
+    limit: Whole | None = Field(None, ge=1, le=200, description="Notes on the page; `page_size` of the settings by default")
+    deadline_ms: Number | None = Field(
         None, ge=1, le=60_000, description="Milliseconds the answer is of use; stages that would come later are skipped"
     )
 
@@ -43,7 +54,7 @@ class RetrieveRequest(Wire):
     user_id: Id
     feed_type: FeedType = "EXPLORE"
     context: Context = Field(default_factory=Context)
-    limit: int = Field(500, ge=1, le=5000)
+    limit: Whole = Field(500, ge=1, le=5000)
 
 
 class Note(Wire):
@@ -53,24 +64,24 @@ class Note(Wire):
 
     note_id: Id
     author_id: Id | None = None
-    recall_score: float | None = None
+    recall_score: Number | None = None
     source: str | None = Field(None, max_length=64)
     sources: list[Annotated[str, StringConstraints(max_length=64)]] = Field(default_factory=list, max_length=32)
-    l1_score: float | None = None
+    l1_score: Number | None = None
 
 
 class RankL1Request(Wire):
     user_id: Id
     candidates: list[Note]
     context: Context = Field(default_factory=Context)
-    top_k: int = Field(500, ge=1, le=10_000, alias="topK")
+    top_k: Whole = Field(500, ge=1, le=10_000, alias="topK")
 
 
 class RankL2Request(Wire):
     user_id: Id
     candidates: list[Note]
     context: Context = Field(default_factory=Context)
-    top_k: int = Field(20, ge=1, le=10_000, alias="topK")
+    top_k: Whole = Field(20, ge=1, le=10_000, alias="topK")
 
 
 class RetrievedNote(Wire):
@@ -122,6 +133,8 @@ class FeedResponse(Wire):
     known_position: list[int] = Field(description="K: the log position of every fresh value")
     notes: list[FeedNote]
     degraded: list[str] = Field(description="What was skipped, failed or relaxed; empty on a good day")
+    cached: list[str] = Field(description="Caches that had an answer: user, candidates, l1")
+    num_candidates: int = Field(description="Notes that were found, before ranking")
     timings: dict[str, float] = Field(description="Milliseconds per stage")
 
 
@@ -134,12 +147,15 @@ class EventIn(Wire):
     note_id: Id | None = None
     author_id: Id | None = Field(None, description="Filled from the note when absent")
     event_ts: str | None = Field(
-        None, description="ISO-8601 with a zone; the server's clock when absent", examples=["2022-05-05T16:10:00Z"]
+        None,
+        description="ISO-8601 with a zone; the server's clock when absent",
+        examples=["2022-05-05T16:10:00Z"],
+        json_schema_extra={"format": "date-time"},
     )
     surface: Id | None = None
     request_id: Id | None = None
     impression_id: Id | None = Field(None, description="Of the feed's answer, so that actions are joined to what was shown")
-    watch_ms: int | None = Field(None, ge=0, le=86_400_000, description="Of a `watch`: milliseconds played")
+    watch_ms: Whole | None = Field(None, ge=0, le=86_400_000, description="Of a `watch`: milliseconds played")
     retracts: Id | None = Field(
         None, description="Of a `retraction`: the eventId that it takes back; it need not have come yet"
     )

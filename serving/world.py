@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.budget import Pace
+from serving.caches import Caches
 from serving.catalogue import Catalogue
 from serving.fetch import Fetcher
 from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
+from streaming_sql.assembled import Assembled
 from streaming_sql.online_store import OnlineStore, StoreView
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
@@ -41,6 +43,8 @@ class World:
     """bool [N]: notes that the settings do not block."""
     kinds: Kinds
     tables: TableStore
+    assembled: Assembled
+    caches: Caches
     fetcher: Fetcher | None = None
     pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())

@@ -53,7 +53,8 @@ class Arrivals:
     they were read. An arrival counts unless the one before it landed within H; so one that is read late can only take the place
     of the one after it."""
 
-    _known: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    _known: dict[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
+    """Tuples of numbers, which the garbage collector lets go of: millions of lists would make its pauses long."""
     _by_age: deque[tuple[int, str]] = field(default_factory=deque)
 
     def __len__(self) -> int:
@@ -61,8 +62,9 @@ class Arrivals:
 
     def admit(self, records: pa.Table) -> Admission:
         """Splits records (EVENTS_SCHEMA, each partition in order) into first arrivals and the rest."""
-        alive = pc.and_(pc.is_null(reasons(records)), pc.not_equal(records["event_type"], HEARTBEAT))
-        num_dead = pc.sum(pc.is_valid(reasons(records))).as_py() or 0
+        why = reasons(records)
+        alive = pc.and_(pc.is_null(why), pc.not_equal(records["event_type"], HEARTBEAT))
+        num_dead = len(why) - why.null_count
         events = records.filter(alive)
         landed_at = events["landed_at"].cast(pa.int64()).to_pylist()
         places = zip(events["log_partition"].to_pylist(), events["log_offset"].to_pylist(), strict=True)
@@ -75,10 +77,10 @@ class Arrivals:
 
     def _admit(self, event_id: str, arrival: tuple[int, int, int], superseded: list[tuple[Place, Place]]) -> bool:
         self._by_age.append((arrival[0], event_id))
-        others = self._known.setdefault(event_id, [])
+        others = self._known.get(event_id, ())
         at = bisect_left(others, arrival)
         before, after = (others[at - 1] if at else None), (others[at] if at < len(others) else None)
-        others.insert(at, arrival)
+        self._known[event_id] = (*others[:at], arrival, *others[at:])
         if after is not None and _counts(after, before) and not _counts(after, arrival):
             superseded.append((after[1:], arrival[1:]))
         return _counts(arrival, before)
@@ -88,7 +90,7 @@ class Arrivals:
         oldest_us = read_through_us - DUPLICATE_MEMORY_US
         while self._by_age and self._by_age[0][0] < oldest_us:
             _, event_id = self._by_age.popleft()
-            recent = [arrival for arrival in self._known.get(event_id, ()) if arrival[0] >= oldest_us]
+            recent = tuple(arrival for arrival in self._known.get(event_id, ()) if arrival[0] >= oldest_us)
             if recent:
                 self._known[event_id] = recent
             else:

@@ -26,6 +26,9 @@ from streaming_sql.plan import Cover, GroupPlan
 from streaming_sql.ragged import ROW_SHIFT, Instants, blocks_of, laid_out, opens, places, stretches
 from streaming_sql.text_codes import TextCodes
 from warehouse.features.measures import Measure
+from warehouse.time_algebra import FIVE_MINUTES_US
+
+_FEW_KEYS = 32
 
 
 @dataclass(frozen=True)
@@ -231,10 +234,23 @@ class BlockLayer:
     def windowed_sums(self, family: str, run: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """int64 [N, M, W]: each sum column over the blocks with lower [N, W] <= block_start < upper [N]."""
         prefix = self.prefix[family]
+        if len(run) <= _FEW_KEYS:
+            return self._few_sums(prefix.numpy(), run, lower, upper)
         out = window_assembly(
             self.block_start, prefix, self.run_offsets, torch.from_numpy(run), torch.from_numpy(lower), torch.from_numpy(upper)
         )
         return out.numpy().reshape(len(run), prefix.shape[1], lower.shape[1])
+
+    def _few_sums(self, prefix: np.ndarray, run: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """`windowed_sums` by one binary search over all places: for one reader it takes a tenth of the kernel's time, whose
+        operations are made for thousands of keys."""
+        if not len(prefix):
+            return np.zeros((len(run), prefix.shape[1], lower.shape[1]), dtype=np.int64)
+        bounds = np.concatenate([np.minimum(lower, upper[:, None]), upper[:, None]], axis=1)
+        at = np.searchsorted(self.place, (run[:, None] << ROW_SHIFT) + np.maximum(bounds, 0) // FIVE_MINUTES_US)
+        total = prefix[np.maximum(at - 1, 0)]
+        total[(run < 0)[:, None] | (at <= self.run_offsets.numpy()[run][:, None])] = 0
+        return (total[:, -1:, :] - total[:, :-1, :]).transpose(0, 2, 1)
 
     def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> np.ndarray:
         """float64 [N]: the column combined over the blocks of [lower_us, upper_us), both multiples of 5 minutes; the identity

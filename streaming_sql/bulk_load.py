@@ -17,7 +17,7 @@ from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
 def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int, dict[str, pa.Table]]:
     """The newest tick that every group's table holds in full and the log had closed, and the rows that stand at it and
     some window can still reach. Tick 0 and nothing where a table is missing or unbuilt: then everything is replayed."""
-    tick_us = min([*(_built_through(lake, group) for group in groups.values()), _closed(lake)])
+    tick_us = newest_built_tick(lake, groups)
     if tick_us <= 0:
         return 0, {}
     blocks = {}
@@ -29,6 +29,11 @@ def blocks_in_lake(lake: Lake, groups: Mapping[str, FeatureGroup]) -> tuple[int,
                 {"tick_us": tick_us, "from_us": GroupPlan.of(group).keep_from_us(tick_us)},
             ).to_arrow_table()
     return tick_us, blocks
+
+
+def newest_built_tick(lake: Lake, groups: Mapping[str, FeatureGroup]) -> int:
+    """The newest tick that every group's table holds in full and the landed part of the log had closed; 0 or less for none."""
+    return min([*(_built_through(lake, group) for group in groups.values()), _closed(lake)])
 
 
 def _built_through(lake: Lake, group: FeatureGroup) -> int:

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.open_log import open_log
+from streaming_sql.pauses import settle
+from streaming_sql.published import Publisher
+from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Progress, Runner
 from streaming_sql.runner_report import RUNNER_FILE, iso
 from streaming_sql.settings import StreamSettings
@@ -71,8 +74,9 @@ def _run(home: Home, clock: Clock, settings: StreamSettings, once: bool) -> int:
     groups = load_groups()
     lake = Lake.open(home)
     with contextlib.closing(open_log(home, lake, clock, settings)) as log:
-        store = OnlineStore.from_lake(lake, groups)
-        runner = Runner(lake, log, store, groups, clock, settings.runner(), home.online / RUNNER_FILE)
+        folder = home.online / STORE_FOLDER
+        store, publisher = open_store(folder, lake, log, groups), Publisher(folder, groups)
+        runner = Runner(lake, log, store, groups, clock, settings.runner(), home.online / RUNNER_FILE, publisher=publisher)
         with _progress("catching up") as progress:
             num_records = runner.catch_up(progress)
         view = store.view()
@@ -81,6 +85,7 @@ def _run(home: Home, clock: Clock, settings: StreamSettings, once: bool) -> int:
         )
         if once:
             num_landed = runner.flush()
+            runner.publish()
             runner.report()
             print(f"landed {num_landed} records; the lake is at {list(landed_position(lake))}")
             return 0
@@ -90,6 +95,7 @@ def _run(home: Home, clock: Clock, settings: StreamSettings, once: bool) -> int:
 def _until_stopped(runner: Runner, store: OnlineStore) -> int:
     stopping = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    settle()
     runner.start()
     print("running; Ctrl-C stops", flush=True)
     tick_us = store.tick_us

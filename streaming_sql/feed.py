@@ -118,7 +118,7 @@ class Feed:
         heads = self._batch.heads(staged)
         if len(self.retractions):
             for _, event in (item for items in heads.values() for item in items):
-                event.retractions = self.retractions.of(event.event_id, event.landed_us)
+                event.retractions = tuple(self.retractions.of(event.event_id, event.landed_us))
         return heads
 
     def _blocks(self, tick_us: int) -> dict[str, pa.Table]:

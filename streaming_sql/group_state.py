@@ -68,31 +68,32 @@ class GroupState:
         if self.plan.fresh and len(self.head):
             heads = [self.head.visible(key, at.position, at.t_us) for key in block_keys]
         group = self.plan.group
-        values: dict[str, np.ndarray] = {}
+        names = self.plan.feature_names
+        matrix = np.empty((len(keys), len(names)))
         sequences: dict[str, list[list[str]]] = {}
         maps: dict[str, list[dict[str, float]]] = {}
         for family in self.plan.families:
             reader = WindowReader(
                 self.plan, family, self.layers_of(family.name), rows, heads if family.name == "event" else [], at
             )
-            for measure in family.measures:
-                for window in measure.windows:
-                    name = f"{measure.name}_{window.name}"
-                    if measure.shape == "number":
-                        values[name] = self._number(reader, measure, window)
-                    elif measure.shape == "list":
-                        sequences[f"{group.entity}_{name}"] = self._list(reader, measure, window)
-                    else:
-                        found = reader.maps(measure, window)
-                        is_average = measure.aggregation == "avg"
-                        maps[f"{group.entity}_{name}"] = buckets(found, len(keys), is_average, self.codes)
-        columns = [*values.values(), *(derived(values) for derived in self.plan.derived)]
-        declared = [f"{m.name}_{w.name}" for m in group.measures if m.shape == "number" for w in m.windows]
-        columns[: len(declared)] = [values[name] for name in declared]
-        matrix = np.empty((len(keys), len(columns)))
-        for place, column in enumerate(columns):
-            matrix[:, place] = column
-        return FeatureMatrix(group.feature_names, matrix, sequences, maps)
+            reads = self.plan.reads[family.name]
+            at_once = bool(reads.plain) and not reader.has_head
+            if at_once:
+                matrix[:, reads.places] = reader.sums_at(reads.sums_at)
+            for name, measure, window in reads.rest if at_once else reads.every:
+                if measure.shape == "number":
+                    matrix[:, self.plan.place_of[name]] = self._number(reader, measure, window)
+                elif measure.shape == "list":
+                    sequences[f"{group.entity}_{name}"] = self._list(reader, measure, window)
+                else:
+                    found = reader.maps(measure, window)
+                    is_average = measure.aggregation == "avg"
+                    maps[f"{group.entity}_{name}"] = buckets(found, len(keys), is_average, self.codes)
+        if self.plan.derived:
+            values = {name: matrix[:, place] for name, place in self.plan.place_of.items()}
+            for place, derived in enumerate(self.plan.derived, len(values)):
+                matrix[:, place] = derived(values)
+        return FeatureMatrix(names, matrix, sequences, maps)
 
     def _list(self, reader: WindowReader, measure: Measure, window: Window) -> list[list[str]]:
         if measure.aggregation != "top_k":

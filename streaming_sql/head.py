@@ -5,7 +5,7 @@ tick share a head, and a request sees exactly one K. Knows nothing of blocks.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ class HeadEvent:
     values: tuple[Any, ...]
     superseded_by: Place | None = None
     """Where an earlier arrival of the same event_id was read later (a lagging partition): views that know it see it instead."""
-    retractions: list[Retraction] = field(default_factory=list)
+    retractions: tuple[Retraction, ...] = ()
     """Those that hold for this arrival: views that know one of them do not see it."""
 
     def is_visible(self, position: Sequence[int]) -> bool:
@@ -39,7 +39,7 @@ class HeadEvent:
             return False
         if self.superseded_by is not None and is_below(self.superseded_by, position):
             return False
-        return not any(retraction.is_known(position) for retraction in list(self.retractions))
+        return not any(retraction.is_known(position) for retraction in self.retractions)
 
 
 class Head:
@@ -48,17 +48,22 @@ class Head:
     def __init__(self, events: Iterable[tuple[Key, HeadEvent]] = ()):
         self._of_key: dict[Key, list[HeadEvent]] = {}
         self._at: dict[Place, tuple[Key, HeadEvent]] = {}
-        self._of_id: dict[str, list[HeadEvent]] = {}
+        self._of_id: dict[str, tuple[Place, ...]] = {}
         for key, event in events:
             self.add(key, event)
 
     def __len__(self) -> int:
         return len(self._at)
 
+    def events(self) -> list[tuple[Key, HeadEvent]]:
+        """Every event that is here, whoever sees it."""
+        return list(self._at.values())
+
     def add(self, key: Key, event: HeadEvent) -> None:
         self._of_key.setdefault(key, []).append(event)
-        self._at[event.log_partition, event.log_offset] = (key, event)
-        self._of_id.setdefault(event.event_id, []).append(event)
+        place = event.log_partition, event.log_offset
+        self._of_id[event.event_id] = (*self._of_id.get(event.event_id, ()), place)
+        self._at[place] = (key, event)
 
     def supersede(self, loser: Place, winner: Place) -> None:
         """The event at `loser` counts only for views that do not know `winner`."""
@@ -67,13 +72,14 @@ class Head:
 
     def retract(self, retraction: Retraction) -> None:
         """Arrivals of its target that are here, and that it holds for, count only for views that do not know it."""
-        for event in self._of_id.get(retraction.retracts, ()):
+        for place in self._of_id.get(retraction.retracts, ()):
+            _, event = self._at[place]
             if retraction.holds_for(event.landed_us):
-                event.retractions.append(retraction)
+                event.retractions = (*event.retractions, retraction)
 
     def after(self, tick_us: int) -> "Head":
         """A new head without what the blocks of `tick_us` hold; views of this one keep theirs."""
-        return Head(item for item in list(self._at.values()) if item[1].known_at > tick_us)
+        return Head(item for item in self.events() if item[1].known_at > tick_us)
 
     def visible(self, key: Key, position: Sequence[int], before_us: int) -> list[HeadEvent]:
         """The key's events below the position, with event_ts < before_us."""

@@ -4,6 +4,8 @@ One thread adds; any number look up.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +19,36 @@ class KeyIndex:
 
     def __init__(self, key_columns: Sequence[str]):
         self._columns = tuple(key_columns)
-        self._row_of: dict[Key, int] = {}
+        self._row_of: dict[Any, int] = {}
+        """By the key, or by its text where there is one column: a tuple would be one more object to look at."""
+        self._is_single = len(self._columns) == 1
+        self._keys: list[Key] = []
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self._keys)
 
     def find(self, keys: Iterable[Key]) -> np.ndarray:
         """int64 [N]: each key's row, -1 if it was never seen."""
-        get = self._row_of.get
-        return np.fromiter((get(tuple(key), -1) for key in keys), dtype=np.int64)
+        found = (key for (key,) in keys) if self._is_single else map(tuple, keys)
+        return np.fromiter(map(self._row_of.get, found, repeat(-1)), dtype=np.int64)
+
+    def keys(self, start: int = 0) -> list[Key]:
+        """The keys of rows start, start + 1, …"""
+        return self._keys[start:]
+
+    def extend(self, keys: Iterable[Key]) -> None:
+        """Gives keys that are not here yet the next rows, in their order."""
+        for key in keys:
+            self._row(key)
+
+    def _row(self, key: Key) -> int:
+        held = key[0] if self._is_single else key
+        row = self._row_of.get(held)
+        if row is None:
+            row = len(self._keys)
+            self._keys.append(key)
+            self._row_of[held] = row
+        return row
 
     def add(self, table: pa.Table) -> np.ndarray:
         """int64 [R]: the row of each table row's key; keys not seen before get the next ids. Keys must not be null."""
@@ -43,5 +66,5 @@ class KeyIndex:
         for values, size in zip(reversed(values_of_columns), reversed(sizes), strict=True):
             parts.append([values[i] for i in (distinct % size).tolist()])
             distinct = distinct // size
-        rows = [self._row_of.setdefault(key, len(self._row_of)) for key in zip(*reversed(parts), strict=True)]
+        rows = [self._row(key) for key in zip(*reversed(parts), strict=True)]
         return np.array(rows, dtype=np.int64)[place] if rows else np.zeros(0, dtype=np.int64)

@@ -14,12 +14,14 @@ from streaming_sql.arrivals import reasons
 from streaming_sql.event_log import Log, Position
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
-from warehouse.events import DEAD_LETTER, HEARTBEAT
+from warehouse.events import DEAD_LETTER, EVENTS_SCHEMA, HEARTBEAT
 from warehouse.lake import Lake
 from warehouse.landing import DEAD_LETTERS, DEAD_LETTERS_SCHEMA, EVENTS, create_tables, land_records, landed_position
 from warehouse.time_algebra import DAY_US, MINUTE_US
 
 SOURCE = "log"
+_PIECE = 500
+"""Records read at once."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,34 @@ class Lander:
 
     def step(self, flush: bool = False) -> int:
         """Lands one batch if it is due (or `flush`); returns the number of records taken from the log, 0 if none was due."""
-        if not flush and sum(self._log.end()) - sum(self.position) < self._settings.rows:
-            oldest = self._log.read(self.position, 1_000)
-            if not self._is_due(oldest):
-                return 0
+        if not flush and sum(self._log.end()) - sum(self.position) < self._settings.rows and not self._is_due():
+            return 0
         self._follow_lake()
-        records = self._log.read(self.position, self._settings.rows)
+        records = self._next(self._settings.rows)
         if records.num_rows == 0:
             return 0
-        position = list(self.position)
-        for partition, offset in zip(records["log_partition"].to_pylist(), records["log_offset"].to_pylist(), strict=True):
-            position[partition] = offset + 1
+        position = _after(self.position, records)
         self._bury(records)
         worth = _worth_landing(records)
-        if land_records(self._lake, worth, tuple(position)) == worth.num_rows:
-            self.position = tuple(position)
+        if land_records(self._lake, worth, position) == worth.num_rows:
+            self.position = position
             self._log.mark_landed(self.position)
         self._follow_lake()
         self._log.trim(self.position, self._settings.keep_us, self._settings.keep_bytes)
         return records.num_rows
+
+    def _next(self, limit: int) -> pa.Table:
+        """The next at most `limit` records, read in small pieces: the log's reader and the interpreter are held for the length
+        of one, and the events that come meanwhile wait."""
+        parts, at, left = [EVENTS_SCHEMA.empty_table()], self.position, limit
+        while left > 0:
+            piece = self._log.read(at, min(left, _PIECE))
+            parts.append(piece)
+            left -= piece.num_rows
+            if piece.num_rows < _PIECE:
+                break
+            at = _after(at, piece)
+        return pa.concat_tables(parts)
 
     def _follow_lake(self) -> None:
         """Moves to the lake's position, which another lander may have moved, or a crash left ahead of what the log was told.
@@ -111,7 +122,8 @@ class Lander:
             total += self.step(flush=True)
         return total
 
-    def _is_due(self, oldest: pa.Table) -> bool:
+    def _is_due(self) -> bool:
+        oldest = self._log.read(self.position, _PIECE)
         if oldest.num_rows == 0:
             return False
         now_us = self._clock.now_us()
@@ -152,6 +164,15 @@ def newest_landed_us(lake: Lake) -> int:
         return connection.execute("select coalesce(max(epoch_us(landed_at)), 0) from lake.events").fetchall()[0][0]
 
 
+def _after(position: Position, records: pa.Table) -> Position:
+    """The position behind the records, at `position` or later."""
+    reached = list(position)
+    last = records.group_by("log_partition").aggregate([("log_offset", "max")])
+    for partition, offset in zip(last["log_partition"].to_pylist(), last["log_offset_max"].to_pylist(), strict=True):
+        reached[partition] = max(reached[partition], offset + 1)
+    return tuple(reached)
+
+
 def _places(records: pa.Table) -> list[dict]:
     return records.select(["log_partition", "log_offset"]).to_pylist()
 
@@ -167,8 +188,7 @@ def _payloads(records: pa.Table) -> list[str]:
 
 def _worth_landing(records: pa.Table) -> pa.Table:
     """Less dead letters, and of heartbeats only the last of each partition: it carries the clock of all before it."""
-    last = records.group_by("log_partition").aggregate([("log_offset", "max")])
-    ends = dict(zip(last["log_partition"].to_pylist(), last["log_offset_max"].to_pylist(), strict=True))
-    is_last = pa.array([ends[place["log_partition"]] == place["log_offset"] for place in _places(records)], pa.bool_())
+    ends = pa.array(_after((0,) * (pc.max(records["log_partition"]).as_py() + 1), records), pa.int64())
+    is_last = pc.equal(pc.add(records["log_offset"], 1), ends.take(records["log_partition"]))
     is_event = pc.not_equal(records["event_type"], HEARTBEAT)
     return records.filter(pc.and_(pc.is_null(reasons(records)), pc.or_(is_event, is_last)))

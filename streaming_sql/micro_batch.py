@@ -4,6 +4,7 @@ Knows nothing of the log or the store: Arrow tables in, Arrow tables out. Not th
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -15,11 +16,21 @@ from streaming_sql.plan import GroupPlan
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import FeatureGroup
-from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql, standing_sql
+from warehouse.features.render import admitted_sql, block_sql, retracted_sql, retractions_sql, staging_sql, standing_sql
 from warehouse.time_algebra import FIVE_MINUTES_US
 
 STAGING_MODEL = "stg_engagements"
 _INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT", "HUGEINT", "UBIGINT", "UINTEGER", "USMALLINT", "UTINYINT")
+
+
+class _Given:
+    """Arrow rows under one name for DuckDB, asked for anew by each execution of a statement that was prepared over them."""
+
+    def __init__(self, schema: pa.Schema):
+        self.rows = schema.empty_table()
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return self.rows.__arrow_c_stream__(requested_schema)
 
 
 class MicroBatch:
@@ -34,8 +45,14 @@ class MicroBatch:
         self._staging = staging_sql("arrived")
         self._blocks = {name: block_sql(group, "staged", "retracted") for name, group in groups.items()}
         self._standing = {name: standing_sql(group, "rows_of_ticks", "getvariable('tick')") for name, group in groups.items()}
-        self._heads = {name: head_sql(groups[name], plan.fresh, "staged") for name, plan in self._plans.items() if plan.fresh}
+        self._admitted = _Given(EVENTS_SCHEMA)
+        self._prepare("stage", admitted_sql("admitted"), "admitted", self._admitted)
         self.nothing = self.stage(EVENTS_SCHEMA.empty_table())
+        self._fresh = _Given(self.nothing.schema)
+        heads = {name: head_sql(groups[name], plan.fresh, "fresh") for name, plan in self._plans.items() if plan.fresh}
+        for name, sql in heads.items():
+            self._prepare(f"heads_of_{name}", sql, "fresh", self._fresh)
+        self._heads = tuple(heads)
         self._nothing_retracted = self.stage_with_retractions(EVENTS_SCHEMA.empty_table())[1]
         for group in groups.values():
             self._check(group)
@@ -63,14 +80,23 @@ class MicroBatch:
         self._connection.unregister("given")
 
     def stage(self, events: pa.Table) -> pa.Table:
-        """First arrivals (EVENTS_SCHEMA) as rows of the staging model: typed, with `known_at`."""
-        self._connection.register("arrived", events)
-        return self._connection.execute(self._staging).to_arrow_table()
+        """First arrivals (EVENTS_SCHEMA, none a duplicate of another) as rows of the staging model: typed, with `known_at`."""
+        return self._executed("stage", self._admitted, events)
+
+    def _prepare(self, name: str, sql: str, relation: str, given: _Given) -> None:
+        """A statement that every round executes: planning costs a round of few events more than they do."""
+        self._connection.register(relation, given)
+        self._connection.execute(f"prepare {name} as {sql}")
+
+    def _executed(self, name: str, given: _Given, rows: pa.Table) -> pa.Table:
+        given.rows = rows
+        return self._connection.execute(f"execute {name}").to_arrow_table()
 
     def stage_with_retractions(self, arrivals: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Arrivals (EVENTS_SCHEMA, duplicates and retractions among them) as rows of the staging model, and those of its rows
         that were retracted, with `retracted_at`."""
-        staged = self.stage(arrivals)
+        self._connection.register("arrived", arrivals)
+        staged = self._connection.execute(self._staging).to_arrow_table()
         self._put("staged", staged)
         self._connection.execute(f"create or replace temp table retractions as {retractions_sql('arrived')}")
         return staged, self._connection.execute(retracted_sql("staged", "retractions")).to_arrow_table()
@@ -113,8 +139,9 @@ class MicroBatch:
         """The head events of every group with fresh measures."""
         if staged.num_rows == 0:
             return {}
-        self._put("staged", staged)
         return {
-            name: head_events(self._groups[name], self._plans[name].fresh, self._connection.execute(sql).to_arrow_table())
-            for name, sql in self._heads.items()
+            name: head_events(
+                self._groups[name], self._plans[name].fresh, self._executed(f"heads_of_{name}", self._fresh, staged)
+            )
+            for name in self._heads
         }

@@ -58,6 +58,16 @@ class StoreView:
         return state
 
 
+@dataclass
+class Work:
+    """What ticks have cost a group since the store was made: only keys with new blocks are touched, and merging is the one
+    time that others are copied."""
+
+    num_keys_touched: int = 0
+    num_blocks_added: int = 0
+    num_blocks_merged: int = 0
+
+
 class OnlineStore:
     """The current view and the one a tick older."""
 
@@ -68,6 +78,10 @@ class OnlineStore:
         }
         self._view = StoreView(tick_us, position, states)
         self._previous = self._view
+        self.work = {name: Work() for name in groups}
+        self.blocks_through = (0,) * len(position)
+        """Records of the log at or after this position are in no block of the store it started as; before it some may be,
+        landed or not."""
 
     @classmethod
     def from_lake(cls, lake: Lake, groups: Mapping[str, FeatureGroup]) -> "OnlineStore":
@@ -76,6 +90,14 @@ class OnlineStore:
         tick_us, blocks = blocks_in_lake(lake, groups)
         if tick_us:
             store.advance(store.position, {}, tick_us=tick_us, blocks=blocks)
+        return store
+
+    @classmethod
+    def of_blocks(cls, view: StoreView, position: tuple[int, ...]) -> "OnlineStore":
+        """A store that starts from the blocks of a view of an earlier process, made when it had read up to `position`."""
+        store = cls({name: state.plan.group for name, state in view.groups.items()}, position=(0,) * len(position))
+        store._view = store._previous = replace(view, position=(0,) * len(position))
+        store.blocks_through = position
         return store
 
     def view(self, at_us: int | None = None) -> StoreView:
@@ -130,7 +152,7 @@ class OnlineStore:
                 state.head.supersede(loser, winner)
         if tick_us is not None:
             for name, state in states.items():
-                layers = _with_blocks(state, (blocks or {}).get(name), tick_us)
+                layers = _with_blocks(state, (blocks or {}).get(name), tick_us, self.work[name])
                 states[name] = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
         if withdrawn is not None:
             for name, state in states.items():
@@ -140,25 +162,38 @@ class OnlineStore:
             self._previous = view
         self._view = next_view
 
+    def show(self, view: StoreView) -> None:
+        """Moves to a view of a newer tick that was made elsewhere. Raises ValueError if it is not newer."""
+        if view.tick_us <= self.tick_us:
+            raise ValueError(f"the view's tick must be after {self.tick_us}, got {view.tick_us}")
+        self._previous, self._view = (self._view if self.tick_us else view), view
+
     def num_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""
         return {name: sum(layer.num_bytes for layer in state.layers) for name, state in self._view.groups.items()}
+
+    def num_head_events(self) -> int:
+        """Events that wait in the heads for a tick to hold them."""
+        return sum(len(state.head) for state in self._view.groups.values())
 
     def num_keys(self) -> dict[str, int]:
         return {name: len(state.index) for name, state in self._view.groups.items()}
 
 
-def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int) -> tuple[BlockLayer, ...]:
+def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: Work) -> tuple[BlockLayer, ...]:
     """The group's layers with one more, emptied of what it rebuilds, and merged where sizes have come close."""
     if rows is None or rows.num_rows == 0:
         return state.layers
     layers = _with_layer(state, rows)
+    work.num_keys_touched += len(layers[-1].rows)
+    work.num_blocks_added += layers[-1].num_blocks
     first = len(layers) - 1
     size = layers[-1].num_blocks
     while first > 0 and size * _MERGE_FACTOR >= layers[first - 1].num_blocks:
         first -= 1
         size += layers[first].num_blocks
     if first < len(layers) - 1:
+        work.num_blocks_merged += size
         layers[first:] = [BlockLayer.merge(state.plan, layers[first:], state.plan.keep_from_us(tick_us))]
     return tuple(layers)
 

@@ -13,7 +13,7 @@ from streaming_sql.entry_maps import MapShape
 from streaming_sql.expressions import Compiled, compile_expression
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.measures import Measure
-from warehouse.time_algebra import LIFETIME_US
+from warehouse.time_algebra import LIFETIME_US, Window
 
 FAMILIES = ("tick", "request", "event")
 
@@ -50,11 +50,47 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """The windows of a family, in the order in which they are read."""
+
+    every: tuple[tuple[str, Measure, Window], ...]
+    """(`<measure>_<window>`, measure, window)."""
+    rest: tuple[tuple[str, Measure, Window], ...]
+    """Less the plain ones: counts and sums of exact types, which are read all at once where the family has no head."""
+    plain: tuple[str, ...]
+    sums_at: np.ndarray
+    """int64 [P]: where each plain window is in the family's sums [M, W], laid flat."""
+    places: np.ndarray
+    """int64 [P]: its column among the group's features."""
+
+    @classmethod
+    def of(cls, family: Family, place_of: dict[str, int]) -> "Reads":
+        width = len(family.lengths_us)
+        every = tuple((f"{m.name}_{w.name}", m, w) for m in family.measures for w in m.windows)
+        plain = {
+            name: family.sum_columns.index(measure.columns[0]) * width + family.lengths_us.index(window.length_us)
+            for name, measure, window in every
+            if measure.is_invertible and measure.aggregation in ("count", "sum") and window.session_gap_us is None
+        }
+        return cls(
+            every,
+            tuple(one for one in every if one[0] not in plain),
+            tuple(plain),
+            np.array(list(plain.values()), dtype=np.int64),
+            np.array([place_of[name] for name in plain], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """The declaration, arranged for reading."""
 
     group: FeatureGroup
     families: tuple[Family, ...]
+    reads: dict[str, Reads]
+    """By family."""
+    place_of: dict[str, int]
+    """`<measure>_<window>` of a number → its column among the group's features; derived ones come after."""
     covers: dict[str, Cover]
     """Block column → how it combines."""
     moments: tuple[Measure, ...]
@@ -64,6 +100,8 @@ class GroupPlan:
     fresh: tuple[Measure, ...]
     """Measures of the head, in declared order."""
     derived: tuple[Compiled, ...]
+    feature_names: tuple[str, ...]
+    """The group's, which works them out anew each time."""
     keep_us: int
     """Blocks that start earlier than this before a tick are out of every window; LIFETIME_US: none ever is."""
 
@@ -88,25 +126,31 @@ class GroupPlan:
             if measure.representation in ("number", "extreme") and not measure.is_invertible
             for column in measure.columns
         }
-        windowed = frozenset(
+        windowed = [
             f"{measure.name}_{window.name}"
             for measure in group.measures
             if measure.shape == "number"
             for window in measure.windows
-        )
+        ]
+        place_of = {name: place for place, name in enumerate(windowed)}
         derived = tuple(
-            compile_expression(entry.expression, windowed, f"{group.source}: derived feature {group.entity}_{entry.name}")
+            compile_expression(
+                entry.expression, frozenset(windowed), f"{group.source}: derived feature {group.entity}_{entry.name}"
+            )
             for entry in group.derived
         )
         return cls(
             group,
             tuple(families),
+            {family.name: Reads.of(family, place_of) for family in families},
+            place_of,
             covers,
             tuple(measure for measure in group.measures if measure.representation == "moments"),
             tuple(measure for measure in group.measures if measure.representation == "events"),
             {measure.name: MapShape.of(measure) for measure in group.measures if measure.representation == "map"},
             tuple(measure for measure in group.measures if measure.freshness == "event"),
             derived,
+            group.feature_names,
             max(window.length_us for measure in group.measures for window in measure.windows),
         )
 

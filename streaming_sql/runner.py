@@ -18,6 +18,8 @@ from streaming_sql.feed import REMEMBERED, Feed, Taken
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.published import Publisher
+from streaming_sql.restore import origin_of
 from streaming_sql.runner_report import FEATURES, write_runner_report
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -74,17 +76,20 @@ class Runner:
         settings: RunnerSettings | None = None,
         status_path: Path | None = None,
         only_reads: bool = False,
+        publisher: Publisher | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
-        only_reads: it can catch up and nothing else; neither lake nor log is written."""
+        only_reads: it can catch up and nothing else; neither lake nor log is written. publisher: what writes each tick for
+        other processes and the next start; none by default."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
         self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log))
-        self._only_reads = only_reads
+        self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
+        self._moved = threading.Condition()
         self._reported = (time.monotonic(), self._feed.position)
         self.totals = Taken()
         self.failure: BaseException | None = None
@@ -111,7 +116,9 @@ class Runner:
         end = self._log.end()
         total = done + sum(end) - sum(self._feed.position)
         while sum(self._feed.position) < sum(end):
-            report = self._feed_once(self._settings.replay_limit)
+            held = self.store.blocks_through
+            is_history = any(at < there for at, there in zip(self._feed.position, held, strict=True))
+            report = self._feed_once(self._settings.replay_limit, is_history)
             done += report[0]
             if progress:
                 progress(min(done, total), total)
@@ -169,13 +176,19 @@ class Runner:
         if not self._caught_up:
             raise HeadraceError("the runner has not caught up with the lake: call catch_up() first")
 
-    def _feed_once(self, limit: int) -> tuple[int, Taken]:
+    def _feed_once(self, limit: int, is_history: bool = False) -> tuple[int, Taken]:
         if not self._only_reads:
             self._log.heartbeat(self._settings.heartbeat_idle_us)
         records = self._log.read(self._feed.position, limit)
-        taken = self._feed.take(records) if records.num_rows else Taken()
+        taken = self._feed.take(records, is_history) if records.num_rows else Taken()
         self._count(taken)
+        if records.num_rows:
+            self._tell_waiting()
         return records.num_rows, taken
+
+    def _tell_waiting(self) -> None:
+        with self._moved:
+            self._moved.notify_all()
 
     def _count(self, taken: Taken) -> None:
         self.totals.num_events += taken.num_events
@@ -215,10 +228,21 @@ class Runner:
         if self._status_path is not None:
             num_behind = sum(self._log.end()) - sum(position)
             through_us = self._feed.read_through_us
-            write_runner_report(self._status_path, self.store, self.totals, num_behind, through_us, per_s, self._clock)
+            write_runner_report(
+                self._status_path,
+                self.store,
+                self.totals,
+                num_behind,
+                through_us,
+                per_s,
+                self._clock,
+                len(self._feed.arrivals),
+                self._publisher.tick_us if self._publisher else 0,
+            )
 
     def _land_once(self) -> int:
         landed = self._lander.step()
+        self.publish()
         self.report()
         if not landed:
             self._stopping.wait(1.0)
@@ -231,6 +255,7 @@ class Runner:
                     self._stopping.wait(self._settings.poll_seconds)
         except BaseException as failure:
             self.failure = failure
+            self._tell_waiting()
             _LOG.exception("%s stopped", threading.current_thread().name)
 
     @property
@@ -247,16 +272,28 @@ class Runner:
             raise self.failure
         if flush:
             self.flush()
+        self.publish()
         self.report()
+
+    def publish(self) -> None:
+        """Publishes the store if its tick is new. A disk that is full makes the next start longer, and stops nothing."""
+        view = self.store.view()
+        if self._publisher is None or not view.tick_us:
+            return
+        try:
+            self._publisher.publish(view, self._origin)
+        except OSError as error:
+            _LOG.warning("tick %s was not published: %s", view.tick_us, error)
 
     def wait_until(self, position: tuple[int, ...], timeout_s: float = 10.0) -> bool:
         """Waits until the store has absorbed `position`; false if it has not by then."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self.failure is None:
-            if all(own >= wanted for own, wanted in zip(self.store.position, position, strict=True)):
-                return True
-            time.sleep(0.001)
-        return False
+
+        def absorbed() -> bool:
+            return all(own >= wanted for own, wanted in zip(self.store.position, position, strict=True))
+
+        with self._moved:
+            self._moved.wait_for(lambda: absorbed() or self.failure is not None, timeout_s)
+        return absorbed()
 
 
 def _told(progress: Progress | None, done: int, total: int) -> int:

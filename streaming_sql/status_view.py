@@ -35,6 +35,18 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         f"dead letters {runner['num_dead']}; blocks {runner['block_bytes'] / 1e6:.1f} MB"
         + "".join(f", {name} kept for good" for name in runner.get("keeps_for_good", ()))
     )
+    if "process_bytes" in runner:
+        process = "" if runner["process_bytes"] is None else f"process {runner['process_bytes'] / 1e6:,.0f} MB, "
+        keys = sum(runner["num_keys"].values())
+        lines.append(
+            f"memory   {process}{keys:,} keys, {runner['num_head_events']:,} head events, "
+            f"{runner['num_remembered_ids']:,} remembered ids; published tick {runner['published_tick']}"
+        )
+        touched, added, merged = (
+            sum(work[f"num_{what}"] for work in runner["work"].values())
+            for what in ("keys_touched", "blocks_added", "blocks_merged")
+        )
+        lines.append(f"work     {touched:,} keys touched by {added:,} new blocks, {merged:,} blocks merged")
     return lines
 
 

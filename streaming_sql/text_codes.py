@@ -26,6 +26,10 @@ class TextCodes:
         codes = np.array([self.code(text) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
         return codes[encoded.indices.to_numpy()] if len(codes) else np.zeros(0, dtype=np.int64)
 
+    def since(self, start: int = 0) -> list[str]:
+        """The texts of codes start, start + 1, …"""
+        return self._texts[start:]
+
     def code(self, text: str) -> int:
         """The text's code, a new one if need be."""
         code = self._code_of.get(text)

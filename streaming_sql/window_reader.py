@@ -3,6 +3,7 @@
 Shape letters: N keys asked for, M sum columns of the family, W window lengths of its sums.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,15 @@ class WindowReader:
         for layer, run in zip(self._layers, self._runs, strict=True):
             out += layer.windowed_sums(self._family.name, run, lower, upper)
         return out
+
+    @property
+    def has_head(self) -> bool:
+        """Whether events of the head come on top of the blocks."""
+        return bool(self._heads)
+
+    def sums_at(self, places: np.ndarray) -> np.ndarray:
+        """int64 [N, P]: sums over blocks by their places in [M, W]."""
+        return self._sums.reshape(self.num_keys, math.prod(self._sums.shape[1:]))[:, places]
 
     def numbers(self, measure: Measure, window: Window) -> list[np.ndarray]:
         """The representation's columns of a number or extreme, [N] each: int64 for sums, else float64. Fresh memory."""

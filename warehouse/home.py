@@ -52,6 +52,11 @@ class Home:
         return self._folder("models")
 
     @property
+    def training(self) -> Path:
+        """Request rows and checkpoints: what a run of the trainer needs to go on."""
+        return self._folder("training")
+
+    @property
     def online(self) -> Path:
         return self._folder("online")
 

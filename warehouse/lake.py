@@ -40,6 +40,13 @@ def duckdb_connection(database: str = ":memory:") -> duckdb.DuckDBPyConnection:
     return connection
 
 
+def plain_connection() -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with the settings of `_configure` and no extension: for rows that are in memory or in plain files."""
+    connection = duckdb.connect()
+    _configure(connection)
+    return connection
+
+
 def prepare_connection(connection: duckdb.DuckDBPyConnection) -> None:
     """Loads the Iceberg extension from its wheel (no download), and makes the settings of `_configure`."""
     from duckdb_extensions import import_extension
@@ -195,8 +202,7 @@ class Lake:
     def reader(self, names: Iterable[str], more: bool = False) -> duckdb.DuckDBPyConnection:
         """An in-memory DuckDB with a view of each of these tables at its current snapshot. Loads the Iceberg extension (a third
         of a second, to check 80 MB of signatures) only where a table is not just its Parquet files, or `more` views follow."""
-        connection = duckdb.connect()
-        _configure(connection)
+        connection = plain_connection()
         views = {name: self._files_sql(name) for name in names}
         if more or not all(views.values()):
             prepare_connection(connection)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyiceberg.table import Table
@@ -20,7 +19,7 @@ from warehouse.clock import Clock
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, NUM_PARTITIONS, TIMESTAMP, partition_of
-from warehouse.lake import Lake
+from warehouse.lake import Lake, plain_connection
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
 
 EVENTS = "lake.events"
@@ -238,8 +237,7 @@ def _stamp(
         return EVENTS_SCHEMA.empty_table(), DEAD_LETTERS_SCHEMA.empty_table()
     first = pc.min(events["landed_at"]).cast(pa.int64()).as_py()
     land_now = last_us is not None and (first is None or first < last_us)
-    connection = duckdb.connect()
-    connection.execute("set TimeZone = 'UTC'")
+    connection = plain_connection()
     connection.register("events", events)
     judged = connection.execute(
         _STAMP,
@@ -262,8 +260,7 @@ def _placed_in_log(judged: pa.Table, position: tuple[int, ...], landing: str) ->
     """Gives each row its log partition and the next offset there."""
     users = pc.dictionary_encode(judged["user_id"], null_encoding="encode").combine_chunks()
     partitions_of_users = pa.array([partition_of(user, len(position)) for user in users.dictionary.to_pylist()], pa.int32())
-    connection = duckdb.connect()
-    connection.execute("set TimeZone = 'UTC'")
+    connection = plain_connection()
     rows = judged.drop(["landed_at"]).append_column("log_partition", partitions_of_users.take(users.indices))
     starts = pa.table(
         {"log_partition": pa.array(range(len(position)), pa.int32()), "first_offset": pa.array(position, pa.int64())}

@@ -13,7 +13,7 @@ import pyarrow as pa
 from warehouse.clock import Clock
 from warehouse.datasets.base import DATASET_EVENTS_SCHEMA
 from warehouse.errors import HeadraceError
-from warehouse.lake import Lake, quoted
+from warehouse.lake import Lake, plain_connection, quoted
 from warehouse.landing import Landed, Progress, land_events
 
 REQUIRED = ("event_id", "event_type", "event_ts")
@@ -52,13 +52,13 @@ def land_file(
 
 
 def _read(path: Path, landed_at: str | None, delay_seconds: float | None) -> pa.Table:
-    connection = duckdb.connect()
-    connection.execute("set TimeZone = 'UTC'")
+    connection = plain_connection()
     source = READERS[path.suffix].format(path=quoted(str(path)))
     try:
         types = dict(row[:2] for row in connection.execute(f"describe select * from {source}").fetchall())
     except duckdb.Error as error:
-        raise HeadraceError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise HeadraceError(f"{path} cannot be read as {path.suffix[1:]}, perhaps it is half-written: {why}") from None
     wanted = (*REQUIRED, landed_at) if landed_at else REQUIRED
     if missing := [column for column in wanted if column not in types]:
         raise HeadraceError(f"{path} has no column {', '.join(missing)}; it has {', '.join(types)}")
@@ -70,7 +70,7 @@ def _read(path: Path, landed_at: str | None, delay_seconds: float | None) -> pa.
     try:
         return connection.execute(_select(source, types, landed_at, delay_seconds)).to_arrow_table().cast(_loose_schema())
     except duckdb.Error as error:
-        raise HeadraceError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise HeadraceError(f"{path} cannot be read, perhaps it is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _select(source: str, types: dict[str, str], landed_at: str | None, delay_seconds: float | None) -> str:

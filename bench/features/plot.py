@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 70, 150, 50, 50
+LINE = 15
+"""Names beside the ends of lines are no nearer."""
 COLOURS = ("#1f5fa8", "#c2571a", "#2f7d4f", "#7a4a9e")
 
 
@@ -12,7 +14,7 @@ COLOURS = ("#1f5fa8", "#c2571a", "#2f7d4f", "#7a4a9e")
 class Line:
     name: str
     points: list[tuple[float, float]]
-    """(x, y), both positive."""
+    """(x, y), both positive; a line without points is not drawn."""
 
 
 def draw(path: Path, title: str, x_name: str, y_name: str, lines: list[Line]) -> None:
@@ -42,13 +44,19 @@ def draw(path: Path, title: str, x_name: str, y_name: str, lines: list[Line]) ->
         y = up(10**power)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    names = []
     for line, colour in zip(lines, COLOURS, strict=False):
+        if not line.points:
+            continue
         places = [(across(x), up(y)) for x, y in line.points]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in places]
-        x, y = places[-1]
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{line.name}</text>')
+        names.append((places[-1][1], places[-1][0], f'fill="{colour}">{line.name}</text>'))
+    lowest = -math.inf
+    for y, x, name in sorted(names):
+        lowest = max(y, lowest + LINE)
+        parts.append(f'<text x="{x + 8:.1f}" y="{lowest + 4:.1f}" {name}')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, "</svg>", ""]))
 

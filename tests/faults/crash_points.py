@@ -1,7 +1,9 @@
 """Kills this process at its n-th write boundary: before a SQL statement that writes (event log and catalogue alike, so a
-commit is hit before it, and after it by the next statement), and before and after a file of the lake is made."""
+commit is hit before it, and after it by the next statement), before and after a file of the lake is made, and before and after
+a file of the published store takes its name."""
 
 import os
+import pathlib
 import signal
 import sqlite3
 
@@ -47,4 +49,13 @@ def install(at: int) -> CrashPoints:
         return stream
 
     PyArrowFile.create = create
+    rename = pathlib.Path.replace
+
+    def replace(self, target):
+        points.reach()
+        found = rename(self, target)
+        points.reach()
+        return found
+
+    pathlib.Path.replace = replace
     return points

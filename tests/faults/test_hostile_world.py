@@ -115,3 +115,44 @@ def test_a_lake_that_cannot_be_written_leaves_everything_in_the_log(tmp_path, mo
     assert lake.scan(EVENTS).num_rows == 0
     log.close()
     assert check(home, START_US + HOUR_US) == 6
+
+
+POISONS = [
+    {"event_ts": START_US, "properties": '{"watch_ms": 99999999999999999999}'},
+    {"properties": '{"watch_ms": {"deep": [[[[1]]]]}}'},
+    {"properties": '{"watch_ms": "12\\u0000"}'},
+    {"user_id": "u1", "note_id": "n\u0000", "author_id": "a'; drop table staged; --"},
+    {"user_id": "\U0001f4a5" * 1000, "event_type": "click"},
+    {"event_type": "no such type", "retracts": None},
+    {"event_type": "retraction", "retracts": "poison-0"},
+    {"event_type": "retraction", "retracts": "nothing that ever was"},
+    {"event_ts": START_US - HOUR_US, "impression_id": "", "note_id": ""},
+]
+
+
+def test_one_poison_event_in_a_batch_takes_nothing_else_with_it(tmp_path):
+    home = prepare(tmp_path / "home")
+    clock = ManualClock(START_US + MINUTE_US)
+    _, log = victims.open_home(home, clock)
+    for number, poison in enumerate(POISONS):
+        event = {"event_id": f"poison-{number}", "event_type": "watch", "user_id": "u2", "note_id": "n1", "author_id": "a1"}
+        log.append([*victims.batch(f"p{number}", clock), event | {"event_ts": clock.now_us()} | poison])
+        clock.advance_us(40 * SECOND_US)
+    log.close()
+    assert check(home, START_US + HOUR_US) == len(POISONS) * 7
+
+
+@pytest.mark.parametrize(
+    "bad", [{"event_ts": "soon"}, {"event_ts": 1.5}, {"note_id": "\ud800"}, {"colour": 1}, {"event_id": ""}]
+)
+def test_what_the_log_cannot_hold_is_refused_by_name_with_its_batch_and_the_log_goes_on(tmp_path, bad):
+    home = prepare(tmp_path / "home")
+    clock = ManualClock(START_US + MINUTE_US)
+    _, log = victims.open_home(home, clock)
+    event = {"event_id": "bad", "event_type": "view", "user_id": "u1", "event_ts": clock.now_us()}
+    with pytest.raises(HeadraceError, match=str(next(iter(bad)))):
+        log.append([*victims.batch("with", clock), event | bad])
+    assert sum(log.end()) == sum(log.start())
+    victims.post(log, home, "after", clock)
+    log.close()
+    assert check(home, START_US + HOUR_US) == 6

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner, RunnerSettings
 from tests.faults import victims
 from tests.streaming_sql.generated import typed
@@ -18,6 +18,7 @@ from tests.streaming_sql.test_live_store import assert_equals_oracle
 from warehouse.clock import ManualClock
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import load_groups
+from warehouse.home import Home
 from warehouse.landing import DEAD_LETTERS, EVENTS
 from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US
 
@@ -88,7 +89,8 @@ def check(home, now_us):
     """Opens the home once more, lands everything, and holds lake, dead letters and store against what was acknowledged."""
     clock = ManualClock(now_us)
     lake, log = victims.open_home(home, clock)
-    runner = Runner(lake, log, OnlineStore.from_lake(lake, GROUPS), GROUPS, clock, RunnerSettings(lander=victims.LANDER))
+    store = open_store(Home(home).online / STORE_FOLDER, lake, log, GROUPS)
+    runner = Runner(lake, log, store, GROUPS, clock, RunnerSettings(lander=victims.LANDER))
     runner.catch_up()
     runner.step()
     clock.advance_us(FIVE_MINUTES_US + MINUTE_US)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from streaming_sql.event_log import EventLog
 from streaming_sql.lander import Lander, LanderSettings
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.published import Publisher
+from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner, RunnerSettings
 from tests.faults.crash_points import install
 from warehouse.clock import ManualClock
@@ -73,13 +74,17 @@ def lander(folder: Path, name: str, now_us: int) -> None:
 def runner(folder: Path, name: str, now_us: int) -> None:
     clock = ManualClock(now_us)
     lake, log = open_home(folder, clock)
-    groups = load_groups()
-    own = Runner(lake, log, OnlineStore.from_lake(lake, groups), groups, clock, RunnerSettings(lander=LANDER))
+    groups, store = load_groups(), Home(folder).online / STORE_FOLDER
+    publisher = Publisher(store, groups)
+    own = Runner(
+        lake, log, open_store(store, lake, log, groups), groups, clock, RunnerSettings(lander=LANDER), publisher=publisher
+    )
     own.catch_up()
     for number in range(ROUNDS):
         clock.advance_us(100 * SECOND_US)
         post(log, folder, f"{name}-{number}", clock)
         own.step()
+        own.publish()
 
 
 ROLES = {"collector": collector, "lander": lander, "runner": runner}

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from models_ml import metrics
 
@@ -95,3 +95,48 @@ def test_metrics_refuse_rows_that_do_not_match():
         metrics.auc(np.array([0, 1]), np.array([0.1, 0.2, 0.3]))
     with pytest.raises(ValueError, match="k must be at least 1"):
         metrics.ndcg(np.array([1]), np.array([0.1]), np.array([1]), k=0)
+
+
+def test_grouped_auc_weighs_readers_by_their_rows_and_leaves_out_the_one_sided():
+    labels, scores = np.array([1, 0, 1, 0, 0, 1]), np.array([0.9, 0.1, 0.5, 0.5, 0.1, 0.3])
+    # a: 2 rows, AUC 1; b: 3 rows, one pair tied and one won, AUC 3/4; c has no negative row
+    found = metrics.grouped_auc(labels, scores, np.array(["a", "a", "b", "b", "b", "c"]))
+    assert found == pytest.approx((2 * 1 + 3 * 0.75) / 5)
+
+
+def test_grouped_auc_is_the_weighted_mean_of_aucs():
+    rng = np.random.default_rng(0)
+    labels, scores, groups = rng.integers(0, 2, 300), np.round(rng.random(300), 1), rng.integers(0, 40, 300)
+    parts = [(metrics.auc(labels[groups == group], scores[groups == group]), (groups == group).sum()) for group in range(40)]
+    values, weights = zip(*((value, weight) for value, weight in parts if not math.isnan(value)), strict=True)
+    assert metrics.grouped_auc(labels, scores, groups) == pytest.approx(np.average(values, weights=weights))
+
+
+def test_average_precision_agrees_with_scikit_learn_also_with_ties():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, 300), np.round(rng.random(300), 1)
+    assert metrics.average_precision(labels, scores) == pytest.approx(average_precision_score(labels, scores))
+
+
+def test_lists_by_hand_a_negative_stands_before_a_positive_of_the_same_score():
+    # a in order: 0 1 1 (the tie puts the negative first); b: 1 0; c has no positive row
+    labels = np.array([1, 0, 1, 1, 0, 0])
+    scores = np.array([0.9, 0.9, 0.5, 0.8, 0.1, 0.7])
+    found = metrics.ranked_lists(labels, scores, np.array(["a", "a", "a", "b", "b", "c"]), k=2)
+    assert found == {"mrr": (1 / 2 + 1) / 2, "map@2": (1 / 2 / 2 + 1) / 2, "recall@2": (1 / 2 + 1) / 2}
+
+
+def test_coverage_is_the_share_of_items_that_reach_a_first_k():
+    scores, groups, items = np.array([0.9, 0.5, 0.9, 0.5]), np.array([1, 1, 2, 2]), np.array(["x", "y", "x", "z"])
+    assert metrics.coverage(scores, groups, items, 1) == pytest.approx(1 / 3)
+    assert metrics.coverage(scores, groups, items, 2) == 1.0
+
+
+def test_relative_calibration_is_promised_over_observed():
+    assert metrics.relative_calibration(np.array([1, 0, 0]), np.array([0.5, 0.75, 0.75])) == pytest.approx(2.0)
+    assert math.isnan(metrics.relative_calibration(np.zeros(2), np.array([0.1, 0.1])))
+
+
+def test_reliability_gives_mean_prediction_observed_rate_and_rows_of_each_bin():
+    found = metrics.reliability(np.array([0, 1, 1, 1]), np.array([0.1, 0.3, 0.8, 0.6]), num_bins=2)
+    assert found == pytest.approx(np.array([[0.2, 0.5, 2], [0.7, 1.0, 2]]))

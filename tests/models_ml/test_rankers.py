@@ -213,6 +213,8 @@ def test_another_head_is_a_matter_of_configuration(loaded):
     assert list(model.score_rows(loaded, loaded.test_rows)) == ["long_view"]
     with pytest.raises(HeadraceError, match=r"no label for the head\(s\) like; it has click, long_view"):
         l2.train(loaded, L2Config(heads=("click", "like")), 0, lambda done, total: None)
+    with pytest.raises(HeadraceError, match=r"history_length must be at most 100, what request rows hold; got 200"):
+        l2.train(loaded, L2Config(history_length=200), 0, lambda done, total: None)
 
 
 def test_l2_refuses_ids_that_do_not_match_their_features(loaded, models):

@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
+from warehouse.events import RETRACTION, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.generated import START_US, in_log_order, position
 from warehouse.features.oracle import Read
 from warehouse.time_algebra import (
     DAY_US,
@@ -27,7 +28,6 @@ from warehouse.time_algebra import (
     newest_tick,
 )
 
-START_US = 1_767_225_600_000_000  # 2026-01-01 00:00 UTC
 CLOCKS_CHANGE_US = START_US + 66 * DAY_US + 6 * HOUR_US + 50 * MINUTE_US
 """2026-03-08 06:50 UTC: ten minutes before New York's 2 o'clock becomes 3."""
 BASES_US = (0, HOUR_US, DAY_US)
@@ -108,12 +108,7 @@ def event_log(
         again = {"impression_id": f"again-{row['impression_id']}", "event_ts": row["event_ts"] + 5 * MINUTE_US + ago - DAY_US}
         rows.append({**row, **again, "landed_at": row["landed_at"] + ago})
     rows += _retractions(random, rows, num_events // 4 if num_retractions is None else num_retractions)
-    rows.sort(key=lambda row: row["landed_at"])
-    next_offset = [0, 0]
-    for row in rows:
-        row["log_offset"] = next_offset[row["log_partition"]]
-        next_offset[row["log_partition"]] += 1
-    return rows
+    return in_log_order(rows)
 
 
 def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
@@ -157,20 +152,9 @@ def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], 
         request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
         tick_us = newest_tick(request_us) - random.choice((0, 0, 0, 1, 12)) * FIVE_MINUTES_US
         known_tick_us = tick_us + random.choice((0, 0, 0, -1, 1, 300)) * FIVE_MINUTES_US
-        questions.append(Read(key, request_us, tick_us, known_tick_us, _position(random, rows, tick_us, request_us)))
+        known_position = None if random.random() < 0.5 else position(random, rows, tick_us, request_us)
+        questions.append(Read(key, request_us, tick_us, known_tick_us, known_position))
     return questions
-
-
-def _position(random: Random, rows: list[dict[str, Any]], tick_us: int, request_us: int) -> tuple[int, ...] | None:
-    """None, or a position at or past the one that closed the tick; the partitions need not be equally far."""
-    if random.random() < 0.5:
-        return None
-    position = []
-    for partition in (0, 1):
-        landings = [row["landed_at"] for row in rows if row["log_partition"] == partition]
-        must = sum(landed < tick_us + GRACE_US for landed in landings)
-        position.append(random.randint(must, max(must, sum(landed < request_us + HOUR_US for landed in landings))))
-    return tuple(position)
 
 
 def heartbeats(rows: list[dict[str, Any]], landed_at: int) -> list[dict[str, Any]]:
@@ -188,15 +172,6 @@ def heartbeats(rows: list[dict[str, Any]], landed_at: int) -> list[dict[str, Any
         }
         for partition in (0, 1)
     ]
-
-
-def as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """The rows as an Arrow table in the schema of `lake.events`."""
-    columns = {
-        field.name: pa.array([row[field.name] for row in rows], pa.int64() if pa.types.is_timestamp(field.type) else field.type)
-        for field in EVENTS_SCHEMA
-    }
-    return pa.table(columns).cast(EVENTS_SCHEMA)
 
 
 def spine_table(group: FeatureGroup, questions: list[Read]) -> pa.Table:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.generated_events import CLOCKS_CHANGE_US, START_US, as_table, event_log, some_reads, spine_table
+from tests.parity.generated_events import CLOCKS_CHANGE_US, event_log, some_reads, spine_table
 from warehouse.features import render
 from warehouse.features.declarations import FeatureGroup, load_groups
+from warehouse.features.generated import START_US, as_table
 from warehouse.features.oracle import Read, values
 
 GROUPS = {**load_groups(), **load_groups(Path(__file__).parent / "every_aggregation")}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.generated_events import START_US, as_table, event_log, some_reads, spine_table
+from tests.parity.generated_events import event_log, some_reads, spine_table
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build
 from warehouse.events import TIMESTAMP
 from warehouse.features import compute_arrays, compute_spill
@@ -19,6 +19,7 @@ from warehouse.features.compute_plan import plan
 from warehouse.features.compute_source import Relations, Source
 from warehouse.features.compute_spine import Span, Spine
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.generated import START_US, as_table
 from warehouse.features.oracle import Read, values
 from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, HOUR_US, newest_tick
 

@@ -5,10 +5,11 @@ from random import Random
 
 import pytest
 
-from tests.parity.generated_events import as_table, event_log, heartbeats
+from tests.parity.generated_events import event_log, heartbeats
 from tests.parity.test_batch_equals_oracle import assert_equal
 from tests.warehouse.dbt_command import dbt
 from warehouse.features.declarations import load_groups
+from warehouse.features.generated import as_table
 from warehouse.features.oracle import Read, first_arrivals, standing, values
 from warehouse.features.recompute import recompute
 from warehouse.home import Home

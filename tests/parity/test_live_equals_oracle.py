@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_sql.verify import live_answers
-from tests.parity.generated_events import CLOCKS_CHANGE_US, START_US, event_log
+from tests.parity.generated_events import CLOCKS_CHANGE_US, event_log
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal
+from warehouse.features.generated import START_US
 from warehouse.features.oracle import values
 from warehouse.features.verify import in_float64
 

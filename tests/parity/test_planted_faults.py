@@ -20,12 +20,13 @@ from streaming_sql.block_layer import BlockLayer
 from streaming_sql.feed import Feed
 from streaming_sql.head import Head, HeadEvent
 from tests.parity import training_join
-from tests.parity.generated_events import as_table, event_log, some_reads
+from tests.parity.generated_events import event_log, some_reads
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal, build, read_batch
 from tests.parity.test_compute_equals_oracle import answers, as_spines_ask
 from tests.parity.test_dbt_equals_oracle import OUTCOMES, known_when_labels_are_final
 from tests.parity.test_live_equals_oracle import assert_live
 from warehouse.features import compute_arrays, compute_model, render
+from warehouse.features.generated import as_table
 from warehouse.features.oracle import Read, first_arrivals, values
 from warehouse.time_algebra import FIVE_MINUTES_US, HOUR_US, newest_tick
 

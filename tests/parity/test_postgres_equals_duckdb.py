@@ -11,12 +11,13 @@ import duckdb
 import pytest
 import sqlglot
 
-from tests.parity.generated_events import as_table, event_log
+from tests.parity.generated_events import event_log
 from tests.parity.test_batch_equals_oracle import GROUPS
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS
 from warehouse.features import render
 from warehouse.features.declarations import load_groups
+from warehouse.features.generated import as_table
 from warehouse.features.measures import Measure
 
 NAMES = [name for name in GROUPS if name not in load_groups() and not name.startswith("everything")]  # those divide integers

@@ -22,7 +22,7 @@ REFUSED = [
     (FEED, {"userId": "u1", "limit": 0}, 422, "limit: Input should be greater than or equal to 1"),
     (FEED, {"userId": "u1", "limit": 201}, 422, "limit: Input should be less than or equal to 200"),
     (FEED, {"userId": "u1", "limit": 2.5}, 422, "limit: Input should be a valid integer"),
-    (FEED, {"userId": "u1", "limit": "many"}, 422, "limit: Input should be a valid integer"),
+    (FEED, {"userId": "u1", "limit": "many"}, 422, "limit: must be a number, got text"),
     (FEED, {"userId": "u1", "context": 5}, 422, "context: Input should be a valid dictionary"),
     (FEED, [], 422, "body"),
     (FEED, None, 422, "body"),

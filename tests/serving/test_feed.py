@@ -32,7 +32,7 @@ def test_a_feed_is_a_page_of_distinct_notes_best_first(server, readers):
     answer = server.feed(readers[0])
     assert set(answer) == {
         "requestId", "modelVersion", "modelVersions", "requestTs", "featureWatermark", "knownPosition",
-        "notes", "degraded", "timings",
+        "notes", "degraded", "cached", "numCandidates", "timings",
     }  # fmt: skip
     notes = answer["notes"]
     assert all(set(note) == NOTE_FIELDS for note in notes)

@@ -1,10 +1,13 @@
+import dataclasses
 import threading
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table
+from serving.log_table import as_table
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -68,6 +71,10 @@ def lake(tmp_path):
     return Lake.open(Home(tmp_path))
 
 
+def table(request_id="r1", **changes):
+    return rows_to_table([row(request_id) | changes])
+
+
 def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
     forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s)
     forward_log.start()
@@ -86,7 +93,7 @@ def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
     rows = rows_to_table([first]).to_pylist()
     lake.append(FORWARD_LOG, pa.Table.from_pylist(rows, schema=older))
     forward_log = opened(lake)
-    assert forward_log.offer(lambda: second)
+    assert forward_log.offer(lambda: rows_to_table([second]))
     forward_log.close()
     scanned = lake.scan(FORWARD_LOG).to_pylist(maps_as_pydicts="strict")
     stored = {item["request_id"]: item for item in scanned}
@@ -99,7 +106,7 @@ def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
 
 def test_a_row_comes_back_from_the_lake_as_it_was(lake):
     forward_log = opened(lake)
-    assert forward_log.offer(row)
+    assert forward_log.offer(table)
     forward_log.close()
     stored = lake.scan(FORWARD_LOG)
     assert stored.schema.names == FORWARD_LOG_SCHEMA.names
@@ -115,10 +122,10 @@ def test_a_row_comes_back_from_the_lake_as_it_was(lake):
 
 def test_flush_writes_at_once_and_close_writes_the_rest(lake):
     forward_log = opened(lake)
-    forward_log.offer(row)
+    forward_log.offer(table)
     assert forward_log.flush()
     assert lake.scan(FORWARD_LOG).num_rows == 1
-    forward_log.offer(lambda: row("r2"))
+    forward_log.offer(lambda: table("r2"))
     assert lake.scan(FORWARD_LOG).num_rows == 1
     forward_log.close()
     assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == ["r1", "r2"]
@@ -127,8 +134,8 @@ def test_flush_writes_at_once_and_close_writes_the_rest(lake):
 @pytest.mark.parametrize(("max_rows", "max_age_s"), [(2, 60.0), (50, 0.05)])
 def test_rows_are_written_by_number_and_by_age_without_being_asked(lake, max_rows, max_age_s):
     forward_log = opened(lake, max_rows=max_rows, max_age_s=max_age_s)
-    forward_log.offer(row)
-    forward_log.offer(lambda: row("r2"))
+    forward_log.offer(table)
+    forward_log.offer(lambda: table("r2"))
     deadline = time.monotonic() + 10
     while forward_log.num_written < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -147,7 +154,7 @@ def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):
     monkeypatch.setattr(Lake, "append", slow_append)
     forward_log = opened(lake, max_waiting=3, max_rows=1)
     started = time.monotonic()
-    taken = [forward_log.offer(lambda n=n: row(f"r{n}")) for n in range(20)]
+    taken = [forward_log.offer(lambda n=n: table(f"r{n}")) for n in range(20)]
     assert time.monotonic() - started < 1
     assert taken.count(False) == forward_log.num_dropped >= 16  # 3 wait, at most 1 is with the writer
     stuck.set()
@@ -166,7 +173,7 @@ def test_a_write_that_fails_is_tried_again(lake, monkeypatch, caplog):
     monkeypatch.setattr(Lake, "append", failing_append)
     monkeypatch.setattr("serving.forward_log.RETRY_S", 0.01)
     forward_log = opened(lake)
-    forward_log.offer(row)
+    forward_log.offer(table)
     assert forward_log.flush()
     assert lake.scan(FORWARD_LOG).num_rows == 1
     assert forward_log.num_failed_writes == 1
@@ -176,9 +183,23 @@ def test_a_write_that_fails_is_tried_again(lake, monkeypatch, caplog):
 
 def test_a_row_that_does_not_fit_is_dropped_alone(lake, caplog):
     forward_log = opened(lake)
-    forward_log.offer(lambda: row() | {"request_ts": "yesterday"})
-    forward_log.offer(lambda: row("r2"))
+    forward_log.offer(lambda: table(request_ts="yesterday"))
+    forward_log.offer(lambda: table("r2"))
     forward_log.close()
     assert lake.scan(FORWARD_LOG)["request_id"].to_pylist() == ["r2"]
     assert (forward_log.num_written, forward_log.num_dropped) == (1, 1)
     assert "does not fit the schema" in caplog.text
+
+
+def test_a_request_by_columns_is_the_request_by_rows(server, readers):
+    for user_id in (*readers[:2], "nobody-ever-met"):
+        request_id = server.feed(user_id, limit=7)["requestId"]
+        served = server.engine.recent.get(request_id)
+        assert len(served.candidates) > 7
+        assert len(served.logged) > 0
+        for some in (served.logged, served.logged[::3]):
+            kept = np.searchsorted(served.logged, some)
+            part = dataclasses.replace(served, logged=some, logged_features=served.logged_features.take(kept))
+            by_columns = as_table(part)
+            by_columns.validate(full=True)
+            assert by_columns.to_pylist() == rows_to_table([part.as_row()]).to_pylist()

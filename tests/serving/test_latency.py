@@ -1,4 +1,4 @@
-"""A wide bound that only a mistake breaks; bench/serving.py measures."""
+"""A wide bound that only a mistake breaks; bench/serving measures."""
 
 import time
 

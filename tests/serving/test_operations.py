@@ -43,6 +43,8 @@ def test_metrics_count_requests_stages_and_the_queue(server):
         "headrace_forward_log_dropped 0.0",
         "headrace_ready 1.0",
         "headrace_tick_age_seconds",
+        "process_cpu_seconds_total",
+        f'headrace_model_info{{model="l2",version="{server.engine.world.models.versions["l2"]}"}} 1.0',
     ):
         assert line in text
 

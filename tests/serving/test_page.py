@@ -59,7 +59,7 @@ def test_places_are_taken_by_what_they_are_kept_for(server, readers):
             assert (notes[0]["noteId"], by_slot[0]) == (promoted, "promoted")
         assert by_slot[2] == "cold_start"
         row = world.catalogue.row_of[notes[2]["noteId"]]
-        assert world.catalogue.freshness_us()[row] >= world.clock.now_us() - 9 * HOUR_US
+        assert world.catalogue.freshness_us[row] >= world.clock.now_us() - 9 * HOUR_US
         assert all(0 < note["propensity"] < 1 for note in notes if note["position"] in (5, 7))
         assert all(note["propensity"] == 1 for note in notes if note["position"] not in (5, 7))
         explored += sum(slot == "exploration" for slot in by_slot.values())

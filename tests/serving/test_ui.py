@@ -1,6 +1,7 @@
 """The page in a real browser: loaded from the server, clicked, and read back."""
 
 import contextlib
+import dataclasses
 import re
 import threading
 
@@ -74,6 +75,21 @@ def test_a_like_pressed_on_the_page_changes_the_readers_features_at_once(server,
     assert "user_num_likes_7d" in changed
     assert re.search(r"like \S+ → \d+:\d+", page.run("document.querySelector('#user').innerText"))
     assert "already count it" in page.run("document.querySelector('#message').textContent")
+
+
+@needs_chromium
+def test_places_that_are_kept_and_what_was_kept_from_before_are_shown(server, readers, page, monkeypatch):
+    world = server.engine.world
+    settings = dataclasses.replace(world.settings, cold_start_positions=[2], cold_start_hours=1e5)
+    monkeypatch.setattr(server.engine, "world", dataclasses.replace(world, settings=settings))
+    page.go(f"{server.base_url}/ui?user={readers[26]}&open=2")
+    page.until(f"{NUM_ROWS} === 20 && document.querySelector('#note .features')")
+    kept = "[...document.querySelectorAll('#feed tbody tr')].map((row) => row.querySelector('.slot')?.textContent ?? '')"
+    assert page.run(kept) == ["", "", "cold start"] + 17 * [""]
+    assert "cold start, propensity 1" in page.run("document.querySelector('#note').innerText")
+    page.run("document.querySelector('#controls').requestSubmit()")
+    page.until("document.querySelector('#cached')")
+    assert page.run("document.querySelector('#cached').innerText") == "kept from before: user, candidates, l1"
 
 
 @needs_chromium

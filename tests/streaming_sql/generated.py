@@ -1,5 +1,6 @@
 """Generated event logs: late, early, dead, duplicated, retracted, tied, null, on edges, with heartbeats, in two partitions."""
 
+import re
 from pathlib import Path
 
 import duckdb
@@ -106,4 +107,5 @@ def alive(records: list[dict]) -> list[dict]:
 def typed(record: dict) -> dict:
     """With the staging model's typed column: integers and texts of integers count, the rest is NULL."""
     watch = orjson.loads(record["properties"] or "{}").get("watch_ms")
-    return {**record, "watch_ms": None if watch in (None, "x") or watch is True else int(watch)}
+    text = str(watch) if isinstance(watch, int | str) and not isinstance(watch, bool) else ""
+    return {**record, "watch_ms": int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None}

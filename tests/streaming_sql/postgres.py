@@ -21,30 +21,53 @@ def _binary(name: str) -> str:
     return found
 
 
+class Server:
+    """One database of a server that can be killed and started again."""
+
+    def __init__(self, folder: Path, database: str):
+        self._folder, self._data = folder, folder / "data"
+        self.dsn = f"host={folder} user=postgres dbname={database}"
+        self._as_owner: list[str] = []
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            self._as_owner = ["runuser", "-u", "postgres", "--"]
+            shutil.chown(folder, "postgres")
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, database: str) -> Iterator["Server"]:
+        """UTC and bytewise collation. Skips, by name, without PostgreSQL."""
+        initdb = _binary("initdb")
+        folder = Path(tempfile.mkdtemp(prefix="hr_pg_"))
+        server = cls(folder, database)
+        try:
+            server._run(initdb, "-D", str(server._data), "-U", "postgres", "-A", "trust", "--locale=C", "-E", "UTF8")
+            server.start()
+            try:
+                with psycopg.connect(host=str(folder), user="postgres", dbname="postgres", autocommit=True) as connection:
+                    connection.execute(f'create database "{database}"')
+                yield server
+            finally:
+                server.kill()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def start(self) -> None:
+        options = f"-c listen_addresses='' -c unix_socket_directories={self._folder} -c fsync=off -c TimeZone=UTC"
+        self._run(_binary("pg_ctl"), "-D", str(self._data), "-w", "-l", str(self._folder / "log"), "-o", options, "start")
+
+    def kill(self) -> None:
+        """Ends it as a crash does: no connection is told."""
+        self._run(_binary("pg_ctl"), "-D", str(self._data), "-m", "immediate", "stop")
+
+    def connected(self) -> psycopg.Connection:
+        return psycopg.connect(self.dsn, autocommit=True)
+
+    def _run(self, *command: str) -> None:
+        subprocess.run([*self._as_owner, *command], check=True, capture_output=True, cwd="/")
+
+
 @contextlib.contextmanager
 def postgres(database: str) -> Iterator[psycopg.Connection]:
-    """An autocommit connection to a fresh database, UTC and bytewise collation. Skips, by name, without PostgreSQL."""
-    initdb, server = _binary("initdb"), _binary("pg_ctl")
-    as_owner = []
-    folder = Path(tempfile.mkdtemp(prefix="hr_pg_"))
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        as_owner = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
-    data = folder / "data"
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c TimeZone=UTC"
-
-    def run(*command: str) -> None:
-        subprocess.run([*as_owner, *command], check=True, capture_output=True, cwd="/")
-
-    try:
-        run(initdb, "-D", str(data), "-U", "postgres", "-A", "trust", "--locale=C", "-E", "UTF8")
-        run(server, "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-        try:
-            with psycopg.connect(host=str(folder), user="postgres", dbname="postgres", autocommit=True) as connection:
-                connection.execute(f'create database "{database}"')
-            with psycopg.connect(host=str(folder), user="postgres", dbname=database, autocommit=True) as connection:
-                yield connection
-        finally:
-            run(server, "-D", str(data), "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """An autocommit connection to a fresh database. Skips, by name, without PostgreSQL."""
+    with Server.started(database) as server, server.connected() as connection:
+        yield connection

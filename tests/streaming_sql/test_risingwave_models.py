@@ -29,21 +29,30 @@ VIEWS = ["arrivals", "closed_tick", *STAGING, *GROUPS, "user_sequences"]
 START_US = 1_651_766_400_000_000
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Model name → compiled SQL, from `dbt compile` with no server to talk to."""
-    home = tmp_path_factory.mktemp("home")
+def compile_models(home, *more):
+    """`dbt compile` with no server to talk to."""
     environment = {**os.environ, "HEADRACE_HOME": str(home), "DBT_PROFILES_DIR": str(REPOSITORY), "RISINGWAVE_PORT": "1"}
     command = [str(Path(sys.executable).parent / "dbt"), "compile", "--target", "risingwave", "--no-introspect"]
-    done = subprocess.run(
-        [*command, "--no-populate-cache", "--select", "path:streaming_sql"],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    words = [*command, "--no-populate-cache", "--select", "path:streaming_sql", *more]
+    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def compiled_with(tmp_path):
+    return lambda variables: compile_models(tmp_path, "--vars", variables)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    done = compile_models(home)
     assert done.returncode == 0, done.stdout + done.stderr
-    manifest = json.loads((home / "dbt" / "target" / "manifest.json").read_text())
+    return json.loads((home / "dbt" / "target" / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled(manifest):
+    """Model name → compiled SQL."""
     models = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     assert {node["original_file_path"].split("/")[0] for node in models} == {"streaming_sql"}  # batch twins are off
     return {node["name"]: node["compiled_code"] for node in models if node.get("compiled_code")}
@@ -54,6 +63,11 @@ def test_every_group_of_the_batch_side_has_a_view_from_the_same_declaration(comp
     for name, group in GROUPS.items():
         for measure in group.measures:
             assert re.search(rf"as {measure.name}(__sum)?\b", compiled[name]), (name, measure.name)
+
+
+def test_a_changed_view_is_replaced_beside_the_one_that_answers(manifest):
+    for name in (*STAGING, *GROUPS, "closed_tick", "user_sequences"):
+        assert manifest["nodes"][f"model.headrace.{name}"]["config"]["zero_downtime"] == {"enabled": True}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -111,6 +125,17 @@ def a_log(seed, size=2500):
     return records
 
 
+NOW = "now() - interval '45 days'"
+"""The temporal filter's edge, which these logs of 2022 lie before."""
+
+
+def create_views(connection, compiled, kind="view", forgotten="timestamptz '2000-01-01'", names=VIEWS):
+    """The views in their order; what landed at or before `forgotten` (SQL) has left them."""
+    for name in names:
+        own = "view" if name == "arrivals" else kind
+        connection.execute(f"create {own} {name} as {compiled[name].replace(NOW, forgotten)}")
+
+
 def load_into_postgres(connection, events):
     """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have."""
     fields = [name for name in EVENTS_SCHEMA.names if name not in ("landed_at", "log_partition", "log_offset", "landing")]
@@ -159,9 +184,7 @@ def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled,
     batch.execute(f"create table retracted as {retracted_sql('staged', 'retractions')}")
     with postgres("dev") as stream:
         load_into_postgres(stream, events)
-        for name in VIEWS:
-            kind = "view" if name == "arrivals" else "materialized view"
-            stream.execute(f"create {kind} {name} as {compiled[name]}")
+        create_views(stream, compiled, "materialized view")
 
         for mine, name, least in zip(STAGING, ("staged", "retractions", "retracted"), (200, 50, 20), strict=True):
             expected = comparable(rows_of(batch.execute(f"from {name}")))
@@ -187,10 +210,30 @@ def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled,
             assert len(expected) == 50
 
 
+def test_what_landed_long_ago_leaves_every_view_and_the_rest_stays_as_it_is(compiled):
+    assert compiled["arrivals"].count(NOW) == 1
+    records = a_log(4, 1200)
+    edge_us = records[600]["landed_at"]
+    kept = [record for record in records if record["landed_at"] > edge_us]
+    rows = {}
+    for log, forgotten in ((records, f"to_timestamp({edge_us} / 1000000.0)"), (kept, "timestamptz '2000-01-01'")):
+        with postgres("dev") as stream:
+            load_into_postgres(stream, as_table(log))
+            create_views(stream, compiled, forgotten=forgotten)
+            rows[len(log)] = {name: comparable(rows_of(stream.execute(f"select * from {name}"))) for name in VIEWS}
+    assert rows[len(records)] == rows[len(kept)]
+    assert len(rows[len(kept)]["note_engagement"]) > 50
+
+
+def test_a_window_longer_than_the_views_keep_is_refused(compiled_with):
+    done = compiled_with("{stream_keep_days: 30}")
+    assert done.returncode != 0
+    assert "stream_keep_days: must be at least 38 (the longest window, 30 days" in done.stdout
+
+
 def test_a_silent_partition_leaves_no_tick(compiled):
     records = [record for record in a_log(3, 50) if record["log_partition"] == 0]
     with postgres("dev") as stream:
         load_into_postgres(stream, as_table(records))
-        for name in ("arrivals", "closed_tick"):
-            stream.execute(f"create view {name} as {compiled[name]}")
+        create_views(stream, compiled, names=("arrivals", "closed_tick"))
         assert rows_of(stream.execute("select * from closed_tick")) == []

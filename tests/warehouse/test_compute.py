@@ -1,17 +1,18 @@
 """`headrace features compute | verify`: the same rows in the same order, values worked out by hand, a sentence on bad input."""
 
-import errno
 import json
 import re
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from headrace.cli import main
+from tests.warehouse.test_cli import small_disk  # noqa: F401
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import compute_cli, render, verify
@@ -327,19 +328,39 @@ def test_an_out_path_that_cannot_be_written_is_refused(folder, tmp_path, capsys)
     assert pq.read_table(path).num_rows == 1
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(folder, tmp_path, capsys, monkeypatch):
-    pq.write_table(spine(("n1", at(10))), tmp_path / "spine.parquet")
-    out = tmp_path / "out.parquet"
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(folder, small_disk, tmp_path, capsys):  # noqa: F811
+    disk, resize = small_disk
+    rng = np.random.default_rng(3)
+    given = spine(*[(f"n{number}", at(number % 90)) for number in rng.integers(0, 1 << 40, 20_000).tolist()])
+    pq.write_table(given, tmp_path / "spine.parquet")
+    out = disk / "out.parquet"
     out.write_bytes(b"the old one")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    told = refused(capsys, "--spine", f"{tmp_path}/spine.parquet", "--out", str(out))
-    assert told == f"no space is left on the disk of {tmp_path}; {out} was not written"
+    words = ["--spine", f"{tmp_path}/spine.parquet", "--out", str(out)]
+    assert refused(capsys, *words) == f"no space is left on the disk of {disk}; {out} was not written"
     assert out.read_bytes() == b"the old one"
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+    assert [path.name for path in disk.iterdir()] == ["out.parquet"]
+    resize("4m")
+    assert main(["features", "compute", *words]) == 0
+    assert pq.read_table(out).num_rows == 20_000
+
+
+def test_a_damaged_file_of_the_lake_is_named_and_nothing_is_written(folder, tmp_path, capsys):
+    pq.write_table(spine(("n1", at(10))), tmp_path / "spine.parquet")
+    words = ["--spine", f"{tmp_path}/spine.parquet", "--out", f"{tmp_path}/out.parquet"]
+    (task,) = Lake.open(folder).table("features.note_engagement").scan().plan_files()
+    path = Path(task.file.file_path.removeprefix("file://"))
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-100])
+        told = refused(capsys, *words)
+        assert told.startswith("a file of the lake is damaged or gone: ")
+        assert str(path) in told
+        path.unlink()
+        assert str(path) in refused(capsys, *words)
+    finally:
+        path.write_bytes(whole)
+    nothing_left(folder, tmp_path / "out.parquet")
+    assert main(["features", "compute", *words]) == 0
 
 
 def test_the_guide_names_every_aggregation_setting_and_function():

@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from pyiceberg.types import StringType
 
-from tests.parity.generated_events import as_table, event_log
+from tests.parity.generated_events import event_log
 from warehouse.clock import ManualClock
 from warehouse.datasets.simulator import simulate
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA
+from warehouse.features.generated import as_table
 from warehouse.landing import DEAD_LETTERS, EVENTS, create_tables, land_dataset, land_records, landed_position
 from warehouse.landing_files import land_file
 from warehouse.time_algebra import DAY_US

@@ -8,12 +8,13 @@ from random import Random
 import pyarrow as pa
 import pytest
 
-from tests.parity.generated_events import START_US, as_table, event_log
+from tests.parity.generated_events import event_log
 from warehouse.events import TIMESTAMP
 from warehouse.features import render, verify
 from warehouse.features.compute import compute
 from warehouse.features.compute_source import RETRACTIONS, SHADOWED, Relations
 from warehouse.features.declarations import FeatureGroup, load_groups
+from warehouse.features.generated import START_US, as_table
 from warehouse.features.oracle import Read, values
 from warehouse.home import Home
 from warehouse.lake import BUILT_UNTIL, Lake

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.datasets.impressions import FLAGS, IMPRESSIONS_SCHEMA, events_from_impressions
 from warehouse.errors import HeadraceError
+from warehouse.lake import plain_connection
 
 FLAG_COLUMNS = {
     "click": "is_click",
@@ -152,7 +153,7 @@ def _impressions(source: _Source) -> pa.Table:
 
 
 def _connect(source: _Source) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect()
+    connection = plain_connection()
     for name, table in vars(source).items():
         connection.register(name, table)
     return connection

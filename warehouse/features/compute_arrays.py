@@ -12,7 +12,7 @@ is days late does not widen the search for the many that are minutes late.
 Shape letters: R rows, C columns, N reads, X pairs of a read and a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,11 @@ class KeyCodes:
             encoded = column.combine_chunks().dictionary_encode()
             encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
             self._values.append(encoded.dictionary)
-            here = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+            here = encoded.indices.to_numpy(zero_copy_only=False)
             if codes is None:
                 codes = here
             else:
-                pairs = codes * max(len(encoded.dictionary), 1) + here
+                pairs = codes.astype(np.int64) * max(len(encoded.dictionary), 1) + here
                 distinct, codes = np.unique(pairs, return_inverse=True)
                 self._pairs.append(distinct)
         assert codes is not None
@@ -80,7 +80,7 @@ class _Places:
     """Rows of a relation in the order (key code, time): where a time falls among a key's rows. Times are below 1 << shift."""
 
     def __init__(self, codes: np.ndarray, times: np.ndarray, shift: int = _SHIFT):
-        places = codes << shift | times
+        places = codes.astype(np.int64) << shift | times
         self._shift = shift
         self.order = np.argsort(places)
         self._sorted = places[self.order]
@@ -241,8 +241,8 @@ class RangeExtreme:
 class BlockArrays:
     """A group's 5-minute rows: on-time rows with prefix sums and range extremes, late rows by the tick that knows them.
 
-    codes, block, known: int64 [R]. sums: C columns [R] of integers that add up. extremes: name -> (values [R], valid [R],
-    is_max).
+    codes, block, known: integers [R]. sums_CR: C columns int64 [R] that add up, which are let go one by one. extremes: name ->
+    (values [R], valid [R], is_max).
     """
 
     def __init__(
@@ -250,21 +250,27 @@ class BlockArrays:
         codes: np.ndarray,
         block: np.ndarray,
         known: np.ndarray,
-        sums_CR: Sequence[np.ndarray],
+        sums_CR: Iterable[np.ndarray],
         extremes: dict[str, tuple[np.ndarray, np.ndarray, bool]],
     ):
         late = known > block + 1
         at = np.flatnonzero(~late) if late.any() else np.arange(len(codes))
         self._on_time = _Places(codes[at], block[at])
-        at = at[self._on_time.order]
-        self._prefix = [_prefix(value, at) for value in sums_CR]
-        self._ranges = {name: RangeExtreme(value[at], valid[at], is_max) for name, (value, valid, is_max) in extremes.items()}
+        on_time = at[self._on_time.order]
         at = np.flatnonzero(late)
         self._late = _Places(codes[at], known[at])
         at = at[self._late.order]
-        self._late_block, self._late_known = block[at], known[at]
-        self._late_sums = [value[at] for value in sums_CR]
-        self._late_prefix = [_prefix(value, at) for value in sums_CR]
+        self._late_block, self._late_known = block[at].astype(np.int64), known[at].astype(np.int64)
+        self._prefix: list[np.ndarray] = []
+        self._late_sums: list[np.ndarray] = []
+        self._late_prefix: list[np.ndarray] = []
+        for value in sums_CR:
+            self._prefix.append(_prefix(value, on_time))
+            self._late_sums.append(value[at])
+            self._late_prefix.append(_prefix(value, at))
+        self._ranges = {
+            name: RangeExtreme(value[on_time], valid[on_time], is_max) for name, (value, valid, is_max) in extremes.items()
+        }
         self._late_extremes = {name: (value[at], valid[at]) for name, (value, valid, _) in extremes.items()}
         self._in_flight = self._by_delay(codes[at])
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -80,6 +81,8 @@ def compute_file(
             spine = Spine(source, str(source))
         what = plan(groups, spine.schema.names, features, kinds)
         return _write(lake, spine, what, known_at, out, unfinished), what
+    except (duckdb.IOException, duckdb.InvalidInputException, OSError) as error:  # Arrow's readers raise the last
+        raise HeadraceError(f"a file of the lake is damaged or gone: {str(error).splitlines()[0]}") from error
     finally:
         spooled.unlink(missing_ok=True)
         unfinished.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from warehouse.features.render import calendar_sql
 STAGING = "staging"
 SHADOWED = f"{STAGING}.stg_shadowed_arrivals"
 RETRACTIONS = f"{STAGING}.stg_retractions"
+_ROWS_AT_ONCE = 1_000_000
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
 
@@ -96,14 +97,15 @@ class Source:
             names |= {measure.name for measure, row in zip(given, described, strict=True) if row[1] in _INTEGERS}
         return names
 
-    def blocks(self, columns: Sequence[str]) -> pa.Table:
-        """The keys, `block_us`, `known_us` and the columns of the 5-minute rows in reach."""
-        return self.connection.execute(
-            f"select {', '.join((*self.group.keys, *columns))}, "
-            f"epoch_us(block_start) as block_us, epoch_us(known_at) as known_us from {self.relations.blocks} "
-            f"where block_start >= {_instant(self.span.first_us - self._longest_us)} "
+    def blocks(self, columns: Sequence[str]) -> tuple[int, pa.RecordBatchReader]:
+        """How many 5-minute rows are in reach; and their keys, `block_us`, `known_us` and the columns, batch by batch."""
+        rows = (
+            f"{self.relations.blocks} where block_start >= {_instant(self.span.first_us - self._longest_us)} "
             f"and known_at <= {_instant(max(self.span.last_known_us, self.span.last_request_us))}"
-        ).to_arrow_table()
+        )
+        number = self.connection.execute(f"select count(*) from {rows}").fetchall()[0][0]
+        items = [*self.group.keys, *columns, "epoch_us(block_start) as block_us", "epoch_us(known_at) as known_us"]
+        return number, self.connection.execute(f"select {', '.join(items)} from {rows}").to_arrow_reader(_ROWS_AT_ONCE)
 
     def events(self, items: Sequence[str], condition: str, first_us: int) -> pa.Table:
         """The keys, `event_us`, `landed_us`, `known_us` and the items of events in reach, from `first_us` on."""
@@ -130,8 +132,8 @@ def is_events(measure: Measure) -> bool:
 
 
 def state_columns(group: FeatureGroup) -> int:
-    """How many columns of the group's block rows are held while its features are computed."""
-    return sum(len(measure.columns) for measure in group.measures if not measure.is_sequence)
+    """How many columns of the group's block rows are held while its features are computed; range extremes are four."""
+    return sum(4 if is_extreme(measure) else len(measure.columns) for measure in group.measures if not measure.is_sequence)
 
 
 def is_extreme(measure: Measure) -> bool:

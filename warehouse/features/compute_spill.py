@@ -20,8 +20,8 @@ from warehouse.features.compute_spine import Reads, Span
 
 STATE_BYTES = 4 << 30
 """How much of what is read and summed up may be in memory at once."""
-_BYTES_PER_VALUE = 24
-"""A column of a block row as it is read, in order, and summed up."""
+_BYTES_PER_VALUE = 9
+"""A column of a block row as it is read, then summed up: each column is let go before the next is summed."""
 
 
 def answers(

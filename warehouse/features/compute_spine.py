@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
-from warehouse.lake import Lake, quoted
+from warehouse.lake import Lake, plain_connection, quoted
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
 
 REQUEST_TS = "request_ts"
@@ -159,8 +159,7 @@ class Spine:
 
 def spool_csv(path: Path, keys: Sequence[str], times: Sequence[str], into: Path) -> None:
     """A CSV file as Parquet: keys stay text (`007`), times must carry a zone. Raises HeadraceError naming the line."""
-    with duckdb.connect() as connection:
-        connection.execute("set TimeZone = 'UTC'")
+    with plain_connection() as connection:
         try:
             as_read = f"read_csv({quoted(str(path))}, header = true, delim = ',', quote = '\"', escape = '\"', sample_size = -1"
             header = [row[0] for row in connection.execute(f"describe select * from {as_read})").fetchall()]

@@ -17,6 +17,7 @@ from warehouse.features.compute_arrays import (
     block_index,
 )
 from warehouse.features.compute_plan import type_of
+from warehouse.features.compute_rows import BlockRows
 from warehouse.features.compute_source import Source, as_type, condition_of, event_items, is_extreme
 from warehouse.features.compute_spine import Reads
 from warehouse.features.measures import Measure
@@ -54,14 +55,16 @@ class Windows:
         self._measures, self._keys = measures, source.group.keys
         self._sum_columns = [column for m in measures if not is_extreme(m) for column in m.columns]
         extremes = [measure for measure in measures if is_extreme(measure)]
-        rows = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
-        self._codes = KeyCodes([rows[key] for key in self._keys])
+        num_rows, batches = source.blocks([*self._sum_columns, *(measure.name for measure in extremes)])
+        types = {measure.name: _dtype(measure) for measure in extremes}
+        rows = BlockRows(num_rows, batches, self._keys, self._sum_columns, types)
+        self._codes = KeyCodes(rows.take_keys())
         self._blocks = BlockArrays(
             self._codes.codes,
-            block_index(_numbers(rows, "block_us")),
-            block_index(_numbers(rows, "known_us")),
-            [_numbers(rows, column) for column in self._sum_columns],
-            {measure.name: (*_values(rows, measure), measure.aggregation == "max") for measure in extremes},
+            rows.block,
+            rows.known,
+            (rows.take(column) for column in self._sum_columns),
+            {m.name: (rows.take(m.name), rows.take_valid(m.name), m.aggregation == "max") for m in extremes},
         )
         fresh = [measure for measure in measures if measure.freshness == "event"]
         self._head = _Head(source, fresh) if fresh else None
@@ -214,5 +217,8 @@ def _numbers(rows: pa.Table, column: str) -> np.ndarray:
 def _values(rows: pa.Table, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
     """Values (0 where NULL) and which are not NULL."""
     column = rows[measure.name]
-    dtype = np.float64 if measure.type == "double" else np.int64
-    return column.fill_null(0).to_numpy().astype(dtype, copy=False), column.is_valid().to_numpy()
+    return column.fill_null(0).to_numpy().astype(_dtype(measure), copy=False), column.is_valid().to_numpy()
+
+
+def _dtype(measure: Measure) -> type[np.generic]:
+    return np.float64 if measure.type == "double" else np.int64

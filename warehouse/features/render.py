@@ -80,6 +80,11 @@ def staging_sql(events: str, dialect: str = "duckdb") -> str:
     return render_macro("first_arrivals", events, dialect=dialect)
 
 
+def admitted_sql(events: str) -> str:
+    """`staging_sql` over rows of which none is a duplicate."""
+    return render_macro("admitted_arrivals", events)
+
+
 def retractions_sql(events: str, dialect: str = "duckdb") -> str:
     """`select` of retractions, each event_id once, with the tick that first knows them, from rows of `lake.events`."""
     return render_macro("accepted_retractions", events, dialect=dialect)

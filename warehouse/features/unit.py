@@ -25,6 +25,7 @@ from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Re
 from warehouse.features.compute_spine import REQUEST_TS, Spine
 from warehouse.features.declarations import FeatureGroup, LineLoader
 from warehouse.home import REPOSITORY
+from warehouse.lake import plain_connection
 
 STAGED = f"{STAGING}.stg_engagements"
 _RETRACTED = f"{STAGING}.stg_retracted_events"
@@ -62,8 +63,7 @@ def load_unit_tests(groups: Mapping[str, FeatureGroup], project_dir: Path | None
 def failures(test: UnitTest, group: FeatureGroup) -> list[str]:
     """One sentence per value that is not as expected; empty when the test passes."""
     told: dict[tuple[str, str], list[str]] = {}
-    with duckdb.connect() as connection:
-        connection.execute("set TimeZone = 'UTC'")
+    with plain_connection() as connection:
         relations = _build(connection, test, group)
         keys = {name: [str(value)] for name, value in test.request.items() if name != REQUEST_TS}
         at = pa.array([test.request[REQUEST_TS]], pa.int64()).cast(TIMESTAMP)

@@ -1,9 +1,6 @@
 """`headrace features verify`: the project's own declarations, batch SQL and `compute`, against the oracle on generated events.
 
-The events are late, early, duplicated (also with another payload, also after the duplicate memory), retracted (also before they
-arrive, twice, and for nothing), tied, null, out of order, on boundaries and in two log partitions, one of which lags. Keys and
-values come from the declared expressions, so that their conditions are met, missed and met by NULL. Nothing of the lake is read
-or written.
+What the events are like says `warehouse.features.generated`. Nothing of the lake is read or written.
 """
 
 import argparse
@@ -16,45 +13,25 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import sqlglot
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
-from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
+from warehouse.events import TIMESTAMP
 from warehouse.features import render
 from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Relations
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
+from warehouse.features.generated import as_table, generated_events, generated_reads
 from warehouse.features.oracle import Read, values
-from warehouse.time_algebra import (
-    DAY_US,
-    DUPLICATE_MEMORY_US,
-    FIVE_MINUTES_US,
-    FURTHEST_AHEAD_US,
-    GRACE_US,
-    HOUR_US,
-    MINUTE_US,
-    SECOND_US,
-    floor_5m,
-    newest_tick,
-)
+from warehouse.lake import plain_connection
+from warehouse.time_algebra import newest_tick
 
 STAGED = "stg_engagements"
 RETRACTED = f"{STAGING}.stg_retracted_events"
-START_US = 1_767_225_600_000_000
-"""2026-01-01 00:00 UTC."""
-SPREAD_US = 3 * DAY_US
-EDGES_US = (0, 0, -1, 1, SECOND_US, 2 * MINUTE_US, FIVE_MINUTES_US - 1)
-DELAYS_US = (0, 0, 1, SECOND_US, GRACE_US - 1, GRACE_US, GRACE_US + 1, 4 * MINUTE_US, 70 * MINUTE_US, 26 * HOUR_US, 6 * DAY_US)
-AHEAD_US = (MINUTE_US, 8 * MINUTE_US, FURTHEST_AHEAD_US)
-RETRACTED_AFTER_US = (0, SECOND_US, 2 * MINUTE_US, HOUR_US, 2 * DAY_US, 9 * DAY_US, -2 * MINUTE_US, -HOUR_US, -8 * DAY_US)
-IDS = ("1", "12", "23", "3", "é", "a b", *(f"k{number}" for number in range(10)))
-"""Ids that collide when composite keys are concatenated ((1, 23) and (12, 3)), and some that are not plain ASCII."""
 READS_PER_GROUP = 30
 FIRST_DIFFERENCES = 5
 
@@ -146,9 +123,8 @@ def verify(
     random = Random(seed)
     ours = {name: group for name, group in groups.items() if group.events == STAGED}
     rows = generated_events(random, list(ours.values()), num_events)
-    with duckdb.connect() as connection:
-        connection.execute("set TimeZone = 'UTC'")
-        connection.register("generated", _as_table(rows))
+    with plain_connection() as connection:
+        connection.register("generated", as_table(rows))
         for schema in (STAGING, "features"):
             connection.execute(f"create schema {schema}")
         connection.execute(f"create table {STAGING}.{STAGED} as {render.staging_sql('generated')}")
@@ -182,7 +158,7 @@ def _verify_group(
     connection.execute(f"create table {relations.blocks} as {render.block_sql(group, relations.events, RETRACTED)}")
     connection.execute(f"create table {relations.hours} as {render.roll_up_sql(group, relations.blocks, 60)}")
     connection.execute(f"create table {relations.days} as {render.roll_up_sql(group, relations.hours, 1440)}")
-    reads = _reads(random, group, rows, num_reads)
+    reads = generated_reads(random, group, rows, num_reads)
     expected = [values(group, _related(group, rows, read), read) for read in reads]
     as_spine = [read.known_position is None and read.tick_us == newest_tick(read.request_us) for read in reads]
     asked = [read for read, fits in zip(reads, as_spine, strict=True) if fits and None not in read.key]
@@ -271,133 +247,3 @@ def _related(group: FeatureGroup, rows: list[dict[str, Any]], read: Read) -> lis
     ids = {row["event_id"] for row in rows if tuple(row[key] for key in group.entity_keys) == read.key}
     ids |= {row["event_id"] for row in rows if row["retracts"] in ids}
     return [row for row in rows if row["event_id"] in ids]
-
-
-def generated_events(random: Random, groups: Collection[FeatureGroup], number: int) -> list[dict[str, Any]]:
-    """Rows of `lake.events` with times in microseconds, in order of landing, and the typed columns that expressions read."""
-    pools = _pools(groups)
-    typed = [column for column in pools if column not in EVENTS_SCHEMA.names]
-    lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
-    rows = []
-    for at in range(number - number // 10):
-        event_us = START_US + random.randrange(SPREAD_US // FIVE_MINUTES_US) * FIVE_MINUTES_US + random.choice(EDGES_US)
-        delay_us = random.choice(DELAYS_US) if random.random() < 0.9 else -random.choice(AHEAD_US)
-        partition = random.randrange(2)
-        row: dict[str, Any] = dict.fromkeys(EVENTS_SCHEMA.names)
-        row |= {column: random.choice(pool) for column, pool in pools.items()}
-        properties = {column: row[column] for column in typed if row[column] is not None}
-        row |= {
-            "event_id": f"e{at if random.random() < 0.8 else random.randrange(number)}",
-            "event_ts": event_us,
-            "landed_at": max(event_us + delay_us + (lag_us if partition else 0), 0),
-            "log_partition": partition,
-            "landing": "log",
-            "retracts": None,
-            "properties": json.dumps(properties) if properties or random.random() < 0.5 else None,
-        }
-        rows.append(row)
-    for row in random.sample(rows, number // 10):  # the same id again: just within the duplicate memory, and just after it
-        ago_us = random.choice((SECOND_US, HOUR_US, DUPLICATE_MEMORY_US, DUPLICATE_MEMORY_US + 1))
-        rows.append({**row, "event_ts": row["event_ts"] + ago_us - MINUTE_US, "landed_at": row["landed_at"] + ago_us})
-    rows += _retractions(random, rows, number // 100)
-    rows.sort(key=lambda row: row["landed_at"])
-    next_offset = [0, 0]
-    for row in rows:
-        row["log_offset"] = next_offset[row["log_partition"]]
-        next_offset[row["log_partition"]] += 1
-    return rows
-
-
-def _retractions(random: Random, rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Events that take others back, of a few ids only, so that other keys stay untouched."""
-    few = [row for row in rows if all(row[key] in IDS[:4] for key in ("user_id", "note_id", "author_id"))]
-    found = []
-    for at in range(number if few else 0):
-        target = random.choice(few)
-        landed_at = max(target["landed_at"] + random.choice(RETRACTED_AFTER_US), 0)
-        found.append(
-            {
-                **target,
-                "event_id": f"r{at if random.random() < 0.9 else random.randrange(number)}",
-                "event_type": RETRACTION,
-                "event_ts": landed_at - SECOND_US,
-                "landed_at": landed_at,
-                "log_partition": random.randrange(2),
-                "retracts": target["event_id"] if random.random() < 0.95 else "nobody",
-            }
-        )
-    return found
-
-
-def _pools(groups: Collection[FeatureGroup]) -> dict[str, list[Any]]:
-    """Values per column: ids for keys, what expressions compare a column with and its neighbours, others, and NULL."""
-    keys = {key for group in groups for key in group.entity_keys} | {"user_id", "note_id", "author_id"}
-    compared: dict[str, list[Any]] = {"event_type": [], **{key: list(IDS) for key in sorted(keys)}}
-    for text in (text for group in groups for m in group.measures for text in (m.where, m.of, m.bucket_by) if text):
-        for column in sqlglot.parse_one(text, dialect="duckdb").find_all(exp.Column):
-            pool = compared.setdefault(column.name, [])
-            pool += [value for literal in _compared_with(column) for value in _around(literal)]
-    pools = {}
-    for name, values_near in compared.items():
-        if name == "event_type":  # never NULL
-            others: list[Any] = ["other"]
-        elif name in EVENTS_SCHEMA.names:
-            others = ["other", "é", "Z", "a b", None]
-        else:  # an integer out of `properties`
-            others = [None, -3, 0, 1, 2, 5, 2**52]
-        pools[name] = list(dict.fromkeys([*values_near, *others]))
-    return pools
-
-
-def _compared_with(column: exp.Column) -> list[exp.Literal]:
-    """The literals of the comparison that a column stands in."""
-    around = column.find_ancestor(exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.In, exp.Between)
-    return [] if around is None else list(around.find_all(exp.Literal))
-
-
-def _around(literal: exp.Literal) -> list[Any]:
-    if literal.is_string:
-        return [literal.this]
-    number = round(float(literal.this))
-    return [number - 1, number, number + 1]
-
-
-def _reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], number: int) -> list[Read]:
-    """Questions whose edges fall on and beside events; half of them as a spine asks, the rest at any T, K and position."""
-    lengths = [window.length_us for measure in group.measures for window in measure.windows]
-    reads = []
-    for at in range(number):
-        event = random.choice(rows)
-        key = tuple(
-            random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys
-        )
-        aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
-        aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
-        request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
-        tick_us = newest_tick(request_us)
-        if at % 2:
-            known_us = tick_us + random.choice((0, 0, -1, 1, 300, 3000)) * FIVE_MINUTES_US
-            reads.append(Read(key, request_us, tick_us, known_us, None))
-            continue
-        tick_us -= random.choice((0, 0, 1, 12)) * FIVE_MINUTES_US
-        known_us = tick_us + random.choice((0, 0, -1, 1, 300)) * FIVE_MINUTES_US
-        reads.append(Read(key, request_us, tick_us, known_us, _position(random, rows, tick_us, request_us)))
-    return reads
-
-
-def _position(random: Random, rows: list[dict[str, Any]], tick_us: int, request_us: int) -> tuple[int, ...]:
-    """A log position at or past the one that closed the tick; the partitions need not be equally far."""
-    position = []
-    for partition in (0, 1):
-        landings = [row["landed_at"] for row in rows if row["log_partition"] == partition]
-        must = sum(landed < tick_us + GRACE_US for landed in landings)
-        position.append(random.randint(must, max(must, sum(landed < request_us + HOUR_US for landed in landings))))
-    return tuple(position)
-
-
-def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    columns = {
-        item.name: pa.array([row[item.name] for row in rows], pa.int64() if pa.types.is_timestamp(item.type) else item.type)
-        for item in EVENTS_SCHEMA
-    }
-    return pa.table(columns).cast(EVENTS_SCHEMA)

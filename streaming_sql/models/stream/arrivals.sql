@@ -1,5 +1,7 @@
 {# One row per record of the log, in the columns of lake.events, so that the staging SQL is the same text here and there.
-   Dead letters are left out, as landing leaves them out of the lake: later than the duplicate memory, too far ahead, or no event. #}
+   Dead letters are left out, as landing leaves them out of the lake: later than the duplicate memory, too far ahead, or no event.
+   What landed so long ago that no window reaches it leaves too, here, before any view keeps state of it: RisingWave forgets what a
+   temporal filter lets go. #}
 {{ config(materialized='view') }}
 
 select
@@ -23,3 +25,4 @@ where
     event_ts >= kafka_timestamp - {{ seconds(var('duplicate_memory_seconds')) }}
     and event_ts <= kafka_timestamp + {{ seconds(var('furthest_ahead_seconds')) }}
     and event_type <> 'dead_letter'
+    and kafka_timestamp > now() - {{ kept_in_stream() }}

@@ -19,8 +19,10 @@ class TableArrays:
     def __init__(self, connection: duckdb.DuckDBPyConnection, table: TableFeatures, last_request_us: int):
         self._table = table
         rows = connection.execute(_rows_sql(table, last_request_us)).to_arrow_table()
-        event_us, available_us = (rows[name].to_numpy() for name in ("event_us", "available_us"))
-        ties = [rows["available_us"], *(rows[f"tie_{number}"] for number in range(len(table.order)))]
+        event_us = rows["event_us"].to_numpy()
+        available_us = rows["available_us"].to_numpy() if _says_when(table) else event_us
+        ties = [rows["available_us"]] if _says_when(table) else []
+        ties += [rows[f"tie_{number}"] for number in range(len(table.order))]
         self._codes = KeyCodes([rows[key] for key in table.keys])
         self._order = EventOrder(self._codes.codes, event_us, _known_us(event_us, available_us), ties)
         self._values = {value.name: rows[value.name].combine_chunks() for _, value in table.columns}
@@ -41,17 +43,23 @@ class TableArrays:
         return found
 
 
+def _says_when(table: TableFeatures) -> bool:
+    """Whether the table has a time of its own for when a row could first be read."""
+    return table.available_at != table.event_time
+
+
 def _known_us(event_us: np.ndarray, available_us: np.ndarray) -> np.ndarray:
     """The tick from which each row is known: `warehouse.time_algebra.known_at` of arrays."""
-    arrival = (available_us - GRACE_US) // FIVE_MINUTES_US
-    return (np.maximum(event_us // FIVE_MINUTES_US, arrival) + 1) * FIVE_MINUTES_US
+    last = event_us if available_us is event_us else np.maximum(event_us, available_us - GRACE_US)
+    return (last // FIVE_MINUTES_US + 1) * FIVE_MINUTES_US
 
 
 def _rows_sql(table: TableFeatures, before_us: int) -> str:
     """`select` of the rows before an instant: keys, times in microseconds, values, and what decides between alike times."""
     items = [f'cast("{key}" as varchar) as "{key}"' for key in table.keys]
     items.append(f'epoch_us("{table.event_time}") as event_us')
-    items.append(f"epoch_us({render_macro('table_available_at', table.as_meta())}) as available_us")
+    if _says_when(table):
+        items.append(f"epoch_us({render_macro('table_available_at', table.as_meta())}) as available_us")
     items += [f'"{column}" as tie_{number}' for number, column in enumerate(table.order)]
     items += [f'cast("{column}" as {value.type}) as {value.name}' for column, value in table.columns]
     conditions = [f'"{table.event_time}" < make_timestamptz({before_us})', *(f'"{key}" is not null' for key in table.keys)]

@@ -25,6 +25,14 @@ typed as (
 select * from typed
 {%- endmacro %}
 
+{# The same from arrivals that are known to be first, without looking again: for a reader that remembers ids itself. #}
+{% macro admitted_arrivals(events) -%}
+select
+    {{ typed_columns() }}
+from {{ events }}
+where event_type not in ('heartbeat', 'retraction')
+{%- endmacro %}
+
 {# Retractions, each event_id once like any event: which event they retract, and the tick that first knows them. #}
 {% macro accepted_retractions(events, arrived_from=none, arrived_until=none) -%}
 with arrivals as (

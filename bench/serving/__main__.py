@@ -1,0 +1,140 @@
+"""Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
+
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--share 0.6] [--seconds 20]
+
+Each server runs alone, in a process of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
+then the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
+included.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.serving.capacity import Load, measure
+from bench.serving.world import FULL, QUICK, SETTINGS_FILE, clock_setting, furnish, readers_of
+from warehouse.home import Home
+
+PAGE = 20
+READY_WITHIN_S = 150.0
+COMMANDS = {
+    "ours": ["-c", "import sys; from headrace.cli import main; sys.exit(main())", "serve"],
+    "peer": ["-m", "bench.serving.peer"],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Feeds a second of this server and of a plain one.")
+    parser.add_argument("--quick", action="store_true", help="a toy world and a second per step: does it run at all")
+    parser.add_argument("--world", type=Path, help="folder of the world, kept; a temporary one by default")
+    parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
+    parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement; a step of the search takes 0.3 of it")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+    if not 0 < arguments.share <= 1:
+        parser.error(f"--share must be above 0 and at most 1, got {arguments.share}")
+    if not 1 <= arguments.seconds <= 60:
+        parser.error(f"--seconds must be 1 to 60, got {arguments.seconds}")
+    size = QUICK if arguments.quick else FULL
+    with contextlib.ExitStack() as stack:
+        folder = arguments.world or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
+        home = Home(folder)
+        try:
+            furnish(home, size)
+        except ValueError as error:
+            parser.exit(2, f"{error}\n")
+        seconds = min(arguments.seconds, 3.0) if arguments.quick else arguments.seconds
+        load = Load(readers_of(size), PAGE, 0.3 * seconds, seconds)
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "load_average": os.getloadavg()[0],
+            "notes": size.notes,
+            "l1_top_k": size.l1_top_k,
+            "history": size.history,
+        }
+        for name in COMMANDS:
+            if arguments.only in (None, name):
+                with _serving(COMMANDS[name], home) as port:
+                    result[name] = measure(
+                        port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")
+                    ).as_dict()
+    if arguments.only is None:
+        result["ratio"] = result["ours"]["capacity_per_s"] / result["peer"]["capacity_per_s"]
+    print(as_text(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], home: Home) -> Iterator[int]:
+    """A server in a process of its own, once it is ready; stopped at the end. RuntimeError if it does not become ready."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home)}
+    settings["HEADRACE_SERVING"] = str(home.path / SETTINGS_FILE)
+    process = subprocess.Popen(
+        [sys.executable, *command, "--port", str(port)], env=os.environ | settings, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not _is_ready(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{' '.join(command[-2:])} did not become ready in {READY_WITHIN_S:.0f} s")
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _is_ready(port: int) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def as_text(result: dict) -> str:
+    lines = [
+        f"{result['machine']}, load average {result['load_average']:.1f} at the start; {result['notes']:,} notes, "
+        f"L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
+        "",
+        f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}  medians per stage",
+    ]
+    for name in COMMANDS:
+        if (one := result.get(name)) is not None:
+            stages = ", ".join(f"{stage} {value:.1f}" for stage, value in one["stage_p50_ms"].items())
+            lines.append(
+                f"{name:6}{one['capacity_per_s']:9.1f}{one['rate_per_s']:8.1f}{one['p50_ms']:8.1f}{one['p99_ms']:8.1f}"
+                f"{one['unloaded_p50_ms']:10.1f}{one['failed']:8}  {stages}"
+            )
+    if "ratio" in result:
+        lines.append(f"\ncapacity: {result['ratio']:.1f} times that of the plain service")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""How many requests a second a server sustains, and how late answers are at a share of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from bench.serving.arrivals import Answers, Plan
+
+FAILED_SHARE = 0.001
+"""A rate is sustained while no more answers than this fail, are short or degraded ..."""
+SLOWEST_P99_MS = 250.0
+"""... and 99 of 100 come within this time of when they were due, or within SLOWDOWN times of an unloaded server's median, where
+that is longer."""
+SLOWDOWN = 8.0
+_SEARCHED = (0.5, 1.5)
+"""Of what a closed loop reaches: where the capacity is looked for."""
+_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one server is asked, and for how long: seconds of a step of the search, and of the measurement."""
+
+    readers: list[str]
+    notes: int
+    step_s: float
+    measured_s: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """unloaded_p50_ms: of one request at a time."""
+
+    unloaded_p50_ms: float
+    closed_loop_per_s: float
+    capacity_per_s: float
+    share: float
+    rate_per_s: float
+    requests: int
+    failed: int
+    p50_ms: float
+    p99_ms: float
+    late_p99_ms: float
+    stage_p50_ms: dict[str, float]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Asker:
+    """Runs plans against one port, each in a process of its own; readers go on where the last plan stopped."""
+
+    def __init__(self, port: int, load: Load):
+        self._port, self._load, self._asked, self._seed = port, load, 0, 0
+
+    def ask(self, seconds: float, rate_per_s: float | None = None, clients: int = 1) -> Answers:
+        self._seed += 1
+        plan = Plan(self._port, self._load.readers, seconds, self._load.notes, rate_per_s, clients, self._asked, self._seed)
+        run = subprocess.run(
+            [sys.executable, "-m", "bench.serving.arrivals"],
+            input=json.dumps(asdict(plan)),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        answers = Answers(**json.loads(run.stdout))
+        self._asked += answers.offered
+        return answers
+
+
+def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Measured:
+    """Warms up, searches the capacity by halving, then measures at `share` of it. Raises RuntimeError if the server gives no
+    full answer at all."""
+    asker = Asker(port, load)
+    asker.ask(load.step_s / 2, clients=2)
+    unloaded = asker.ask(load.step_s / 2)
+    if not unloaded.latency_ms:
+        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.step_s / 2} s")
+    unloaded_p50_ms = float(np.median(unloaded.latency_ms))
+    slowest_ms = max(SLOWEST_P99_MS, SLOWDOWN * unloaded_p50_ms)
+    closed = asker.ask(load.step_s / 2, clients=4)
+    closed_per_s = len(closed.latency_ms) / closed.elapsed_s
+    tell(f"one at a time {unloaded_p50_ms:.1f} ms; four at once {closed_per_s:.1f} feeds/s")
+    low, high = (closed_per_s * edge for edge in _SEARCHED)
+    for _ in range(_STEPS):
+        rate = (low + high) / 2
+        answers = asker.ask(load.step_s, rate)
+        holds = _sustained(answers, slowest_ms)
+        p99_ms = _percentile(answers.latency_ms, 99)
+        tell(f"{rate:.1f}/s: p99 {p99_ms:.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
+        low, high = (rate, high) if holds else (low, rate)
+    answers = asker.ask(load.measured_s, low * share)
+    stages = sorted({stage for timings in answers.timings for stage in timings})
+    return Measured(
+        unloaded_p50_ms=unloaded_p50_ms,
+        closed_loop_per_s=closed_per_s,
+        capacity_per_s=low,
+        share=share,
+        rate_per_s=low * share,
+        requests=answers.offered,
+        failed=answers.failed,
+        p50_ms=_percentile(answers.latency_ms, 50),
+        p99_ms=_percentile(answers.latency_ms, 99),
+        late_p99_ms=_percentile(answers.late_ms, 99),
+        stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
+    )
+
+
+def _sustained(answers: Answers, slowest_ms: float) -> bool:
+    return answers.failed <= FAILED_SHARE * answers.offered and _percentile(answers.latency_ms, 99) <= slowest_ms
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    return float(np.percentile(values, percent)) if values else float("inf")

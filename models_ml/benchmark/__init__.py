@@ -1,0 +1,1 @@
+"""Next-item prediction under published protocols: what our methods are worth beside the literature's figures."""

@@ -1,0 +1,184 @@
+"""`headrace evaluate --model NAME@VERSION`: a published ranking model on the test days, or on what was served."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from models_ml import evaluation, examples, l1, l2, metrics, plots
+from models_ml.evaluation import NDCG_AT
+from models_ml.metrics_sql import METRICS, SERVED_ROWS
+from models_ml.registry import Registry
+from warehouse.errors import HeadraceError
+from warehouse.home import Home
+from warehouse.lake import Lake
+
+LOADERS = {"l1": l1.load, "l2": l2.load}
+COLUMNS = (
+    "auc", "grouped_auc", "pr_auc", "nce", "log_loss", f"ndcg@{NDCG_AT}", "mrr", f"map@{NDCG_AT}", f"recall@{NDCG_AT}",
+    f"coverage@{NDCG_AT}", "ece", "relative_calibration",
+)  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace evaluate", description="Metrics of a published ranking model.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help=f"NAME or NAME@VERSION or NAME@ALIAS, of {', '.join(LOADERS)}; without @: production")
+    which.add_argument(
+        "--served", metavar="HEAD", help="instead, what the forward log predicted for HEAD, in SQL over the lake"
+    )
+    parser.add_argument("--slice", default="", help="comma-separated: new_user, surface, note_type, note_topic, attribute keys")
+    parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write reliability and slice diagrams there, as SVG")
+    parser.add_argument("--wait-min", type=int, default=30, help="--served: minutes after a request in which an action counts")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """words: `evaluate` and its arguments. 0 when the report is printed."""
+    arguments = _parser().parse_args(words[1:])
+    home = Home.from_env()
+    if arguments.served:
+        if arguments.slice or arguments.plots or arguments.export:
+            raise HeadraceError("--served asks the forward log; --slice, --plots and --export go with --model")
+        report = served(Lake.open(home), arguments.served, arguments.wait_min)
+    else:
+        report = of_model(
+            Registry(home.models), arguments.model, arguments.export or home.exports, _names(arguments.slice), arguments.plots
+        )
+    if arguments.json:
+        json.dump(_nullable(report), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _print(Console(), report)
+    return 0
+
+
+def of_model(registry: Registry, given: str, export: Path, slice_names: list[str], folder: Path | None) -> dict[str, Any]:
+    """The report of NAME[@VERSION]: protocol, rules, metrics by head, and by slice; plots into `folder`."""
+    name, _, version = given.partition("@")
+    if name not in LOADERS:
+        raise HeadraceError(f"--model {given}: evaluate knows {', '.join(LOADERS)}, as NAME or NAME@VERSION")
+    version = registry.resolve(name, version or "production")
+    model: Any = LOADERS[name](registry.path(name, version))
+    loaded = examples.load(export)
+    predictions = model.score_rows(loaded, loaded.test_rows)
+    report: dict[str, Any] = {
+        "model": f"{name}@{version}",
+        "protocol": loaded.protocol(),
+        "rules": evaluation.RANKING_RULES,
+        "trained_on_this_export": registry.manifest(name, version).get("training_sha256") == loaded.fingerprint(),
+        "heads": evaluation.ranking(loaded, predictions),
+        "slices": evaluation.by_slice(loaded, predictions, slice_names),
+    }
+    if folder is not None:
+        labels = {head: loaded.labels[head][loaded.test_rows] for head in predictions}
+        report["plots"] = [str(path) for path in draw(folder, report, labels, predictions)]
+    return report
+
+
+def served(lake: Lake, head: str, wait_min: int) -> dict[str, Any]:
+    """The report of what the forward log predicted for `head`: shown impressions whose wait is over, in SQL.
+
+    The base rate of NCE is that of the rows themselves, which no model knew in advance.
+    """
+    if not lake.exists("lake.forward_log"):
+        raise HeadraceError("nothing was served yet: the lake has no lake.forward_log; run `headrace serve` and ask for a feed")
+    with lake.reader(("lake.forward_log", "lake.events")) as connection:
+        newest = connection.execute("select max(event_ts) - to_minutes($wait::integer) from lake.events", {"wait": wait_min})
+        until = newest.fetchone()
+        for name in ("forward_log", "events"):
+            connection.execute(f"create temp view {name} as select * from lake.{name}")
+        values = {"head": head, "until": str(until[0]) if until else None, "wait_min": wait_min}
+        connection.execute(f"create temp table scored_rows as {SERVED_ROWS}", values)
+        base_rate = connection.sql("select avg(label) from scored_rows").fetchone()
+        if base_rate is None or base_rate[0] is None:
+            raise HeadraceError(
+                f"no shown impression has a prediction of {head!r} and {wait_min} minutes behind it; wait, lower --wait-min or "
+                "name a head that the model answers"
+            )
+        asked = {"base_rate": base_rate[0], "k": NDCG_AT, "bins": 15}
+        found = connection.execute(METRICS, asked).to_arrow_table().to_pylist()[0]
+    for metric in ("ndcg", "map", "recall"):
+        found[f"{metric}@{NDCG_AT}"] = found.pop(metric)
+    return {
+        "model": f"served, {head}",
+        "protocol": f"shown impressions of requests before {values['until']}; positive if {head} within {wait_min} min",
+        "rules": evaluation.RANKING_RULES,
+        "heads": {head: {name: math.nan if value is None else float(value) for name, value in found.items()}},
+        "slices": {},
+    }
+
+
+def draw(
+    folder: Path, report: Mapping[str, Any], labels: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
+) -> list[Path]:
+    """Writes `reliability-HEAD.svg`, and `slice-NAME-HEAD.svg` of the AUC, and returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for head, probability_R in predictions.items():
+        title = f"{report['model']}, {head}: ECE {report['heads'][head]['ece']:.4f}"
+        path = folder / f"reliability-{head}.svg"
+        path.write_text(plots.reliability_svg(title, metrics.reliability(labels[head], probability_R)))
+        written.append(path)
+        for name, parts in report["slices"].items():
+            rows = [
+                (f"{part} ({values[head]['num_rows']:,})", *(values[head][metric] for metric in ("auc", "auc_low", "auc_high")))
+                for part, values in parts.items()
+            ]
+            path = folder / f"slice-{name}-{head}.svg"
+            path.write_text(plots.slices_svg(f"{report['model']}, {head} AUC by {name}", rows, report["heads"][head]["auc"]))
+            written.append(path)
+    return written
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _print(console: Console, report: Mapping[str, Any]) -> None:
+    console.print(f"{report['model']}\n{report['protocol']}", soft_wrap=True, highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("metric", *report["heads"]):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for metric in COLUMNS:
+        values = [heads.get(metric) for heads in report["heads"].values()]
+        if any(value is not None for value in values):
+            table.add_row(metric, *(_with_interval(metric, heads) for heads in report["heads"].values()))
+    console.print(table)
+    for name, parts in report["slices"].items():
+        table = Table(title=f"AUC by {name}", box=SIMPLE_HEAD, pad_edge=False)
+        for column in (name, "rows", *report["heads"]):
+            table.add_column(column, justify="left" if column == name else "right")
+        for part, heads in parts.items():
+            num_rows = next(iter(heads.values()))["num_rows"]
+            table.add_row(part, f"{num_rows:,}", *(_with_interval("auc", values) for values in heads.values()))
+        console.print(table)
+    console.print(f"rules: {report['rules']}", soft_wrap=True, highlight=False)
+    for path in report.get("plots", ()):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _with_interval(metric: str, values: Mapping[str, float]) -> str:
+    value = values.get(metric)
+    if value is None or not math.isfinite(value):
+        return "–"
+    low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
+    has_interval = low is not None and high is not None and math.isfinite(low)
+    return f"{value:.4f}" + (f" ({low:.4f} to {high:.4f})" if has_interval else "")
+
+
+def _nullable(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _nullable(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,105 @@
+"""Reads from a server that speaks PostgreSQL's protocol (RisingWave does): few connections, bounded waits, reads repeated.
+
+Only statements that read: repeating one after a broken connection changes nothing. Knows nothing of features.
+"""
+
+import logging
+import queue
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from warehouse.errors import HeadraceError
+
+_LOG = logging.getLogger("headrace.stream")
+
+
+@dataclass(frozen=True)
+class ReaderSettings:
+    """How long to wait, and how often."""
+
+    connections: int = 2
+    connect_timeout_s: int = 2
+    statement_timeout_s: float = 5.0
+    """The server gives up a statement after this; the reader gives up a server that is silent for longer."""
+    attempts: int = 4
+    first_pause_s: float = 0.1
+    """Before the second attempt; it doubles with each."""
+
+
+class PostgresReader:
+    """A pool of connections that are opened when they are needed and thrown away when they break. Thread-safe."""
+
+    def __init__(self, dsn: str, settings: ReaderSettings | None = None):
+        self._dsn, self._settings = dsn, settings or ReaderSettings()
+        self._idle: queue.LifoQueue[psycopg.Connection | None] = queue.LifoQueue()
+        for _ in range(self._settings.connections):
+            self._idle.put(None)
+        self.num_repeated = 0
+        """Attempts that came after a failed one."""
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """All rows of one statement, all of one snapshot. Raises HeadraceError, saying where and why, when every attempt
+        failed, and at once where the statement itself is wrong."""
+        pause_s = self._settings.first_pause_s
+        for attempt in range(1, self._settings.attempts + 1):
+            try:
+                return self._once(sql, parameters)
+            except (psycopg.OperationalError, psycopg.InterfaceError, queue.Empty) as error:
+                why = " ".join(str(error).split()) or "all connections are in use"
+                if attempt == self._settings.attempts:
+                    raise HeadraceError(f"{self._where()} did not answer in {attempt} attempts: {why}") from error
+                _LOG.warning("%s: %s; trying again", self._where(), why)
+                self.num_repeated += 1
+                time.sleep(pause_s * random.uniform(0.5, 1.5))
+                pause_s *= 2
+            except psycopg.Error as error:
+                raise HeadraceError(f"{self._where()} refuses the statement: {' '.join(str(error).split())}") from error
+        raise AssertionError("unreachable")
+
+    def _once(self, sql: str, parameters: Sequence[Any]) -> list[dict[str, Any]]:
+        connection = self._idle.get(timeout=self._settings.statement_timeout_s)
+        try:
+            if connection is None or connection.closed:
+                connection = self._connected()
+            cursor = connection.execute(sql, parameters)
+            names = [column.name for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            connection = None
+            raise
+        finally:
+            self._idle.put(connection)
+
+    def _connected(self) -> psycopg.Connection:
+        milliseconds = round(self._settings.statement_timeout_s * 1000)
+        connection = psycopg.connect(
+            self._dsn,
+            autocommit=True,
+            connect_timeout=self._settings.connect_timeout_s,
+            # a server that is gone without a word is noticed by the probes, not by waiting
+            keepalives_idle=1,
+            keepalives_interval=1,
+            keepalives_count=3,
+            tcp_user_timeout=milliseconds,
+        )
+        connection.execute(f"set statement_timeout = {milliseconds}")
+        connection.execute("set time zone 'UTC'")
+        return connection
+
+    def _where(self) -> str:
+        given = psycopg.conninfo.conninfo_to_dict(self._dsn)
+        return f"the database at {given.get('host', 'localhost')}:{given.get('port', 5432)}/{given.get('dbname', '')}"
+
+    def close(self) -> None:
+        """Closes what is idle; nothing must be reading."""
+        for _ in range(self._settings.connections):
+            connection = self._idle.get(timeout=self._settings.statement_timeout_s)
+            if connection is not None:
+                connection.close()

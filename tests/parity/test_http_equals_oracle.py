@@ -1,0 +1,130 @@
+"""The live store fed through HTTP: events are posted to a server that is killed on the way, again and again. What it answered
+for counts once, and the store that the next start makes equals the oracle over what is in the lake."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from streaming_sql.event_log import EventLog
+from streaming_sql.restore import STORE_FOLDER, open_store
+from streaming_sql.runner import Runner
+from tests.serving.hand_made import furnish
+from tests.serving.test_operations import _until_ready
+from tests.streaming_sql.generated import AUTHORS, NOTES, USERS, typed
+from tests.streaming_sql.test_live_store import assert_equals_oracle
+from warehouse.clock import ManualClock
+from warehouse.events import EVENTS_SCHEMA
+from warehouse.features.declarations import load_groups
+from warehouse.home import Home
+from warehouse.lake import Lake
+from warehouse.landing import EVENTS, landed_position
+from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US, SECOND_US
+
+GROUPS = load_groups()
+LIVES, POSTS = 3, 8
+FIRST_US = 1_650_934_800_000_000  # 2022-04-26T01:00:00Z, an hour after the history ends
+TYPES = ("view", "click", "watch", "like", "click", "retraction")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("home"))
+    furnish(home, num_users=180, num_notes=120, days=1)
+    return home
+
+
+def events_of(life, number, now_us):
+    """Ten events of a post: some late, two that repeat what an earlier post sent, one that takes an earlier one back."""
+    events = []
+    for i in range(8):
+        name = f"{life}-{number}-{i}"
+        kind = TYPES[(number + i) % len(TYPES)]
+        event = {"eventId": name, "eventType": kind, "userId": USERS[i % 2]}
+        if kind == "retraction":
+            event |= {"retracts": f"{life}-{number - 1}-{i - 1 if i else 7}"}
+        else:
+            late_s = (0, 1, 400, 4000)[i % 4]
+            event_us = now_us - late_s * SECOND_US
+            event |= {"noteId": NOTES[number % 2], "authorId": AUTHORS[i % 2], "eventTs": iso(event_us)}
+            event |= {"watchMs": 100 + i} if kind == "watch" else {}
+        events.append(event)
+    return [*events, events[0], *([{**events[1], "eventId": f"{life}-{number - 1}-2"}] if number else [])]
+
+
+def iso(instant_us):
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(instant_us // SECOND_US)) + "Z"
+
+
+def one_life(home, life, started_us):
+    """Posts until the server is gone; returns the ids that it acknowledged."""
+    environment = {
+        **os.environ,
+        "HEADRACE_HOME": str(home.path),
+        "HEADRACE_CLOCK": f"{iso(started_us)}@60",
+        "OMP_NUM_THREADS": "1",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    acknowledged = set()
+    killer = threading.Timer(0.004 * life, process.send_signal, [signal.SIGKILL])
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            _until_ready(client, process)
+            began = time.monotonic()
+            for number in range(10_000):
+                if number == POSTS + life:
+                    killer.start()  # while this post is on its way, or is answered
+                now_us = started_us + round((time.monotonic() - began) * 60 * SECOND_US)
+                events = events_of(life, number, now_us)
+                answer = client.post("/v1/events", json={"events": events})
+                for event, result in zip(events, answer.json()["results"], strict=True):
+                    if result["status"] == "accepted":
+                        acknowledged.add(event["eventId"])
+    except httpx.TransportError:
+        pass
+    finally:
+        killer.cancel()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    return acknowledged
+
+
+@pytest.mark.timeout(600)
+def test_a_server_that_is_killed_again_and_again_counts_what_it_acknowledged_once(home):
+    acknowledged, now_us = set(), FIRST_US
+    for life in range(LIVES):
+        acknowledged |= one_life(home, life, now_us)
+        now_us += 40 * MINUTE_US  # a replay clock starts over with its process: later than where the last life can have ended
+    assert len(acknowledged) > 100
+    clock, lake = ManualClock(now_us), Lake.open(home)
+    log = EventLog.open(home.log, clock=clock, start=landed_position(lake))
+    store = open_store(home.online / STORE_FOLDER, lake, log, GROUPS)
+    runner = Runner(lake, log, store, GROUPS, clock)
+    runner.catch_up()
+    runner.step()
+    clock.advance_us(FIVE_MINUTES_US + MINUTE_US)
+    log.heartbeat()
+    runner.step()
+    runner.flush()
+    rows = lake.scan(EVENTS)
+    instants = {name: rows[name].cast("int64").to_pylist() for name in ("event_ts", "landed_at")}
+    arrivals = [
+        row | {name: values[i] for name, values in instants.items()}
+        for i, row in enumerate(rows.select(EVENTS_SCHEMA.names).to_pylist())
+    ]
+    ids = [row["event_id"] for row in arrivals if row["landing"] == "log" and row["event_type"] != "heartbeat"]
+    assert len(ids) == len(set(ids))
+    assert acknowledged <= set(ids)
+    view = runner.store.view()
+    assert view.tick_us > FIRST_US + LIVES * 30 * MINUTE_US
+    assert_equals_oracle(view, [typed(row) for row in arrivals], clock.now_us() + 1, GROUPS)
+    log.close()
