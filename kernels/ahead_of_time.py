@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from kernels.backend import Kernel
 OPERATIONS = ("window_assembly", "l1_score", "sequence_block", "top_k", "embedding_lookup", "multitask_bce", "sampled_softmax")
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of one block, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+
+_TENSOR_CORE = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA")}
+"""Machine instructions that multiply floats, and int8; on sm_90 those of a whole warp group."""
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: bytes of shared memory and stack, registers a thread, tensor-core instructions."""
+    """What one compiled kernel takes: bytes of shared memory and stack, registers a thread; and how many of its machine
+    instructions multiply on tensor cores, or move registers to the stack and back."""
 
     operation: str
     label: str
@@ -49,6 +55,7 @@ class Resources:
     registers: int
     stack_bytes: int
     tensor_core_instructions: int
+    spill_instructions: int
     uses_tensor_cores: bool
 
 
@@ -70,8 +77,13 @@ def compile_case(operation: str, case: Case, capability: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    instruction = "wgmma.mma_async" if capability >= 90 else "mma.sync"  # HGMMA and IGMMA; HMMA and IMMA
+        usage, machine_code = (
+            subprocess.run([cuobjdump, option, cubin.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    instructions = Counter(_INSTRUCTION.findall(machine_code))
+    if "EXIT" not in instructions:
+        raise RuntimeError(f"cuobjdump -sass printed no machine code of {operation} {case.label}: {machine_code[-200:]!r}")
     return Resources(
         operation=operation,
         label=case.label,
@@ -79,7 +91,8 @@ def compile_case(operation: str, case: Case, capability: int) -> Resources:
         shared_bytes=compiled.metadata.shared,
         registers=_number(usage, "REG"),
         stack_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
-        tensor_core_instructions=compiled.asm["ptx"].count(instruction + "."),
+        tensor_core_instructions=sum(instructions[name] for name in _TENSOR_CORE[capability]),
+        spill_instructions=instructions["STL"] + instructions["LDL"],
         uses_tensor_cores=case.uses_tensor_cores,
     )
 

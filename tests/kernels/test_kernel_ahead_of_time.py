@@ -31,7 +31,7 @@ def test_no_configuration_needs_more_shared_memory_than_there_is(compiled):
 
 
 def test_no_configuration_spills_registers(compiled):
-    assert [r for r in compiled if r["stack_bytes"]] == []
+    assert [r for r in compiled if r["stack_bytes"] or r["spill_instructions"]] == []
 
 
 def test_every_dot_runs_on_tensor_cores(compiled):
