@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from models_ml import gate, train
-from models_ml.durable import replace_file
 from models_ml.examples import load
 from models_ml.registry import Registry
+from warehouse.durable import replace_file
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
 from warehouse.home import REPOSITORY, Home

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from models_ml.durable import sync_folder, write_durably
+from warehouse.durable import sync_folder, write_durably
 from warehouse.errors import HeadraceError
 
 BEST = "best"
