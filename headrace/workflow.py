@@ -99,8 +99,7 @@ class Workflow:
         return self._snapshots((EXAMPLES, "lake.notes", "lake.users"))
 
     def _train_inputs(self) -> Any:
-        manifest = json.loads((self.home.exports / "manifest.json").read_text())
-        return [manifest, self.config.read_text() if self.config else None, train.code_revision()]
+        return [load(self.home.exports).fingerprint(), self.config.read_text() if self.config else None, train.code_revision()]
 
     def _gate_inputs(self) -> Any:
         registry = Registry(self.home.models)
