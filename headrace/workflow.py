@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from models_ml import gate, train
-from models_ml.durable import replace_file
 from models_ml.examples import load
 from models_ml.registry import Registry
+from warehouse.durable import replace_file
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import declarations_hash, load_groups
 from warehouse.home import REPOSITORY, Home
@@ -99,8 +99,7 @@ class Workflow:
         return self._snapshots((EXAMPLES, "lake.notes", "lake.users"))
 
     def _train_inputs(self) -> Any:
-        manifest = json.loads((self.home.exports / "manifest.json").read_text())
-        return [manifest, self.config.read_text() if self.config else None, train.code_revision()]
+        return [load(self.home.exports).fingerprint(), self.config.read_text() if self.config else None, train.code_revision()]
 
     def _gate_inputs(self) -> Any:
         registry = Registry(self.home.models)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models_ml import batch, export
-from models_ml.durable import replace_file
 from models_ml.examples import load, load_spine
 from models_ml.registry import Registry
+from warehouse.durable import replace_file
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.home import Home
 from warehouse.lake import Lake

@@ -116,8 +116,10 @@ class Examples:
         return self.users["attributes"].combine_chunks().take(user_R.combine_chunks()).to_pylist()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the export's manifest: names the data a model was trained on."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what the export's manifest says of the data: its files, their split, what their columns mean. Snapshots
+        are left out: the same events, landed again elsewhere, are the same data and train the same models."""
+        of_data = {name: value for name, value in self.manifest.items() if name != "snapshots"}
+        return hashlib.sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()
 
     def protocol(self) -> str:
         """One sentence that says what was measured on what."""
@@ -147,8 +149,8 @@ def first_topics(notes: pa.Table) -> pa.Array:
 def load(folder: Path | str) -> Examples:
     """Reads `examples.parquet`, `notes.parquet`, `users.parquet` and `manifest.json`.
 
-    Raises HeadraceError when a file or column is missing, a number of rows does not match the manifest, or a side of the
-    split is empty.
+    Raises HeadraceError when a file or column is missing, a file or its number of rows is not what the manifest says, or a
+    side of the split is empty.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / "manifest.json")
@@ -157,6 +159,10 @@ def load(folder: Path | str) -> Examples:
     _require(table, needed, folder / "examples.parquet")
     _require(notes, ("note_id", "author_id", "topics", "note_type"), folder / "notes.parquet")
     _require(users, ("user_id", "attributes", "history_note_ids"), folder / "users.parquet")
+    for name, expected in manifest.get("files", {}).items():
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                raise HeadraceError(f"{folder / name} is not the file that its manifest names; {_AGAIN}")
     if len(table) != manifest["num_rows"]:
         raise HeadraceError(f"{folder} holds {len(table)} rows, its manifest says {manifest['num_rows']}; {_AGAIN}")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models_ml.durable import replace_file, sync_folder, write_durably
+from warehouse.durable import replace_file, sync_folder, write_durably
 from warehouse.errors import HeadraceError
 
 MANIFEST = "manifest.json"

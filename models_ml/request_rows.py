@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models_ml.durable import sync_folder, write_durably
 from models_ml.examples import LABELS, Examples
 from models_ml.trainer.rows import Rows
+from warehouse.durable import sync_folder, write_durably
 from warehouse.errors import HeadraceError, disk_full_said
 
 MANIFEST = "manifest.json"

@@ -5,7 +5,6 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from models_ml.registry import Registry
 from models_ml.request_rows import AnyRows, RequestRows, RequestTable
 from models_ml.trainer.fit import Run
 from models_ml.trainer.ranks import ALONE, Ranks
+from warehouse.durable import replace_file
 from warehouse.home import REPOSITORY
 
 MODELS = ("item_to_item", "two_tower", "l1", "l2", "floor")
@@ -250,9 +250,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    draft = path.with_suffix(f".draft-{os.getpid()}")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(draft, path)
+    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -14,30 +14,18 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from warehouse.durable import replace_file
+
 _MAGIC = b"HRARRAY1"
 _ALIGNMENT = 64
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> int:
     """Writes a file that is there whole or not at all, also after a power cut; returns its CRC-32. OSError if it cannot."""
-    half = path.with_name(f"{path.name}.tmp")
+    replace_file(path, *parts)
     crc = 0
-    try:
-        with open(half, "wb") as file:
-            for part in parts:
-                file.write(part)
-                crc = zlib.crc32(part, crc)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-    except OSError:
-        half.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    for part in parts:
+        crc = zlib.crc32(part, crc)
     return crc
 
 

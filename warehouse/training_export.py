@@ -1,5 +1,6 @@
 """Writes training examples and dimensions as Parquet with a manifest, for models that know nothing of the lake."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def export_training(lake: Lake, home: Home, kinds: Kinds | None = None) -> Expor
         "declarations_hash": declarations_hash(load_groups()),
         "test_start": test_start,
         "num_rows": num_rows,
+        "files": {f"{name}.parquet": _sha256(folder / f"{name}.parquet") for name in queries},
     }
     unfinished = folder / "manifest.json.part"
     unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -90,3 +92,8 @@ def _served(names: Sequence[str], has_log: bool) -> str:
         "where candidate.impression_id is not null group by candidate.impression_id"
         ") as log on examples.impression_id = log.impression_id"
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

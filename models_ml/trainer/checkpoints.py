@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: written beside training by one thread, renamed when the disk has them.
 
 `<folder>/step-NNNNNNNNNN/` holds `state.pt` (tensors only, read with `weights_only`) and `state.json` (step, position, metric
-state, fingerprint, the SHA-256 of the other file). Random state is not among them: it is a function of (seed, step, rank).
+state, fingerprint, the SHA-256 of the other file). `best` is a link to the folder of the best one: a link is exchanged at one
+stroke, a folder is not. Random state is not among them: it is a function of (seed, step, rank).
 """
 
 import errno
@@ -20,12 +21,12 @@ from typing import Any
 
 import torch
 
-from models_ml.durable import sync_folder, write_durably
+from warehouse.durable import sync_folder, write_durably
 from warehouse.errors import HeadraceError
 
 BEST = "best"
 TENSORS, SCALARS = "state.pt", "state.json"
-_STEP = re.compile(r"^step-[0-9]{10}$")
+_STEP, _BEST = re.compile(r"^step-[0-9]{10}$"), re.compile(r"^best-[0-9]{10}$")
 
 
 @dataclass
@@ -61,11 +62,14 @@ class Checkpoints:
             self._lock.close()
             raise HeadraceError(f"another process trains in {folder}; wait for it, or train into another folder") from None
         for draft in folder.glob(".draft-*"):
+            if draft.is_symlink():
+                draft.unlink()
             shutil.rmtree(draft, ignore_errors=True)
 
     def clear(self) -> None:
         """Forgets what is there: a run from the start."""
-        for name in (*self._names(), BEST):
+        (self.folder / BEST).unlink(missing_ok=True)
+        for name in (*self._names(), *self._names(_BEST)):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def save(self, progress: Progress, tensors: Mapping[str, Any], best: bool = False) -> None:
@@ -112,8 +116,8 @@ class Checkpoints:
     def has(self, name: str) -> bool:
         return (self.folder / name / SCALARS).is_file()
 
-    def _names(self) -> list[str]:
-        return sorted(entry.name for entry in self.folder.iterdir() if _STEP.match(entry.name))
+    def _names(self, kind: re.Pattern[str] = _STEP) -> list[str]:
+        return sorted(entry.name for entry in self.folder.iterdir() if kind.match(entry.name))
 
     def _write(self, name: str, scalars: dict[str, Any], tensors: Any, best: bool) -> None:
         content = io.BytesIO()
@@ -124,7 +128,7 @@ class Checkpoints:
         try:
             self._place(name, files)
             if best:
-                self._place(BEST, files)
+                self._place_best(f"best-{scalars['step']:010d}", files)
         except OSError as error:
             what = "no space is left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
             newest = (self._names() or ["none"])[-1]
@@ -134,6 +138,25 @@ class Checkpoints:
             ) from error
         for old in self._names()[: -self._keep]:
             shutil.rmtree(self.folder / old, ignore_errors=True)
+
+    def _place_best(self, name: str, files: Mapping[str, bytes]) -> None:
+        if not self._is_whole(name):  # of the same step it is there already when a run was resumed
+            self._place(name, files)
+        link = self.folder / f".draft-{BEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(self.folder / BEST)
+        sync_folder(self.folder)
+        for old in self._names(_BEST):
+            if old != name:
+                shutil.rmtree(self.folder / old, ignore_errors=True)
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            self.read(name)
+        except HeadraceError:
+            return False
+        return True
 
     def _place(self, name: str, files: Mapping[str, bytes]) -> None:
         draft, final = self.folder / f".draft-{name}", self.folder / name

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -65,6 +66,10 @@ def test_unknown_words_have_code_zero():
         (lambda folder: _change_manifest(folder, test_start="2099-01-01T00:00:00Z"), "no rows at or after"),
         (lambda folder: _change_manifest(folder, test_start="2022-05-03"), "an instant with a zone"),
         (lambda folder: _drop_column(folder, "label_click"), "lacks the column.* label_click"),
+        (
+            lambda folder: _change_manifest(folder, files={"users.parquet": "0" * 64}),
+            r"users\.parquet is not the file that its manifest names; run `headrace export-training` again",
+        ),
     ],
 )
 def test_a_damaged_export_is_refused_in_words(tmp_path, damage, message):
@@ -72,6 +77,15 @@ def test_a_damaged_export_is_refused_in_words(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(HeadraceError, match=message):
         examples.load(tmp_path)
+
+
+def test_the_same_data_from_another_lake_has_the_same_fingerprint_and_other_data_another(tmp_path):
+    write_export(tmp_path, num_rows=300)
+    here = examples.load(tmp_path).fingerprint()
+    _change_manifest(tmp_path, snapshots={"training.training_examples": 17})
+    assert examples.load(tmp_path).fingerprint() == here
+    _change_manifest(tmp_path, files={"users.parquet": hashlib.sha256((tmp_path / "users.parquet").read_bytes()).hexdigest()})
+    assert examples.load(tmp_path).fingerprint() != here
 
 
 def _change_manifest(folder, **changes):

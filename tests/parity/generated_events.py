@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from warehouse.events import RETRACTION, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
-from warehouse.features.generated import START_US, in_log_order, position
+from warehouse.features.generated import START_US, asked, in_log_order, position
 from warehouse.features.oracle import Read
 from warehouse.time_algebra import (
     DAY_US,
@@ -24,7 +24,6 @@ from warehouse.time_algebra import (
     HOUR_US,
     MINUTE_US,
     SECOND_US,
-    floor_5m,
     newest_tick,
 )
 
@@ -143,13 +142,7 @@ def some_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], 
     """Questions whose edges fall on and beside the events, K at, before and after T."""
     questions = []
     for _ in range(number):
-        event = random.choice(rows)
-        key = tuple(
-            random.choice((*IDS, "nobody", None)) if random.random() < 0.2 else event[name] for name in group.entity_keys
-        )
-        aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
-        aim += random.choice((0, 0, *WINDOWS_US)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
-        request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
+        key, request_us = asked(random, group, rows, WINDOWS_US, 0.2)
         tick_us = newest_tick(request_us) - random.choice((0, 0, 0, 1, 12)) * FIVE_MINUTES_US
         known_tick_us = tick_us + random.choice((0, 0, 0, -1, 1, 300)) * FIVE_MINUTES_US
         known_position = None if random.random() < 0.5 else position(random, rows, tick_us, request_us)

@@ -177,8 +177,8 @@ def test_a_fault_in_the_live_store_is_found(plant, names):
 
 
 def arrays_edge_closed(patch):
-    honest = compute_arrays._Places.before
-    patch.setattr(compute_arrays._Places, "before", lambda self, codes, times: honest(self, codes, times + 1))
+    honest = compute_arrays.Places.before
+    patch.setattr(compute_arrays.Places, "before", lambda self, codes, times: honest(self, codes, times + 1))
 
 
 def arrays_know_everything(patch):

@@ -22,11 +22,11 @@ from tests.streaming_sql.test_risingwave_models import (
     a_log,
     comparable,
     compiled,
+    create_log_events,
     create_views,
     manifest,
     rows_of,
 )
-from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
 
@@ -56,13 +56,7 @@ def cluster(compiled):
 
 
 def fill(connection, events):
-    own = [name for name in EVENTS_SCHEMA.names if name not in ("landed_at", "log_partition", "log_offset", "landing")]
-    types = {"event_ts": "timestamptz", "properties": "jsonb"}
-    columns = ", ".join(f"{name} {types.get(name, 'varchar')}" for name in own)
-    connection.execute(
-        f"create table log_events ({columns}, kafka_timestamp timestamptz, kafka_partition varchar, kafka_offset varchar)"
-    )
-    given = [*own, "landed_at", "log_partition", "log_offset"]
+    given = create_log_events(connection)
     marks = ", ".join("%s::jsonb" if name == "properties" else "%s" for name in given)
     with connection.cursor() as cursor:
         rows = events.select(given).to_pylist()

@@ -1,6 +1,7 @@
 """Features of the request, of other services and of batch tables, from a request to training rows, with a real service that
 answers, dawdles, lies, sends elsewhere and is not there."""
 
+import hashlib
 import json
 import threading
 import time
@@ -252,7 +253,10 @@ def test_training_rows_take_it_from_the_log_and_are_null_where_no_log_is(served,
     log = served.engine.lake.scan(FORWARD_LOG)
     lake = home_of_rows(log, [shown, "an impression of imported history"])
     export_training(lake, Home(lake.folder.parent), kinds_of(service))
-    rows = pq.read_table(lake.folder.parent / "exports" / "examples.parquet").to_pylist()
+    exported = lake.folder.parent / "exports" / "examples.parquet"
+    manifest = json.loads(exported.with_name("manifest.json").read_text())
+    assert manifest["files"]["examples.parquet"] == hashlib.sha256(exported.read_bytes()).hexdigest()
+    rows = pq.read_table(exported).to_pylist()
     values = {
         row["impression_id"]: [row["request_device_is_desktop"], row["request_text_match"], row["user_credit"]] for row in rows
     }

@@ -136,15 +136,20 @@ def create_views(connection, compiled, kind="view", forgotten="timestamptz '2000
         connection.execute(f"create {own} {name} as {compiled[name].replace(NOW, forgotten)}")
 
 
-def load_into_postgres(connection, events):
-    """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have."""
+def create_log_events(connection):
+    """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have. Returns what the rows
+    of an event log call its columns."""
     fields = [name for name in EVENTS_SCHEMA.names if name not in ("landed_at", "log_partition", "log_offset", "landing")]
     types = {"event_ts": "timestamptz", "properties": "jsonb"}
     columns = ", ".join(f"{name} {types.get(name, 'varchar')}" for name in fields)
     connection.execute(
         f"create table log_events ({columns}, kafka_timestamp timestamptz, kafka_partition varchar, kafka_offset varchar)"
     )
-    copied = [*fields, "landed_at", "log_partition", "log_offset"]
+    return [*fields, "landed_at", "log_partition", "log_offset"]
+
+
+def load_into_postgres(connection, events):
+    copied = create_log_events(connection)
     with connection.cursor().copy("copy log_events from stdin") as copy:
         for row in events.select(copied).to_pylist():
             copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in copied])

@@ -12,7 +12,7 @@ is days late does not widen the search for the many that are minutes late.
 Shape letters: R rows, C columns, N reads, X pairs of a read and a row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ class KeyCodes:
         return codes
 
 
-class _Places:
+class Places:
     """Rows of a relation in the order (key code, time): where a time falls among a key's rows. Times are below 1 << shift."""
 
     def __init__(self, codes: np.ndarray, times: np.ndarray, shift: int = _SHIFT):
@@ -98,7 +98,7 @@ class _Places:
         return self._sorted[at]
 
 
-class _Instants:
+class Instants:
     """Numbers for instants, in their order, that fit beside a key code: microseconds after the first, or ranks if those are too
     many. What lies before the first is 0, what lies after the last is past every number."""
 
@@ -255,10 +255,10 @@ class BlockArrays:
     ):
         late = known > block + 1
         at = np.flatnonzero(~late) if late.any() else np.arange(len(codes))
-        self._on_time = _Places(codes[at], block[at])
+        self._on_time = Places(codes[at], block[at])
         on_time = at[self._on_time.order]
         at = np.flatnonzero(late)
-        self._late = _Places(codes[at], known[at])
+        self._late = Places(codes[at], known[at])
         at = at[self._late.order]
         self._late_block, self._late_known = block[at].astype(np.int64), known[at].astype(np.int64)
         self._prefix: list[np.ndarray] = []
@@ -274,7 +274,7 @@ class BlockArrays:
         self._late_extremes = {name: (value[at], valid[at]) for name, (value, valid, _) in extremes.items()}
         self._in_flight = self._by_delay(codes[at])
 
-    def _by_delay(self, codes: np.ndarray) -> list[tuple[int, np.ndarray, _Places]]:
+    def _by_delay(self, codes: np.ndarray) -> list[tuple[int, np.ndarray, Places]]:
         """Late rows in classes of delay: (largest delay, rows, their places)."""
         delay = self._late_known - self._late_block
         classes = []
@@ -282,7 +282,7 @@ class BlockArrays:
         for most in _DELAYS:
             at = np.flatnonzero((delay > least) & (delay <= most))
             if len(at):
-                classes.append((int(delay[at].max()), at, _Places(codes[at], self._late_known[at])))
+                classes.append((int(delay[at].max()), at, Places(codes[at], self._late_known[at])))
             least = most
         return classes
 
@@ -334,168 +334,3 @@ class BlockArrays:
                 inside = (block >= lower[read_X]) & (block < upper[read_X]) & valid[row_X]
                 answer.take(read_X[inside], value[row_X[inside]])
         return answer
-
-
-class HeadArrays:
-    """Events that a request at t knows and no block of its tick T holds, for K = "landed before t".
-
-    Those are the events that landed in [T + grace, t), whatever their event_ts, and the events of [T, t) that landed before
-    T + grace. codes, event_us, landed_us: int64 [R].
-    """
-
-    def __init__(self, codes: np.ndarray, event_us: np.ndarray, landed_us: np.ndarray, grace_us: int):
-        self._grace_us = grace_us
-        self._event, self._landed = event_us, landed_us
-        num_codes = int(codes.max(initial=0)) + 1
-        self._events, self._landings = _Instants(event_us, num_codes), _Instants(landed_us, num_codes)
-        self._by_event = _Places(codes, self._events.numbers(event_us), self._events.shift)
-        self._by_landed = _Places(codes, self._landings.numbers(landed_us), self._landings.shift)
-
-    def pairs(self, codes: np.ndarray, request_us: np.ndarray, tick_us: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(read [X], event row [X]), sorted by read within each answer; every pair once."""
-        closed_us = tick_us + self._grace_us
-        places, instants = self._by_landed, self._landings
-        starts = places.before(codes, instants.numbers(closed_us))
-        ends = places.before(codes, instants.numbers(request_us))
-        for read_X, place_X in pairs(starts, ends):
-            row_X = places.order[place_X]
-            known = self._event[row_X] < request_us[read_X]
-            yield read_X[known], row_X[known]
-        places, instants = self._by_event, self._events
-        starts = places.before(codes, instants.numbers(tick_us))
-        ends = places.before(codes, instants.numbers(request_us))
-        for read_X, place_X in pairs(starts, ends):
-            row_X = places.order[place_X]
-            known = self._landed[row_X] < closed_us[read_X]
-            yield read_X[known], row_X[known]
-
-
-class EventOrder:
-    """Rows of a key in the order of their times and, at one instant, of `ties`: which is the newest that a read knows.
-
-    codes, event_us, known: int64 [R]. ties: columns [R] that decide in turn, ascending, NULL first, text bytewise. `known` is
-    compared with what a read knows: a row counts when known < limit.
-    """
-
-    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ties: Sequence[pa.Array]):
-        self._instants = _Instants(event_us, int(codes.max(initial=0)) + 1)
-        self._places = _Places(codes, self._instants.numbers(event_us), self._instants.shift)
-        self.order = self._places.order
-        if len(at := self._places.ties()):
-            tied = pa.array(self.order[at])
-            columns = [self._places.place(at), *(column for tie in ties for column in _sortable(tie.take(tied)))]
-            table = pa.table({str(number): column for number, column in enumerate(columns)})
-            by = pc.sort_indices(table, [(name, "ascending") for name in table.column_names])
-            self.order[at] = tied.take(by).to_numpy()
-        self._known = known[self.order]
-
-    def newest(self, codes: np.ndarray, upper_us: np.ndarray, limit: np.ndarray) -> np.ndarray:
-        """int64 [N]: the row, as given, of each read's last one with event < upper and known < limit; -1 for none."""
-        upper = self._instants.numbers(upper_us)
-        by = np.argsort(np.maximum(codes, 0) << self._instants.shift | upper)  # neighbours are neighbours in memory
-        codes, limit = codes[by], limit[by]
-        starts, ends = self._places.before(codes, np.zeros_like(by)), self._places.before(codes, upper[by])
-        found = np.full(len(by), -1)
-        open_N = np.flatnonzero(ends > starts)
-        last = ends[open_N] - 1
-        known = self._known[last] < limit[open_N]
-        found[open_N[known]] = last[known]
-        open_N = open_N[~known]
-        if len(open_N):
-            count, row = self._nearest(1, starts[open_N], ends[open_N], limit[open_N], from_oldest=False)
-            found[open_N[count > 0]] = row
-        at = np.flatnonzero(found >= 0)
-        answer = np.full(len(by), -1)
-        answer[by[at]] = self.order[found[at]]
-        return answer
-
-    def nearest(
-        self,
-        n: int,
-        codes: np.ndarray,
-        lower_us: np.ndarray,
-        upper_us: np.ndarray,
-        limit: np.ndarray,
-        from_oldest: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How many rows each read gets, at most n of those with lower <= event < upper and known < limit, the newest or,
-        from_oldest, the oldest; and their places in the order, oldest first."""
-        starts, ends = self._ranges(codes, lower_us, upper_us)
-        counts, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        at_once = max(PAIRS_AT_ONCE // (4 * n), 1)
-        for first in range(0, len(codes), at_once):
-            some = slice(first, first + at_once)
-            count, row = self._nearest(n, starts[some], ends[some], limit[some], from_oldest)
-            counts.append(count)
-            rows.append(row)
-        return np.concatenate(counts), np.concatenate(rows)
-
-    def _ranges(self, codes: np.ndarray, lower_us: np.ndarray, upper_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each read's rows start and end in the order."""
-        starts = self._places.before(codes, self._instants.numbers(lower_us))
-        return starts, self._places.before(codes, self._instants.numbers(upper_us))
-
-    def _nearest(
-        self, n: int, starts: np.ndarray, ends: np.ndarray, limit: np.ndarray, from_oldest: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How many events each read gets, and their rows, oldest first. Looks further while unknown ones took the room."""
-        wanted = n
-        while True:
-            steps = np.arange(wanted)
-            row_NX = starts[:, None] + steps if from_oldest else ends[:, None] - 1 - steps
-            is_there = (row_NX >= starts[:, None]) & (row_NX < ends[:, None])
-            if len(self._known):
-                is_there &= self._known[np.clip(row_NX, 0, len(self._known) - 1)] < limit[:, None]
-            is_there &= np.cumsum(is_there, axis=1) <= n
-            count = is_there.sum(axis=1)
-            if not ((count < n) & (ends - starts > wanted)).any():
-                in_order = slice(None) if from_oldest else slice(None, None, -1)
-                return count, row_NX[:, in_order][is_there[:, in_order]]
-            wanted *= 2
-            if len(starts) > 1 and len(starts) * wanted > PAIRS_AT_ONCE:
-                half = len(starts) // 2
-                first = self._nearest(n, starts[:half], ends[:half], limit[:half], from_oldest)
-                second = self._nearest(n, starts[half:], ends[half:], limit[half:], from_oldest)
-                return np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))
-
-
-class EventArrays:
-    """The newest, or the oldest, n events of a window that were known in time: what first_n and last_n read.
-
-    codes, event_us, known: int64 [R]; ids: string [R]; values: one per event, of any type. Among events of one instant the
-    order is that of their ids, bytewise.
-    """
-
-    def __init__(self, codes: np.ndarray, event_us: np.ndarray, known: np.ndarray, ids: pa.Array, values: pa.Array):
-        self._order = EventOrder(codes, event_us, known, (ids, values))
-        self._values = values.take(pa.array(self._order.order))
-
-    def lists(
-        self,
-        n: int,
-        codes: np.ndarray,
-        lower_us: np.ndarray,
-        upper_us: np.ndarray,
-        limit: np.ndarray,
-        from_oldest: bool = False,
-    ) -> pa.ListArray:
-        """Lists [N], oldest first, of at most n values each: of events with lower <= event_ts < upper and known < limit, the
-        newest or, from_oldest, the oldest."""
-        counts, chosen = self._order.nearest(n, codes, lower_us, upper_us, limit, from_oldest)
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        if offsets[-1] > np.iinfo(np.int32).max:
-            raise OverflowError(
-                f"{offsets[-1]} list entries in one chunk of reads; an Arrow list holds {np.iinfo(np.int32).max}"
-            )
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._values.take(pa.array(chosen)))
-
-
-def _sortable(column: pa.Array) -> tuple[pa.Array, ...]:
-    """Columns whose ascending order, NULL first, is that of SQL: NaN is the largest number, false is less than true."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    is_there = pc.is_valid(column).cast(pa.int8())
-    if pa.types.is_floating(column.type):
-        is_nan = pc.is_nan(column)
-        return is_there, is_nan.cast(pa.int8()), pc.if_else(is_nan, pa.scalar(0.0, column.type), column)
-    return is_there, column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column

@@ -9,13 +9,12 @@ import pyarrow.compute as pc
 
 from warehouse.features.compute_arrays import (
     BlockArrays,
-    EventArrays,
     Extreme,
-    HeadArrays,
     KeyCodes,
     add_pairs,
     block_index,
 )
+from warehouse.features.compute_event_arrays import EventArrays, HeadArrays
 from warehouse.features.compute_plan import type_of
 from warehouse.features.compute_rows import BlockRows
 from warehouse.features.compute_source import Source, as_type, condition_of, event_items, is_extreme

@@ -5,13 +5,13 @@ describes it, and such a file cannot be computed while dbt runs. Commit what it 
 """
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from warehouse.durable import replace_file
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.lineage import described
@@ -37,12 +37,9 @@ def main(words: list[str]) -> int:
         print(f"{PROPERTIES} is up to date" if is_current else f"{PROPERTIES} is not up to date: headrace features document")
         return 0 if is_current else 1
     if not is_current:
-        part = path.with_suffix(".part")
         try:
-            part.write_text(text)
-            os.replace(part, path)
+            replace_file(path, text.encode())
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise HeadraceError(f"{PROPERTIES} cannot be written: {error}") from None
     print(f"{PROPERTIES} {'was up to date' if is_current else 'written'}")
     return 0

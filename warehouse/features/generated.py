@@ -6,7 +6,7 @@ values come from the declared expressions, so that their conditions are met, mis
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
@@ -135,18 +135,26 @@ def _around(literal: exp.Literal) -> list[Any]:
     return [number - 1, number, number + 1]
 
 
+def asked(
+    random: Random, group: FeatureGroup, rows: list[dict[str, Any]], lengths: Sequence[int], strangers: float
+) -> tuple[tuple[str | None, ...], int]:
+    """The key of some event, parts of it another's with the probability `strangers`, and a t on or beside its instant, its
+    arrival, its block, or a window's length (`lengths`, microseconds) after one of them."""
+    event = random.choice(rows)
+    key = tuple(
+        random.choice((*IDS, "nobody", None)) if random.random() < strangers else event[name] for name in group.entity_keys
+    )
+    aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
+    aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
+    return key, aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
+
+
 def generated_reads(random: Random, group: FeatureGroup, rows: list[dict[str, Any]], number: int) -> list[Read]:
     """Questions whose edges fall on and beside events; half of them as a spine asks, the rest at any T, K and position."""
     lengths = [window.length_us for measure in group.measures for window in measure.windows]
     reads = []
     for at in range(number):
-        event = random.choice(rows)
-        key = tuple(
-            random.choice((*IDS, "nobody", None)) if random.random() < 0.1 else event[name] for name in group.entity_keys
-        )
-        aim = random.choice((event["event_ts"], event["landed_at"], floor_5m(event["event_ts"])))
-        aim += random.choice((0, 0, *lengths)) + random.choice((0, 0, FIVE_MINUTES_US, 2 * FIVE_MINUTES_US))
-        request_us = aim + random.choice((-1, 0, 1, GRACE_US, GRACE_US - 1))
+        key, request_us = asked(random, group, rows, lengths, 0.1)
         tick_us = newest_tick(request_us)
         if at % 2:
             known_us = tick_us + random.choice((0, 0, -1, 1, 300, 3000)) * FIVE_MINUTES_US

@@ -179,6 +179,32 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path, mon
     assert same(resumed, train()[0])
 
 
+def test_the_best_checkpoint_stays_until_the_next_best_is_whole(tmp_path, monkeypatch):
+    kept, write = Checkpoints(tmp_path), checkpoints.write_durably
+    kept.save(Progress(step=1), {"weight": torch.ones(1)}, best=True)
+    kept.wait()
+
+    def torn(path, content):
+        if path.parent.name == ".draft-best-0000000002":
+            raise OSError(errno.EIO, "Input/output error")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_durably", torn)
+    kept.save(Progress(step=2), {"weight": torch.zeros(1)}, best=True)
+    with pytest.raises(HeadraceError, match="step-0000000002 cannot be written"):
+        kept.wait()
+    assert kept.read("best")[0].step == 1
+    monkeypatch.undo()
+    for _ in range(2):  # a resumed run may come to the same step again
+        kept.save(Progress(step=2), {"weight": torch.zeros(1)}, best=True)
+        kept.wait()
+        assert kept.read("best")[0].step == 2
+    assert [entry.name for entry in tmp_path.glob("best-*")] == ["best-0000000002"]
+    kept.clear()
+    assert not kept.has("best")
+    kept.close()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
     with pytest.raises(HaltError):
         train(tmp_path, watch=stop_at(14))

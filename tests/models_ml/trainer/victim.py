@@ -17,20 +17,11 @@ from models_ml.trainer import checkpoints
 from models_ml.trainer.fit import Run, Stopped, fit
 from models_ml.trainer.ranks import ranks_of_environment
 from models_ml.trainer.settings import Plan, TrainerSettings
+from tests.faults.crash_points import CrashPoints
 from tests.models_ml.trainer import toy
 
 PLAN = Plan(epochs=2, batch_size=48, learning_rate=0.01, warm_up=0.1)
 SETTINGS = TrainerSettings(checkpoint_every=3, accumulate=2, rank_timeout_s=60)
-
-
-class CrashPoints:
-    def __init__(self, at: int):
-        self.at, self.num = at, 0
-
-    def reach(self) -> None:
-        self.num += 1
-        if self.num == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def install(points: CrashPoints) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from warehouse.features.compute_arrays import EventOrder, KeyCodes
+from warehouse.features.compute_arrays import KeyCodes
+from warehouse.features.compute_event_arrays import EventOrder
 from warehouse.features.compute_plan import TABLE_TYPES
 from warehouse.features.compute_spine import Reads
 from warehouse.features.kinds.declared import TableFeatures

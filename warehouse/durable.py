@@ -5,25 +5,27 @@ import tempfile
 from pathlib import Path
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
     """Returns when the disk has it; the name itself is durable once `sync_folder` has run."""
     with path.open("wb") as stream:
-        stream.write(content)
+        for part in parts:
+            stream.write(part)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     """Readers see the old content or the new, nothing between."""
-    descriptor, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
     os.close(descriptor)
+    draft = Path(name)
     try:
-        write_durably(Path(draft), content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
+        write_durably(draft, *parts)
+        draft.chmod(0o644)
+        draft.replace(path)
         sync_folder(path.parent)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
