@@ -37,11 +37,11 @@ def _candidates(served: Served) -> pa.StructArray:
     def of_shown(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.array(values, kind).take(place_or_null_C)
 
-    page = served.page
+    page, row_C = served.page, pa.array(candidates.row_C)
     columns = {
         "impression_id": of_shown([served.impression_id(position) for position in range(len(page))], pa.string()),
-        "note_id": pa.array(candidates.note_ids, pa.string()),
-        "author_id": pa.array(candidates.author_ids, pa.string()),
+        "note_id": candidates.catalogue.note_id_N.take(row_C),
+        "author_id": candidates.catalogue.author_id_N.take(row_C),
         "sources": _sources(served),
         "recall_score": _nullable(candidates.recall_score_C),
         "l1_score": _nullable(served.l1_score_C),

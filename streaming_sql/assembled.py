@@ -79,7 +79,7 @@ class Assembled:
         if of_tick is None or name not in of_tick.matrices:
             return None
         held = of_tick.matrices[name]
-        values_CF = held.values[row_C]
+        values_CF = held.values.take(row_C, axis=0)
         rows = row_C.tolist() if held.sequences or held.maps else []
         sequences = {column: [lists[row] for row in rows] for column, lists in held.sequences.items()}
         maps = {column: [one[row] for row in rows] for column, one in held.maps.items()}
