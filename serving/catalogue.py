@@ -125,12 +125,12 @@ class Catalogue:
         return np.fromiter(map(self.row_of.get, note_ids, repeat(-1)), np.int64, len(note_ids))
 
     @cached_property
-    def note_id_N(self) -> pa.Array:
+    def note_id_column(self) -> pa.Array:
         """Text of Arrow [N]: `note_ids`."""
         return pa.array(self.note_ids, pa.string())
 
     @cached_property
-    def author_id_N(self) -> pa.Array:
+    def author_id_column(self) -> pa.Array:
         """Text of Arrow [N]: `author_ids`."""
         return pa.array(self.author_ids, pa.string())
 

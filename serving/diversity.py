@@ -50,8 +50,8 @@ def sliding_spectrum(relevance_S: np.ndarray, vectors_SD: np.ndarray, strength: 
 
 
 def _inverse_cholesky(gram_WW: list[list[float]]) -> tuple[list[list[float]], float]:
-    """The inverse of the Cholesky factor, and the factor's determinant: what W unit vectors with these cosines span. A vector that
-    lies in the span of those before it adds no direction, and makes the volume 0. In plain numbers, as W is 4 or so."""
+    """The inverse of the Cholesky factor, and its determinant: what W unit vectors with these cosines span. A vector in the
+    span of those before it adds no direction, and makes the volume 0. In plain numbers, as W is 4 or so."""
     size = len(gram_WW)
     inverse, volume = [[0.0] * size for _ in range(size)], 1.0
     for row in range(size):

@@ -152,7 +152,10 @@ def hydrate_candidates(
     share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones, and then note_ids names them all."""
     author_row_C = catalogue.author_rows(row_C)
     held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
-    row_of = {("user_id", "note_id"): catalogue.row_of, ("user_id", "author_id"): catalogue.author_row_of}
+    row_of: dict[tuple[str, ...], Mapping[str, int]] = {
+        ("user_id", "note_id"): catalogue.row_of,
+        ("user_id", "author_id"): catalogue.author_row_of,
+    }
     num_rows = {"note_id": len(catalogue), "author_id": len(catalogue.authors)}
     authors = catalogue.authors
     key_of: dict[str, Callable[[int], Any]] = {
@@ -193,9 +196,7 @@ def hydrate_candidates(
             matrix = assembled.gather(view, group.name, held[columns], partial(key_at, columns), t_us)
         elif columns in row_of and can_be_assembled(view.groups[group.name].plan) and (row_C >= 0).all():
             other = columns[1]
-            matrix = _of_reader_and(
-                view, group.name, user_id, row_of[columns], num_rows[other], held[(other,)], t_us
-            )
+            matrix = _of_reader_and(view, group.name, user_id, row_of[columns], num_rows[other], held[(other,)], t_us)
         found.append(matrix or gather(columns, partial(_assemble_known, view, group.name, t_us=t_us)))
     for table in tables.tables:
         if table.keys != USER:
@@ -213,8 +214,8 @@ def hydrate_candidates(
 def _of_reader_and(
     view: StoreView, group_name: str, user_id: str, row_of: Mapping[str, int], num_rows: int, row_C: np.ndarray, t_us: int
 ) -> FeatureMatrix:
-    """`view.assemble` of (reader, what the candidate's row names), for a group of which the store need not be asked about keys that
-    it has never seen. It goes from the few that the reader has met, not from the many candidates.
+    """`view.assemble` of (reader, what the candidate's row names), of a group in which unknown keys read alike. From the
+    few that the reader has met, not from the many candidates.
 
     row_of: row of what the reader met, out of num_rows; row_C: int64, -1 for a candidate that has none.
     """

@@ -40,8 +40,8 @@ def _candidates(served: Served) -> pa.StructArray:
     page, row_C = served.page, pa.array(candidates.row_C)
     columns = {
         "impression_id": of_shown([served.impression_id(position) for position in range(len(page))], pa.string()),
-        "note_id": candidates.catalogue.note_id_N.take(row_C),
-        "author_id": candidates.catalogue.author_id_N.take(row_C),
+        "note_id": candidates.catalogue.note_id_column.take(row_C),
+        "author_id": candidates.catalogue.author_id_column.take(row_C),
         "sources": _sources(served),
         "recall_score": _nullable(candidates.recall_score_C),
         "l1_score": _nullable(served.l1_score_C),

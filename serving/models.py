@@ -26,9 +26,9 @@ REMEDY = "run `headrace train all`"
 @dataclass(frozen=True)
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
-    model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names. vectors:
-    the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors for a
-    search on the CPU."""
+    model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
+    vectors: the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors
+    for a search on the CPU."""
 
     item_to_item: Any
     two_tower: Any

@@ -38,7 +38,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Pool:
-    """S candidates, best first. note_S, author_S, topic_S: one number for each note, author and topic, -1 for no author or topic.
+    """S candidates, best first. note_S, author_S, topic_S: one number for each note, author and topic, -1 for none.
     vectors_SD: unit rows, zeros where a note has no vector. may_show_S: false is never shown."""
 
     note_S: np.ndarray
@@ -129,13 +129,11 @@ class _Page:
         self._open_S = self._left_S.copy()
         """What is left, under both caps."""
         self._of_author, self._of_topic = Counter[int](), Counter[int]()
-        self._gains = METHODS[rules.diversity](
-            relevance_S, pool.vectors_SD, rules.diversity_strength, rules.diversity_window
-        )
+        self._gains = METHODS[rules.diversity](relevance_S, pool.vectors_SD, rules.diversity_strength, rules.diversity_window)
 
     def allowed(self) -> np.ndarray | None:
-        """bool [S]: what may take the next place; None where nothing is left. Where the caps leave nothing, the topics' gives way,
-        then the authors'."""
+        """bool [S]: what may take the next place; None where nothing is left. Where the caps leave nothing, the topics' gives
+        way, then the authors'."""
         if self._open_S.any():
             return self._open_S
         if not self._left_S.any():

@@ -25,9 +25,7 @@ class Retrieval:
     """All that generators may look at."""
 
     catalogue: Catalogue
-    models: (
-        object  # with `.item_to_item`, `.rows_of_neighbours`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`
-    )
+    models: object  # with `.item_to_item`, `.rows_of_neighbours`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`
     eligible_N: np.ndarray
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first

@@ -31,8 +31,8 @@ class Shard(Protocol):
 
 
 class Exact:
-    """Every product, and a partition. The vectors are kept by dimension: a product with one reader is then a sum of D long rows,
-    which takes a third of the time."""
+    """Every product, and a partition. The vectors are kept by dimension: a product with one reader is then a sum of D long
+    rows, which takes a third of the time."""
 
     def __init__(self, vectors_VD: np.ndarray):
         self._vectors_DV = np.ascontiguousarray(vectors_VD.T)
