@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,10 +145,13 @@ def _groups(size_W: np.ndarray, places: int, rng: np.random.Generator) -> list[l
 
 
 class Learned:
-    """A trained network as a scorer: the last `length` items are read. It stays on the device it was trained on."""
+    """A trained network as a scorer: the last `length` items are read. It stays on the device it was trained on.
 
-    def __init__(self, network: Transformer):
-        self.network = network.eval()
+    best: CHOSEN_BY on the validation items that the weights were chosen by.
+    """
+
+    def __init__(self, network: Transformer, best: float = math.nan):
+        self.network, self.best = network.eval(), best
         with torch.inference_mode():
             self._item_ID = network.item_vectors()
 
@@ -192,7 +196,7 @@ def train(
     started = time.monotonic() - state.seconds
     out_of_time = bool(config.seconds) and state.seconds >= config.seconds
     for epoch in range(state.epoch, config.epochs):
-        if state.since >= config.patience or out_of_time:
+        if state.is_done or state.since >= config.patience or out_of_time:
             break
         network.train()
         total = torch.zeros((), device=device)
@@ -228,8 +232,10 @@ def train(
         )
         if checkpoint is not None:
             state.write(checkpoint, network, optimizer)
+    if checkpoint is not None and not state.is_done:
+        state.finish(checkpoint)
     network.load_state_dict(state.best_weights)
-    return Learned(network)
+    return Learned(network, state.best)
 
 
 def changed(config: TrainingConfig, words: Sequence[str]) -> TrainingConfig:
@@ -263,6 +269,7 @@ class _State:
     def __init__(self, network: Transformer):
         self.epoch, self.step, self.since, self.seconds = 0, 0, 0, 0.0
         self.value = self.best = -1.0
+        self.is_done = False
         self.best_weights = _copied(network)
 
     def judge(self, value: float, network: Transformer) -> None:
@@ -273,14 +280,23 @@ class _State:
 
     def read(self, file: Path, network: Transformer, optimizer: torch.optim.Optimizer) -> None:
         kept = torch.load(file, weights_only=True, map_location="cpu")
-        network.load_state_dict(kept.pop("network"))
-        optimizer.load_state_dict(kept.pop("optimizer"))
+        if not kept["is_done"]:
+            network.load_state_dict(kept.pop("network"))
+            optimizer.load_state_dict(kept.pop("optimizer"))
         vars(self).update(kept)
 
     def write(self, file: Path, network: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        kept = {**vars(self), "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(kept, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        _saved({**vars(self), "network": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+    def finish(self, file: Path) -> None:
+        """Only what was best is kept."""
+        self.is_done = True
+        _saved(vars(self), file)
+
+
+def _saved(kept: dict[str, Any], file: Path) -> None:
+    torch.save(kept, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
 
 
 def _copied(network: Transformer) -> dict[str, Tensor]:

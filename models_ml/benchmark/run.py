@@ -129,8 +129,9 @@ def _trained(
 
     model = learned.train(validation, config, seed, told, checkpoint, device)
     figures = protocol.figures(protocol.places_of(model, test))
-    runs = report["models"].setdefault("transformer", {"runs": [], "seconds": 0.0})
+    runs = report["models"].setdefault("transformer", {"runs": [], "validation": [], "seconds": 0.0})
     runs["runs"].append(figures)
+    runs["validation"].append(model.best)
     runs["seconds"] = round(runs["seconds"] + time.monotonic() - started, 1)
     progress(f"transformer, seed {seed}: {_short(figures)}, {time.monotonic() - started:.0f} s")
     return model

@@ -41,6 +41,7 @@ def test_every_member_and_their_blend_are_reported_over_seeds(benchmark, file):
     assert len(by_model["transformer"]["runs"]) == len(by_model["blend"]["runs"]) == 2
     assert by_model["transformer"]["hr@10"] == pytest.approx(sum(run["hr@10"] for run in by_model["transformer"]["runs"]) / 2)
     assert by_model["blend"]["hr@10"] > by_model["popular"]["hr@10"]
+    assert all(0 < value <= 1 for value in by_model["transformer"]["validation"])
 
 
 def test_what_another_machine_trained_is_blended_without_training_again(benchmark, file, tmp_path):
