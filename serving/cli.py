@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from serving.logs import FORMATS, configure
@@ -87,12 +88,34 @@ def _serve_with_workers(arguments: argparse.Namespace) -> int:
         log_level="warning",
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
     )
-    supervisor = Multiprocess(config, [config.bind_socket()])
+    # a socket for each, among which the kernel spreads connections; of one that they share, whoever wakes first takes them all
+    own: Any = _OwnSocket(arguments.host, arguments.port)
+    supervisor = Multiprocess(config, [own if sys.platform == "linux" else config.bind_socket()])
     _announce(arguments)
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise HeadraceError("a worker could not start; what it logged above says why")
     return DONE
+
+
+@dataclass(frozen=True)
+class _OwnSocket:
+    """Becomes a socket, bound and not yet listening, in the process that it is sent to."""
+
+    host: str
+    port: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bound, (self.host, self.port)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made.bind(address)
+    return made
 
 
 def app_of_worker() -> Any:
