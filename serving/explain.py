@@ -25,10 +25,13 @@ class Recent:
             while len(self._served) > self._size:
                 self._served.popitem(last=False)
 
+    def get(self, request_id: str) -> Served | None:
+        with self._lock:
+            return self._served.get(request_id)
+
     def row(self, request_id: str) -> dict[str, Any] | None:
         """The request's forward-log row (dicts for maps, microseconds for instants), or None if it is not among them."""
-        with self._lock:
-            served = self._served.get(request_id)
+        served = self.get(request_id)
         return None if served is None else served.as_row()
 
 

@@ -17,8 +17,8 @@ class Clock:
 
     @staticmethod
     def from_env() -> "Clock":
-        """`HEADRACE_CLOCK`: empty for the wall clock, or `2022-05-05T16:10:00Z` or `2022-05-05T16:10:00Z@60` to replay: from when
-        the process starts, or from when `share` was called in the one that started it."""
+        """`HEADRACE_CLOCK`: empty for the wall clock, or `2022-05-05T16:10:00Z` or `2022-05-05T16:10:00Z@60` to replay: from
+        when the process starts, or from when `share` was called in the one that started it."""
         setting = os.environ.get("HEADRACE_CLOCK", "").strip()
         return ReplayClock.parse(setting, int(os.environ.get(_STARTED_NS) or time.monotonic_ns())) if setting else Clock()
 
