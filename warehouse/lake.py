@@ -238,8 +238,8 @@ def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Tab
 def _written(
     metadata: TableMetadata, rows: pa.Table, io: FileIO, write_uuid: uuid.UUID, numbers: "itertools.count[int]"
 ) -> Iterable[DataFile]:
-    """The files of some rows. Rows of one partition are written as they are: pyiceberg would filter them first, and a copy of rows
-    that hold lists of structs costs as much as writing them."""
+    """The files of some rows. Rows of one partition are written as they are: pyiceberg would filter them first, and a copy of
+    rows that hold lists of structs costs as much as writing them."""
     key = _only_partition(metadata, rows)
     if key is None or rows.nbytes >= TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT:
         return _dataframe_to_data_files(metadata, rows, io, write_uuid, numbers)
