@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from warehouse.connections import plain_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features import render
@@ -27,7 +28,6 @@ from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
 from warehouse.features.generated import as_table, generated_events, generated_reads
 from warehouse.features.oracle import Read, values
-from warehouse.lake import plain_connection
 from warehouse.time_algebra import newest_tick
 
 STAGED = "stg_engagements"
