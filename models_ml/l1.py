@@ -27,6 +27,8 @@ from models_ml.trainer.settings import Plan
 
 NAME = "l1"
 
+Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class L1Config:
@@ -72,7 +74,7 @@ class L1Network(nn.Module):
         first_note = self.first_note.weight
         return l1_score(self.request(user_1U, surface_1), inputs_NI, place_N, *self.layers(first_note), weights_T)[0]
 
-    def layers(self, first_note: Tensor) -> tuple[Tensor, ...]:
+    def layers(self, first_note: Tensor) -> Layers:
         """The weights as `l1_score` takes them, with these for the inputs of a candidate."""
         first, second, last = self.first_user, self.second, self.last
         return first.weight, first_note, first.bias, second.weight, second.bias, last.weight, last.bias
@@ -143,9 +145,11 @@ class L1:
         self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
         self._user_rows, self._note_rows = FewRows(network.user_inputs), FeatureRows(network.note_inputs)
-        self._surfaces = network.surface.weight.detach()
-        first_user, first_note, *rest = (weight.detach() for weight in network.layers(network.first_note.weight))
-        self._layers = first_user, first_note[:, self._note_rows.columns_I], *rest
+        self._surfaces = network.surface.weight.detach().numpy()
+        first_note = network.first_note.weight.detach()[:, self._note_rows.columns_I].contiguous()
+        self._first_user = network.first_user
+        hidden = len(first_note)
+        self._layers = torch.eye(hidden), first_note, torch.zeros(hidden), *network.layers(first_note)[3:]
 
     def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
         """float32 [N] in [0, 1], higher is better; a row's score depends on nothing in the other rows.
@@ -166,15 +170,19 @@ class L1:
             check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)
         sizes = [len(request.notes) for request in requests]
         notes_NF = requests[0].notes if len(requests) == 1 else np.concatenate([request.notes for request in requests])
-        request_RI = torch.zeros(filled_up(len(requests), READERS), self._layers[0].shape[1])
-        features_RI = torch.from_numpy(self._user_rows(np.stack([request.user for request in requests])))
-        codes_R = torch.tensor([self.code_of_surface(request.surface) for request in requests])
-        torch.cat([features_RI, self._surfaces.index_select(0, codes_R)], dim=1, out=request_RI[: len(requests)])
+        # Rows filled up, so that a reader's half is the same whoever else asks; `l1_score` takes it as it is.
+        reader_RI = np.zeros((filled_up(len(requests), READERS), self._first_user.in_features), dtype=np.float32)
+        reader_RI[: len(requests), : self._user_rows.num_inputs] = self._user_rows(np.stack([r.user for r in requests]))
+        codes = [self.code_of_surface(request.surface) for request in requests]
+        reader_RI[: len(requests), self._user_rows.num_inputs :] = self._surfaces[codes]
+        half_RH = self._first_user(torch.from_numpy(reader_RI))[: len(requests)]
         inputs_NI = self._note_rows.inputs(notes_NF, filled_up(len(notes_NF)))
         reader_of_N = torch.zeros(len(inputs_NI), dtype=torch.int64)
         if len(requests) > 1:
             reader_of_N[: len(notes_NF)] = torch.arange(len(requests)).repeat_interleave(torch.tensor(sizes))
-        utility_N = l1_score(request_RI, inputs_NI, reader_of_N, *self._layers, self.weights_T)[0].numpy()
+        utility_N = l1_score(half_RH, inputs_NI, reader_of_N, *self._layers, self.weights_T)[0].numpy()
+        if len(requests) == 1:
+            return [utility_N[: len(notes_NF)]]
         return np.split(utility_N[: len(notes_NF)], np.cumsum(sizes)[:-1])
 
     def code_of_surface(self, surface: str | None) -> int:

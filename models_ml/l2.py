@@ -371,7 +371,7 @@ def _optimizer(network: L2Network, config: L2Config) -> torch.optim.Optimizer:
 
 
 class L2:
-    """Serving side; read-only after construction, safe for threads.
+    """Serving side; safe for threads. What changes after construction is what it keeps of the notes, which changes no score.
 
     user_features, note_features: the names, in order, of what `score` takes. heads: what it answers. table_ND: float32 [N + 1,
     D], the notes' embeddings in the order of `shape.words.note_ids`; row 0, of an unknown note, is zeros.
@@ -418,6 +418,10 @@ class L2:
             return []
         scores_RTN = self._scorer([self._asked(request) for request in requests])
         return [dict(zip(self.heads, scores_TN, strict=True)) for scores_TN in scores_RTN]
+
+    def forget(self) -> None:
+        """Keeps nothing of the requests so far: the next is scored as a first one is."""
+        self._scorer.forget()
 
     def _asked(self, request: RankingRequest) -> Asked:
         check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)

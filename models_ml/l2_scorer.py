@@ -5,8 +5,8 @@ the layers after them, features and their bins into tables (`PiecewiseTable`). W
 to request (`RowMemo`). Only places that hold a note are computed, so padding costs nothing.
 
 Several requests may come in one call: what is computed row by row (features, norms, layers) is computed for all their rows
-together, attention request by request. Rows are filled up to a multiple of `BUCKET`, so that a request's scores do not depend
-on which others came with it: bit for bit where the bucket is the same, else to the rounding of a sum.
+together, attention request by request. Rows are filled up to a multiple of `request_inputs.BUCKET`, so that a request's scores
+do not depend on which others came with it: bit for bit where the bucket is the same, else to the rounding of a sum.
 R requests, N candidates of all, n places of all histories that hold a known note, D width, K members, H hidden units, T heads.
 """
 
@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_ml.request_inputs import BUCKET, READERS, FewRows, PiecewiseTable, filled_up, part_of
+from models_ml.request_inputs import READERS, FewRows, PiecewiseTable, filled_up, part_of
 from models_ml.row_memo import RowMemo
 
 if TYPE_CHECKING:
     from models_ml.l2 import HistoryLayer, L2Network, MemberLinear
 
+BLOCK = 64
 _OF_READER = re.compile(r"^user_")
 _OF_REQUEST = re.compile(r"_age_min$")
 
@@ -152,8 +153,8 @@ class L2Scorer:
         codes_N = torch.from_numpy(known_NF[:, 0].view(np.int32))
         rows_NW = torch.cat(self._of_notes_features(known_NF[:, 1:]), dim=1)
         # one shape of product whatever the number of rows, so that a row's bits are its own
-        for codes_B, rows_BW in zip(codes_N.split(BUCKET), rows_NW.split(BUCKET), strict=True):
-            block_BD = torch.zeros(BUCKET, self._width)
+        for codes_B, rows_BW in zip(codes_N.split(BLOCK), rows_NW.split(BLOCK), strict=True):
+            block_BD = torch.zeros(BLOCK, self._width)
             block_BD[: len(codes_B)] = self._table_ND.index_select(0, codes_B)
             rows_BW += (block_BD @ self._of_embedding_DW)[: len(codes_B)]
         return rows_NW
@@ -196,7 +197,7 @@ class _HistoryLayer:
     """`HistoryLayer` over the filled places of all histories, one after another; attention within each."""
 
     def __init__(self, layer: "HistoryLayer", width: int):
-        first, second = layer.network[0], layer.network[2]
+        first, second = (cast(torch.nn.Linear, layer.network[place]) for place in (0, 2))
         self._heads, self._width = layer.heads, width
         weight, bias = layer.query_key_value.weight.double(), layer.query_key_value.bias.double()
         scale = torch.ones(3 * width, dtype=torch.float64)

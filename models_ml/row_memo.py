@@ -38,9 +38,13 @@ class RowMemo:
             same_NV = self._hash_S[set_N] == hash_N[:, None]
             place_N = set_N * WAYS + same_NV.argmax(1)
             is_known_N = same_NV.any(1) & (self._bits_SF.take(place_N, 0) == bits_NF).all(1)
-            torch.index_select(self._rows_SW, 0, torch.from_numpy(place_N), out=rows_NW)
+            if is_known_N.any():
+                torch.index_select(self._rows_SW, 0, torch.from_numpy(place_N), out=rows_NW)
         missing_M = np.flatnonzero(~is_known_N)
-        if len(missing_M):
+        if len(missing_M) == len(rows_NW):
+            rows_NW.copy_(self._make(features_NF))
+            self._keep(hash_N, bits_NF, rows_NW)
+        elif len(missing_M):
             made_MW = self._make(features_NF[missing_M])
             rows_NW.index_copy_(0, torch.from_numpy(missing_M), made_MW)
             self._keep(hash_N[missing_M], bits_NF[missing_M], made_MW)

@@ -228,7 +228,7 @@ def _asked_of_many(loaded, sizes):
     requests = []
     for place, num_notes in enumerate(sizes):
         user, notes = _request(loaded, num_notes, row=3000 + 40 * place)
-        history = [f"n{(7 * place + step) % 120}" for step in range(3 * place)]
+        history = [f"n{(7 * place + step) % 120}" for step in range(place + 1)]
         note_ids = [f"n{(place + step) % 130}" for step in range(num_notes)]
         requests.append(RankingRequest(user, notes, ("tab_1", None, "tab_0")[place % 3], history, note_ids, None))
     return requests
@@ -251,8 +251,8 @@ def test_requests_together_get_the_scores_that_each_gets_alone(name, loaded, mod
 
 
 def test_in_the_same_bucket_the_scores_are_the_same_bit_for_bit(name, loaded, models):
-    """Sixty-four rows of candidates and of histories, eight readers: whoever else is in it, and wherever a request stands."""
-    first, second, third, fourth = _asked_of_many(loaded, [20, 15, 9, 17])
+    """Thirty-two rows of candidates, sixteen of histories, eight readers: whoever else is in it, wherever a request stands."""
+    first, second, third, fourth = _asked_of_many(loaded, [20, 5, 4, 3])
     (alone,) = _scores_of_many(models[name], [first])
     for others in ([second], [third, second], [fourth, third, second]):
         assert np.array_equal(_scores_of_many(models[name], [first, *others])[0], alone)
@@ -267,5 +267,5 @@ def test_what_l2_keeps_of_the_notes_changes_no_bit(loaded, models):
     assert not np.array_equal(_scores_of_many(model, [changed])[0], kept[0])
     for request, scores in zip(requests, kept, strict=True):
         assert np.array_equal(_scores_of_many(model, [request])[0], scores)
-        model._scorer.forget()
+        model.forget()
         assert np.array_equal(_scores_of_many(model, [request])[0], scores)
