@@ -33,9 +33,10 @@ from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchNamespaceError, NoSuchTableError
 from pyiceberg.table import CommitTableRequest
 
+from warehouse.connections import duckdb_connection
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.home import Home
-from warehouse.lake import Lake, duckdb_connection, quoted
+from warehouse.lake import Lake, quoted
 from warehouse.landing import EVENTS
 
 START_US = 1_767_225_600_000_000

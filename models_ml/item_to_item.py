@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
-from warehouse.lake import plain_connection
+from warehouse.connections import plain_connection
 
 NEIGHBOURS = "neighbours.parquet"
 

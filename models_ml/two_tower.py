@@ -117,8 +117,10 @@ class TwoTowerObjective(nn.Module):
         table_ND, item_B = self.network.note_table(), batch["target"]
         user_BD = self.network.user_vectors(batch["history"], table_ND)
         item_BD, log_q_B = F.embedding(item_B, table_ND), self.log_q_N[item_B]
-        loss = in_batch_softmax_loss(user_BD, item_BD, item_B, log_q_B, self.temperature)
-        return loss * int(batch["num_pairs"])
+        # products of unit vectors over a small temperature: bf16 would round them to tenths
+        with torch.autocast(user_BD.device.type, enabled=False):
+            loss = in_batch_softmax_loss(user_BD.float(), item_BD.float(), item_B, log_q_B, self.temperature)
+        return loss * batch["num_pairs"]
 
 
 def train(

@@ -11,8 +11,9 @@ import duckdb
 import pyarrow as pa
 
 from streaming_sql.event_log import Log, Position
+from warehouse.connections import duckdb_connection
 from warehouse.events import EVENTS_SCHEMA
-from warehouse.lake import Lake, duckdb_connection
+from warehouse.lake import Lake
 from warehouse.landing import EVENTS, landed_position
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
+from warehouse.connections import duckdb_connection
 from warehouse.errors import HeadraceError
 from warehouse.features.kinds.declared import TableFeatures
 from warehouse.features.kinds.table_compute import open_tables, prepared
-from warehouse.lake import Lake, duckdb_connection
+from warehouse.lake import Lake
 from warehouse.time_algebra import FIVE_MINUTES_US
 
 log = logging.getLogger(__name__)

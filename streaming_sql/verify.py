@@ -14,11 +14,11 @@ from streaming_sql.feed import Feed
 from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import OnlineStore, StoreView
+from warehouse.connections import duckdb_connection
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.generated import attributes_of
 from warehouse.features.oracle import Read
-from warehouse.lake import duckdb_connection
 from warehouse.time_algebra import FIVE_MINUTES_US, HOUR_US, MINUTE_US, SECOND_US, floor_5m
 
 EXECUTION = "live store"

@@ -40,6 +40,7 @@ from warehouse.builds import (
     known_meanings,
     refuse_changed_meaning,
 )
+from warehouse.connections import prepare_connection
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.compute_source import Relations
@@ -49,7 +50,7 @@ from warehouse.features.lineage import described
 from warehouse.features.meanings import table_meanings
 from warehouse.features.render import macros_digest
 from warehouse.home import Home
-from warehouse.lake import BUILT_UNTIL, Lake, append_files, prepare_connection, write_chunks
+from warehouse.lake import BUILT_UNTIL, Lake, append_files, write_chunks
 from warehouse.landing import create_tables
 
 

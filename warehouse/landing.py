@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 from pyiceberg.table import Table
 
 from warehouse.clock import Clock
+from warehouse.connections import plain_connection
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, NUM_PARTITIONS, TIMESTAMP, partition_of
-from warehouse.lake import Lake, plain_connection
+from warehouse.lake import Lake
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
 
 EVENTS = "lake.events"

@@ -11,9 +11,10 @@ import duckdb
 import pyarrow as pa
 
 from warehouse.clock import Clock
+from warehouse.connections import plain_connection
 from warehouse.datasets.base import DATASET_EVENTS_SCHEMA
 from warehouse.errors import HeadraceError
-from warehouse.lake import Lake, plain_connection, quoted
+from warehouse.lake import Lake, quoted
 from warehouse.landing import Landed, Progress, land_events
 
 REQUIRED = ("event_id", "event_type", "event_ts")

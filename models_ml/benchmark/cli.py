@@ -24,18 +24,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=run.MODELS, default="blend", help="blend (the default) runs all the others too")
     parser.add_argument("--seeds", type=int, default=1, help="transformers to train, from seed 0 on (default 1)")
     parser.add_argument("--epochs", type=int, help="most passes over the data (default: from the set's statistics)")
+    parser.add_argument("--seconds", type=float, help="most that one transformer may train; its rate falls with the time too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where transformers train (default: a GPU if there is one)")
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, help="a deeper network (default: on a GPU)")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the transformer: layers=2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for arithmetic (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="a file that the report is written to as JSON")
     return parser
 
 
 def main(words: list[str]) -> int:
     """words: `benchmark` and its arguments. 0 when the report is printed."""
     arguments = _parser().parse_args(words[1:])
-    for name in ("seeds", "epochs", "threads"):
+    for name in ("seeds", "epochs", "seconds", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise HeadraceError(f"--{name} must be at least 1, got {value}")
+            raise HeadraceError(f"--{name} must be at least 1, got {value:g}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise HeadraceError("--device cuda: torch sees no GPU here; leave it out to train on the CPU")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    large = device == "cuda" if arguments.large is None else arguments.large
+    changes = [*arguments.setting, *([f"seconds={arguments.seconds}"] if arguments.seconds else [])]
     known = SETS.get(arguments.set)
     if known is not None and not known.file().exists():
         raise HeadraceError(
@@ -56,9 +66,13 @@ def main(words: list[str]) -> int:
         console.print(f"{time.monotonic() - started:5.0f} s  {line}", highlight=False)
 
     checkpoints = Home.from_env().path / "benchmark"
-    report = run.run(loaded, (arguments.model,), arguments.seeds, arguments.epochs, progress, checkpoints)
+    report = run.run(
+        loaded, (arguments.model,), arguments.seeds, arguments.epochs, progress, checkpoints, device, large, changes
+    )
     report["seconds"] = round(time.monotonic() - started, 1)
     report["published"] = [vars(figure) for figure in known.figures] if known else []
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
         sys.stdout.write("\n")

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix, diags
 from models_ml import co_occurrence
 from models_ml.benchmark.protocol import Question, figures, places_of
 from models_ml.benchmark.sequences import Sequences
-from warehouse.lake import plain_connection
+from warehouse.connections import plain_connection
 
 CHOSEN_BY = "ndcg@10"
 MOST_ASKED = 3000

@@ -37,12 +37,15 @@ def run(
     epochs: int | None,
     progress: Progress,
     checkpoints: Path | None = None,
+    device: torch.device | str = "cpu",
+    large: bool = False,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report of `models` (of MODELS): per model its figures, over seeds where it has any.
 
     seeds: transformers trained, from seed 0 on; the blend is made with each in turn, and once with all of them. epochs: most
     passes over the data; None takes the set's own. checkpoints: a folder in which a run that is cut off leaves what the next
-    goes on from.
+    goes on from. device: of the transformers; large, changes: as `learned.settings` and `learned.changed` have them.
     """
     validation, test = protocol.split(sequences)
     report: dict[str, Any] = {
@@ -59,13 +62,13 @@ def run(
     counted = {name: _counted(name, make, validation, test, report, progress) for name, make in makers.items()}
     if not wanted & {"transformer", "blend"}:
         return report
-    config = learned.settings(validation.histories)
+    config = learned.changed(learned.settings(validation.histories, large), changes)
     config = replace(config, epochs=epochs) if epochs else config
-    report["transformer"] = asdict(config)
+    report["transformer"] = {**asdict(config), "device": str(device)}
     transformers = []
     for seed in range(seeds):
         checkpoint = _checkpoint(checkpoints, sequences, config, seed)
-        transformers.append(_trained(validation, test, config, seed, report, progress, checkpoint))
+        transformers.append(_trained(validation, test, config, seed, report, progress, checkpoint, device))
     _over_seeds(report, "transformer")
     if "blend" in models:
         refreshed = {name: make(test.histories) for name, make in makers.items() if name != FLOOR}
@@ -117,12 +120,18 @@ def _trained(
     report: dict[str, Any],
     progress: Progress,
     checkpoint: Path | None,
+    device: torch.device | str,
 ) -> Scorer:
     started = time.monotonic()
-    model = learned.train(validation, config, seed, lambda line: progress(f"transformer, seed {seed}: {line}"), checkpoint)
+
+    def told(line: str) -> None:
+        progress(f"transformer, seed {seed}: {line}")
+
+    model = learned.train(validation, config, seed, told, checkpoint, device)
     figures = protocol.figures(protocol.places_of(model, test))
-    runs = report["models"].setdefault("transformer", {"runs": [], "seconds": 0.0})
+    runs = report["models"].setdefault("transformer", {"runs": [], "validation": [], "seconds": 0.0})
     runs["runs"].append(figures)
+    runs["validation"].append(model.best)
     runs["seconds"] = round(runs["seconds"] + time.monotonic() - started, 1)
     progress(f"transformer, seed {seed}: {_short(figures)}, {time.monotonic() - started:.0f} s")
     return model
@@ -165,14 +174,10 @@ def _over_seeds(report: dict[str, Any], name: str) -> None:
 
 
 def _checkpoint(folder: Path | None, sequences: Sequences, config: learned.TrainingConfig, seed: int) -> Path | None:
-    """Another set, other settings or another version of torch is another file."""
+    """Another set or other settings are another file; another machine is not: what a GPU trained is blended on a CPU."""
     if folder is None:
         return None
-    told = (
-        json.dumps([asdict(config), seed, torch.__version__]).encode()
-        + sequences.items_P.tobytes()
-        + sequences.starts_U1.tobytes()
-    )
+    told = json.dumps([asdict(config), seed]).encode() + sequences.items_P.tobytes() + sequences.starts_U1.tobytes()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{sequences.name}-{hashlib.sha256(told).hexdigest()[:12]}.pt"
 

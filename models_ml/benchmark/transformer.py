@@ -103,18 +103,20 @@ class Transformer(nn.Module):
         """Unit vectors [I, D]."""
         return F.normalize(self.items.weight[1:], dim=-1)
 
-    def loss(self, rows_BL: Tensor, targets_BL: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean cross entropy, in nats, of the targets (item codes, -1 for none)."""
-        is_asked_BL = targets_BL >= 0
-        next_TD, target_T = self(rows_BL)[is_asked_BL] * self.log_scale.exp(), targets_BL[is_asked_BL]
-        if not self.config.sampled:
+    def loss(self, rows_BL: Tensor, asked_T: Tensor, target_T: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean cross entropy, in nats, of target_T (item codes) at the places asked_T of rows_BL, laid end to end."""
+        next_TD = self(rows_BL).flatten(0, 1).index_select(0, asked_T) * self.log_scale.exp()
+        # products of unit vectors times up to a hundred: bf16 would round the logits to tenths
+        with torch.autocast(rows_BL.device.type, enabled=False):
+            if self.config.sampled:
+                return self._sampled_loss(next_TD, target_T, generator)
             return F.cross_entropy(next_TD @ self.item_vectors().T, target_T, label_smoothing=self.config.label_smoothing)
-        return self._sampled_loss(next_TD, target_T, generator)
 
     def _sampled_loss(self, next_TD: Tensor, target_T: Tensor, generator: torch.Generator) -> Tensor:
-        """One uniform sample is shared by the batch; log(I / S) more for each stands for the items that were not drawn."""
+        """One uniform sample is shared by the batch; log(I / S) more for each stands for the items that were not drawn.
+        generator: on the device of the rest."""
         num_items = self.items.num_embeddings - 1
-        drawn_S = torch.randint(num_items, (self.config.sampled,), generator=generator)
+        drawn_S = torch.randint(num_items, (self.config.sampled,), generator=generator, device=next_TD.device)
         target_TD, drawn_SD = (F.normalize(self.items(codes + 1), dim=-1) for codes in (target_T, drawn_S))
         drawn_TS = next_TD @ drawn_SD.T + math.log(num_items / len(drawn_S))
         drawn_TS = drawn_TS.masked_fill(drawn_S == target_T[:, None], -torch.inf)

@@ -3,6 +3,8 @@
 An objective is a module whose forward takes a batch as collated and returns the loss summed over its candidates. Every step
 is a pure function of the weights before it, the rows of its positions and (seed, step, rank), so a run that was killed and
 resumed ends, on a CPU, with the bits of one that was not.
+
+A GPU is not waited for: its losses are read some steps late, and always before anything is saved or judged.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models_ml.seeding import deterministic
 from models_ml.trainer.checkpoints import BEST, Checkpoints, Progress
-from models_ml.trainer.loader import Loader, Place
+from models_ml.trainer.loader import Batch, Loader, Place
 from models_ml.trainer.ranks import ALONE, Ranks, late_rank
 from models_ml.trainer.rows import Rows, Source, split_off_the_end
 from models_ml.trainer.settings import Plan, TrainerSettings
@@ -82,6 +84,16 @@ def fit(
         return loop.run_all()
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose loss and norm may still be on the GPU."""
+
+    step: int
+    rows: int
+    loss: Tensor
+    norm: Tensor
+
+
 class _Loop:
     def __init__(self, objective, source, collate, optimizer, plan: Plan, seed: int, run: Run):
         self.plan, self.seed, self.run, self.settings, self.ranks = plan, seed, run, run.settings, run.ranks
@@ -105,6 +117,7 @@ class _Loop:
         if run.folder is not None and self.ranks.is_first:
             self.checkpoints = Checkpoints(run.folder, self.settings.keep)
         self.speed = Speed(self.ranks.device)
+        self._unread: list[_Taken] = []
         self._log_file: Any = None
 
     def run_all(self) -> Fitted:
@@ -112,7 +125,7 @@ class _Loop:
         self.ranks.same_start([*self.objective.parameters(), *self.objective.buffers()])
         if self.run.before is not None and self.state.step == 0 and self.ranks.is_first:
             self.run.before(self.objective)
-        self.module: nn.Module = self.ranks.wrap(self.objective)
+        self.module: nn.Module = self.ranks.wrap(self._compiled())
         self.module.train()
         seconds, late_said, stopped_early = 0.0, 0, False
         waiting = time.perf_counter()
@@ -130,9 +143,10 @@ class _Loop:
             started = time.perf_counter()
             if self.run.watch is not None:
                 self.run.watch(step, batch.rows.row_id)
-            loss = self._step(step, batch.ready, int(heard[:, 0].sum()))
+            candidates = int(heard[:, 0].sum())
+            self._step(step, batch, candidates)
             self.state.step, self.state.consumed = step + 1, batch.last
-            self._count(loss, batch, heard)
+            self.state.metrics["candidates"] = self.state.metrics.get("candidates", 0) + candidates
             seconds = time.perf_counter() - started
             self.run.progress(self.state.step, self.num_steps)
             at_end = self.state.step == self.num_steps
@@ -146,30 +160,54 @@ class _Loop:
             waiting = time.perf_counter()
         return self._finish(stopped_early)
 
-    def _step(self, step: int, parts: list[Mapping[str, Tensor]], candidates: int) -> float:
+    def _step(self, step: int, batch: Batch, candidates: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.num_steps, self.plan)
         torch.manual_seed(_step_seed(self.seed, step, self.ranks.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
+        total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
+        for number, part in enumerate(batch.ready):
+            last = number == len(batch.ready) - 1
             with self._quiet(last), self._autocast():
                 loss = self.module(self._moved(part)) * (self.ranks.size / max(candidates, 1))
             with self._quiet(last):
                 loss.backward()
-            total += float(loss.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip_norm))
-        if not (math.isfinite(norm) and (math.isfinite(total) or self.ranks.size > 1)):
-            raise HeadraceError(self._not_finite(step, total, norm))
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip_norm)
+        self._unread.append(_Taken(step, batch.last - batch.first, total, norm))
+        if step == 0 or len(self._unread) >= _READ_AFTER[self.ranks.device.type]:
+            self._read_losses()
         self.optimizer.step()
-        return total
+
+    def _read_losses(self) -> None:
+        """Waits for the steps taken so far. Raises HeadraceError for the first whose loss or gradients are not finite."""
+        taken, self._unread = self._unread, []
+        metrics = self.state.metrics
+        for one in taken:
+            loss, norm = float(one.loss), float(one.norm)
+            if not (math.isfinite(norm) and (math.isfinite(loss) or self.ranks.size > 1)):
+                raise HeadraceError(self._not_finite(one.step, loss, norm))
+            metrics["loss"] = loss if one.step == 0 else 0.98 * metrics["loss"] + 0.02 * loss
+            if self.settings.tensorboard and self.ranks.is_first:
+                self._log(one.step, loss)
+        if taken:
+            self.speed.count(sum(one.rows for one in taken))
+
+    def _compiled(self) -> nn.Module:
+        if not self.settings.compiled:
+            return self.objective
+        return torch.compile(self.objective, dynamic=True)  # type: ignore[return-value]
 
     def _parts(self, rows: Rows) -> list[Mapping[str, Tensor]]:
         count = self.settings.accumulate
         if count == 1:
-            return [self.collate(rows)]
-        return [self.collate(rows.take(part)) for part in np.array_split(np.arange(len(rows)), count)]
+            parts = [self.collate(rows)]
+        else:
+            parts = [self.collate(rows.take(part)) for part in np.array_split(np.arange(len(rows)), count)]
+        if self.ranks.device.type == "cpu":
+            return parts
+        # pinned here, in the thread that makes batches, so that copying them to the GPU makes nobody wait
+        return [{name: tensor.pin_memory() for name, tensor in part.items()} for part in parts]
 
     def _quiet(self, last: bool) -> contextlib.AbstractContextManager:
         """Only the last part of a step adds gradients up over the ranks."""
@@ -185,24 +223,16 @@ class _Loop:
             return part
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in part.items()}
 
-    def _count(self, loss: float, batch: Any, heard: np.ndarray) -> None:
-        metrics = self.state.metrics
-        metrics["loss"] = loss if self.state.step == 1 else 0.98 * metrics["loss"] + 0.02 * loss
-        metrics["candidates"] = metrics.get("candidates", 0) + int(heard[:, 0].sum())
-        self.speed.count(batch.last - batch.first)
-        if self.settings.tensorboard and self.ranks.is_first:
-            self._log(loss)
-
-    def _log(self, loss: float) -> None:
+    def _log(self, step: int, loss: float) -> None:
         if self._log_file is None:
             self._log_file = _summary_writer(self.run.folder)
-        step = self.state.step
-        self._log_file.add_scalar("loss", loss, step)
-        self._log_file.add_scalar("learning_rate", learning_rate(step - 1, self.num_steps, self.plan), step)
-        self._log_file.add_scalar("rows_per_s", self.speed.rows_per_s, step)
+        self._log_file.add_scalar("loss", loss, step + 1)
+        self._log_file.add_scalar("learning_rate", learning_rate(step, self.num_steps, self.plan), step + 1)
+        self._log_file.add_scalar("rows_per_s", self.speed.rows_per_s, step + 1)
 
     def _validate(self) -> tuple[bool, bool]:
         """(this is the best so far, patience has run out)"""
+        self._read_losses()
         loss = self.ranks.share(self._validation_loss() if self.ranks.is_first else None)
         metrics = self.state.metrics
         is_best = loss < metrics.get("best", math.inf)
@@ -250,6 +280,7 @@ class _Loop:
         self.run.say(f"resumed at step {progress.step} of {self.num_steps}, {progress.consumed:,} rows consumed")
 
     def _save(self, is_best: bool = False) -> None:
+        self._read_losses()
         if self.checkpoints is not None:
             state = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
             self.checkpoints.save(self.state, state, is_best)
@@ -262,6 +293,7 @@ class _Loop:
         raise Stopped(f"asked to stop after step {self.state.step} of {self.num_steps}: {saved}")
 
     def _finish(self, stopped_early: bool) -> Fitted:
+        self._read_losses()
         metrics = self.state.metrics
         if self.checkpoints is not None:
             self.checkpoints.wait()
@@ -286,7 +318,9 @@ class _Loop:
             self.checkpoints.wait()
             if (found := self.checkpoints.newest(self.run.say)) is not None:
                 last = f"the checkpoint of step {found[0].step} is from before it and whole"
-        rows = f"rows {self.state.consumed:,} to {self.state.consumed + self.plan.batch_size:,} of the order"
+        epoch, batch = divmod(step, self.loader.batches_per_epoch)
+        first = epoch * self.loader.num_rows + batch * self.plan.batch_size
+        rows = f"rows {first:,} to {first + self.plan.batch_size:,} of the order"
         return (
             f"the loss of step {step + 1} is {loss:g}, the norm of its gradients {norm:g} ({rows}); {last}. "
             "Lower learning_rate or clip_norm, or look for infinite features, and train again"
@@ -300,6 +334,8 @@ class _Loop:
 
 
 _SAY_AGAIN = 100
+_READ_AFTER = {"cpu": 1, "cuda": 16}
+"""Steps after which losses are read."""
 _DECIDING = ("accumulate", "precision", "clip_norm", "validation_share")
 """Settings that change the weights; ranks, cadence and reading do not."""
 

@@ -40,7 +40,7 @@ class Ranks:
 
     def wrap(self, objective: nn.Module) -> nn.Module:
         """The module whose backward pass adds up gradients over the ranks, in buckets, while it goes on."""
-        if self.size == 1:
+        if self.words is None:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(objective, device_ids=ids, forward_sync_buffers=False)
@@ -98,11 +98,13 @@ def late_rank(seconds_W: np.ndarray) -> int | None:
 
 @contextmanager
 def ranks_of_environment(timeout_s: float = 300.0) -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, or this process alone (on the CPU unless HEADRACE_DEVICE is `cuda`)."""
+    """The ranks that `torchrun` started, be it one, or this process alone. On the CPU unless HEADRACE_DEVICE is `cuda`."""
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     wants_gpu = os.environ.get("HEADRACE_DEVICE") == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", local) if wants_gpu and local < torch.cuda.device_count() else torch.device("cpu")
-    if size == 1:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
         yield Ranks(0, 1, device, timeout_s)
         return
     limit = timedelta(seconds=timeout_s)

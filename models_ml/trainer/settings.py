@@ -23,7 +23,7 @@ class TrainerSettings:
     keep: newest checkpoints kept; the best is kept beside them. validation_share: of the row groups, the last in time;
     0 trains on everything. patience: validations without a better loss before training stops; 0 never stops early.
     workers: reading threads. prefetch: batches made ahead. cache_mb: decoded rows kept between epochs.
-    rank_timeout_s: how long ranks wait for one another.
+    rank_timeout_s: how long ranks wait for one another. compiled: through torch.compile, which takes a minute at the start.
     """
 
     accumulate: int = 1
@@ -39,6 +39,7 @@ class TrainerSettings:
     cache_mb: int = 1024
     rank_timeout_s: float = 300.0
     tensorboard: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

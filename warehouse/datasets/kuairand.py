@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from warehouse.connections import plain_connection
 from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.datasets.impressions import FLAGS, IMPRESSIONS_SCHEMA, events_from_impressions
 from warehouse.errors import HeadraceError
-from warehouse.lake import plain_connection
 
 FLAG_COLUMNS = {
     "click": "is_click",

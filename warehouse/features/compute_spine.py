@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from warehouse.connections import plain_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
-from warehouse.lake import Lake, plain_connection, quoted
+from warehouse.lake import Lake, quoted
 from warehouse.time_algebra import FIVE_MINUTES_US, GRACE_US
 
 REQUEST_TS = "request_ts"

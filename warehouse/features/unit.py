@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 import yaml
 
+from warehouse.connections import plain_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features import render
@@ -27,7 +28,6 @@ from warehouse.features.declarations import FeatureGroup, LineLoader
 from warehouse.features.generated import attribute_tables
 from warehouse.features.verify import create_tables
 from warehouse.home import REPOSITORY
-from warehouse.lake import plain_connection
 
 STAGED = f"{STAGING}.stg_engagements"
 _RETRACTED = f"{STAGING}.stg_retracted_events"

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from warehouse.connections import plain_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features import render
@@ -35,7 +36,6 @@ from warehouse.features.generated import (
     generated_tables,
 )
 from warehouse.features.oracle import Read, values
-from warehouse.lake import plain_connection
 from warehouse.time_algebra import newest_tick
 
 STAGED = "stg_engagements"

@@ -1,5 +1,6 @@
 """Each scorer on sets small enough to work out, or against a slow and obvious version of itself."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from models_ml.benchmark.linear import Linear, LinearConfig
 from models_ml.benchmark.popular import Popular
 from models_ml.benchmark.transformer import Transformer, TransformerConfig, rotated, rotations
 from tests.models_ml.benchmark.conftest import of_lists
+from warehouse.errors import HeadraceError
 
 
 def test_directed_scores_by_hand():
@@ -63,12 +65,11 @@ def test_a_batch_holds_every_successor_once_also_of_sequences_longer_than_the_wi
     sequences = of_lists(lists, 20)
     for epoch in range(3):
         pairs = []
-        for rows_BL, targets_BL in learned.batches(sequences, 5, 12, np.random.default_rng(epoch)):
+        for rows_BL, asked_T, target_T in learned.batches(sequences, 5, 12, np.random.default_rng(epoch)):
             assert rows_BL.shape[1] <= 5
             assert rows_BL.numel() <= 12
-            is_asked_BL = targets_BL >= 0
-            assert torch.equal(is_asked_BL, rows_BL > 0)
-            pairs += zip((rows_BL[is_asked_BL] - 1).tolist(), targets_BL[is_asked_BL].tolist(), strict=True)
+            assert torch.equal((rows_BL > 0).flatten().nonzero().squeeze(1), asked_T)
+            pairs += zip((rows_BL.flatten()[asked_T] - 1).tolist(), target_T.tolist(), strict=True)
         assert sorted(pairs) == sorted([(item, item + 1) for item in range(16)] + [(3, 4)])
 
 
@@ -98,8 +99,8 @@ def test_the_sampled_softmax_is_near_the_full_one_when_most_items_are_drawn():
     network = Transformer(40, TransformerConfig(length=4, width=16, temperature=1.0)).eval()
     sampled = Transformer(40, TransformerConfig(length=4, width=16, temperature=1.0, sampled=20_000)).eval()
     sampled.load_state_dict(network.state_dict())
-    rows_BL, targets_BL = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[1, 2, 9, -1]])
-    losses = [model.loss(rows_BL, targets_BL, torch.Generator().manual_seed(0)).item() for model in (network, sampled)]
+    rows_BL, asked_T, target_T = torch.tensor([[1, 2, 3, 0]]), torch.arange(3), torch.tensor([1, 2, 9])
+    losses = [model.loss(rows_BL, asked_T, target_T, torch.Generator().manual_seed(0)).item() for model in (network, sampled)]
     assert losses[1] == pytest.approx(losses[0], abs=0.03)
 
 
@@ -132,6 +133,33 @@ def test_a_training_that_was_cut_off_ends_as_one_that_was_not(round_and_round, t
     resumed, _ = trained(round_and_round, tmp_path / "state.pt", epochs=3)
     some = test.users_Q[:10]
     np.testing.assert_array_equal(resumed.scores(test.histories, some), whole.scores(test.histories, some))
+
+
+def test_a_training_with_little_time_ends_when_it_is_up(round_and_round):
+    validation, _ = protocol.split(round_and_round)
+    config = learned.changed(
+        learned.settings(validation.histories), ["seconds=0.5", "width=16", "epochs=100000", "patience=9999"]
+    )
+    started, told = time.monotonic(), []
+    learned.train(validation, config, 0, told.append)
+    assert time.monotonic() - started < 10
+    assert told[-1].startswith("epoch ")
+
+
+def test_the_rate_falls_to_a_twentieth():
+    assert [learned.falling(share) for share in (0.0, 0.5, 1.0, 7.0)] == pytest.approx([1.0, 0.525, 0.05, 0.05])
+
+
+def test_settings_are_changed_by_name(round_and_round):
+    config = learned.changed(learned.settings(round_and_round, large=True), ["layers=3", "learning_rate=0.004"])
+    assert (config.network.layers, config.learning_rate) == (3, 0.004)
+    for word, wrong in (
+        ("depth=3", "is not a setting; they are"),
+        ("layers=two", "takes a whole number"),
+        ("width=30", "must be a multiple of twice heads"),
+    ):
+        with pytest.raises(HeadraceError, match=wrong):
+            learned.changed(config, [word])
 
 
 def test_a_member_that_does_not_help_has_no_weight(round_and_round):

@@ -126,6 +126,11 @@ def test_bf16_trains_as_well_and_keeps_fp32_weights():
     assert all(parameter.dtype == torch.float32 for parameter in objective.parameters())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes a minute on a CPU and gains nothing there")
+def test_compiled_it_learns_the_same():
+    assert train(settings=replace(SETTINGS, compiled=True))[1].loss == pytest.approx(train()[1].loss, abs=0.01)
+
+
 def test_the_rate_rises_then_falls_to_nothing():
     rates = [fitting.learning_rate(step, 100, Plan(1, 1, 1.0, warm_up=0.1)) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
@@ -157,6 +162,25 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_checkpoint_is_whole(
     found = with_folder.newest(lambda line: None)
     with_folder.close()
     assert found is None or found[0].step % 4 == 0
+
+
+def test_losses_read_late_are_the_same_and_one_that_is_no_number_is_told_of_its_own_step(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(fitting, "_READ_AFTER", {"cpu": 1})
+    at_once, first = train()
+    monkeypatch.setattr(fitting, "_READ_AFTER", {"cpu": 5})
+    late, second = train(tmp_path / "late")
+    assert same(late, at_once)
+    assert second.loss == first.loss
+
+    def poison(rows):
+        told.append(rows.row_id)
+        batch = toy.collate(rows)
+        return {**batch, "inputs": batch["inputs"] * (math.nan if len(told) == 6 else 1.0)}
+
+    objective, optimizer = toy.toy_and_optimizer()
+    with pytest.raises(HeadraceError, match=r"the loss of step 6 is nan.*rows 320 to 384 .*step 4 is from before it and whole"):
+        fit(objective, toy.source(), poison, optimizer, PLAN, 0, Run(SETTINGS, folder=tmp_path / "poisoned"))
 
 
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path, monkeypatch):

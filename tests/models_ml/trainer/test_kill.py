@@ -32,13 +32,16 @@ FORKS.set_forkserver_preload(["tests.models_ml.trainer.test_kill"])
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def forked(target, *arguments, ranks: int = 1) -> list[int]:
+def forked(target, *arguments, ranks: int = 1, is_group: bool = False) -> list[int]:
     """Exit statuses of `ranks` processes that run it together, as torchrun would start them; -9 where one was killed. They are
-    forked from a process that has imported everything."""
+    forked from a process that has imported everything. is_group: a single one is a group of ranks too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [FORKS.Process(target=_as_rank, args=(rank, ranks, port, target, arguments)) for rank in range(ranks)]
+    children = [
+        FORKS.Process(target=_as_rank, args=(rank, ranks, port, is_group or ranks > 1, target, arguments))
+        for rank in range(ranks)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -46,9 +49,10 @@ def forked(target, *arguments, ranks: int = 1) -> list[int]:
     return [child.exitcode for child in children]
 
 
-def _as_rank(rank: int, size: int, port: int, target, arguments) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _as_rank(rank: int, size: int, port: int, is_group: bool, target, arguments) -> None:
+    if is_group:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     target(*arguments)
 
 
@@ -111,6 +115,15 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name])
         assert torch.allclose(first[name], tensor, atol=1e-5), name
+
+
+def test_a_group_of_one_rank_learns_what_a_process_alone_does(tmp_path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "group").mkdir()
+    assert forked(without_chance, tmp_path / "alone") == [0]
+    assert forked(without_chance, tmp_path / "group", is_group=True) == [0]
+    alone, group = (torch.load(tmp_path / name / "1.0.pt", weights_only=True) for name in ("alone", "group"))
+    assert all(torch.equal(group[name], tensor) for name, tensor in alone.items())
 
 
 def hang(folder: Path) -> None:

@@ -6,6 +6,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from warehouse.connections import duckdb_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.compute_plan import TABLE_TYPES
@@ -13,7 +14,7 @@ from warehouse.features.compute_spine import REQUEST_TS, Reads, Span
 from warehouse.features.kinds.declared import TableFeatures
 from warehouse.features.kinds.table_arrays import TableArrays
 from warehouse.features.render import render_macro
-from warehouse.lake import Lake, duckdb_connection
+from warehouse.lake import Lake
 
 ROWS_IN_ARRAYS = 30_000_000
 """A table with more goes through DuckDB, which spills to disk; slower."""
