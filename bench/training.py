@@ -112,7 +112,8 @@ def impressions(table: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def _shape() -> l2.Shape:
+def shape() -> l2.Shape:
+    """The vocabularies of `requests`."""
     numbers = np.arange(NUM_NOTES)
     words = NoteWords(
         [f"note_{number}" for number in numbers],
@@ -124,13 +125,13 @@ def _shape() -> l2.Shape:
 
 def train(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, float]:
     """An L2 on the rows, one pass."""
-    shape = _shape()
+    words = shape()
     facts = ranking_rows.Facts(rows, USER_FEATURES, NOTE_FEATURES, config.heads)
     with seeded(0):
-        network = l2.L2Network(config, shape)
+        network = l2.L2Network(config, words)
         facts.fit(network.user_inputs, network.note_inputs)
         ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
-    source = rows.encoded(l2.encoder_of(shape, config))
+    source = rows.encoded(l2.encoder_of(words, config))
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     started = time.perf_counter()
     plan = Plan(1, batch_size, config.learning_rate, config.warm_up)
@@ -141,7 +142,7 @@ def train(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, flo
 
 def read(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, float]:
     """Seconds and rows a second of one epoch through `Loader`."""
-    source = rows.encoded(l2.encoder_of(_shape(), config))
+    source = rows.encoded(l2.encoder_of(shape(), config))
     loader = Loader(source, 0, batch_size, lambda part: l2.tensors_of(part, len(ATTRIBUTES)))
     return _timed(rows.num_rows, lambda: sum(len(batch.rows) for batch in loader.iterate(0, 1)))
 
@@ -153,7 +154,7 @@ def read_stateful(rows: RequestRows, batch_size: int, config: L2Config) -> dict[
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError:
         return None
-    source = rows.encoded(l2.encoder_of(_shape(), config))
+    source = rows.encoded(l2.encoder_of(shape(), config))
     dataset = _Cached(source)
     loader = StatefulDataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=2, collate_fn=_collate)
     return _timed(rows.num_rows, lambda: sum(len(batch["user"]) for batch in loader))

@@ -15,7 +15,8 @@ def deterministic() -> Iterator[None]:
     """Inside, only deterministic algorithms run, on one thread; torch's CPU random state is put back after."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     # algorithms are what matters; that nobody reads memory before writing it is for tests, and filling it costs a kernel each
-    filled, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     threads, was_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.use_deterministic_algorithms(True)
@@ -24,7 +25,7 @@ def deterministic() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
             torch.set_num_threads(threads)
 
 

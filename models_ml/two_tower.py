@@ -117,9 +117,11 @@ class TwoTowerObjective(nn.Module):
         table_ND, item_B = self.network.note_table(), batch["target"]
         user_BD = self.network.user_vectors(batch["history"], table_ND)
         item_BD, log_q_B = F.embedding(item_B, table_ND), self.log_q_N[item_B]
-        # products of unit vectors over a small temperature: bf16 would round them to tenths
+        # products of unit vectors over a small temperature: rounded to bf16 they would be off by tenths, so autocast must not
+        # have them; the kernel of a GPU takes bf16 vectors and adds up in fp32
+        kind = torch.bfloat16 if user_BD.is_cuda and torch.is_autocast_enabled("cuda") else torch.float32
         with torch.autocast(user_BD.device.type, enabled=False):
-            loss = in_batch_softmax_loss(user_BD.float(), item_BD.float(), item_B, log_q_B, self.temperature)
+            loss = in_batch_softmax_loss(user_BD.to(kind), item_BD.to(kind), item_B, log_q_B, self.temperature)
         return loss * batch["num_pairs"]
 
 
@@ -146,11 +148,12 @@ def train(
         plan = Plan(config.epochs, config.batch_size, config.learning_rate)
         source = ArraySource(pairs, examples.fingerprint())
         run = replace(run or Run(), progress=progress)
-        fit(TwoTowerObjective(network, log_q_N, config.temperature), source, _tensors_of, optimizer, plan, seed, run)
+        fit(TwoTowerObjective(network, log_q_N, config.temperature), source, tensors_of, optimizer, plan, seed, run)
     return TwoTower(network, settings)
 
 
-def _tensors_of(rows: Rows) -> dict[str, Tensor]:
+def tensors_of(rows: Rows) -> dict[str, Tensor]:
+    """history int64 [B, L], target [B], and how many pairs these are (none: one pair that does not count)."""
     pairs = rows.or_empty_row()
     target_B = pairs.per_candidate["target"] if len(rows) else np.zeros(1, dtype=np.int64)
     return {

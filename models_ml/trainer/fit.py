@@ -304,7 +304,8 @@ class _Loop:
         steps, rows, loss = self.state.step, self.state.consumed, metrics.get("loss", math.nan)
         mfu = None
         if self.run.measure and self.ranks.is_first:
-            some = self.loader.some_rows(64)
+            # a whole batch where it costs nothing: with in-batch negatives a row's work grows with it
+            some = self.loader.some_rows(64 if self.ranks.device.type == "cpu" else self.plan.batch_size)
             mfu = self.speed.mfu(lambda: self.objective(self._moved(self.collate(some))), len(some))
         self.objective.to("cpu")  # models are published from, and evaluated on, the CPU
         if self.run.measure and self.ranks.is_first:

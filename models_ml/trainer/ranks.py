@@ -108,7 +108,10 @@ def ranks_of_environment(timeout_s: float = 300.0) -> Iterator[Ranks]:
         yield Ranks(0, 1, device, timeout_s)
         return
     limit = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=limit, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
     try:
         words = dist.new_group(backend="gloo", timeout=limit)
         yield Ranks(dist.get_rank(), size, device, timeout_s, words)

@@ -1,7 +1,9 @@
 """How fast a run is: rows a second, and the share of the machine's measured peak that its matrix products use."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,10 +40,24 @@ class Speed:
             return None
         from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which a server must not
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _plain(), FlopCounterMode(display=False) as counter:
             forward()
         per_row = _PASSES * counter.get_total_flops() / rows
         return per_row * self.rows_per_s / peak_flop_per_s(self._device)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """PyTorch in place of Triton kernels, whose operations nobody counts."""
+    before = os.environ.get("HEADRACE_KERNELS")
+    os.environ["HEADRACE_KERNELS"] = "torch"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HEADRACE_KERNELS"]
+        else:
+            os.environ["HEADRACE_KERNELS"] = before
 
 
 def peak_flop_per_s(device: torch.device) -> float:

@@ -126,11 +126,6 @@ def test_bf16_trains_as_well_and_keeps_fp32_weights():
     assert all(parameter.dtype == torch.float32 for parameter in objective.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes a minute on a CPU and gains nothing there")
-def test_compiled_it_learns_the_same():
-    assert train(settings=replace(SETTINGS, compiled=True))[1].loss == pytest.approx(train()[1].loss, abs=0.01)
-
-
 def test_the_rate_rises_then_falls_to_nothing():
     rates = [fitting.learning_rate(step, 100, Plan(1, 1, 1.0, warm_up=0.1)) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
