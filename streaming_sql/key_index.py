@@ -29,6 +29,8 @@ class KeyIndex:
         self._given = array("q")
         """Rows in the order in which they were given to the keys that are here."""
         self._free: list[int] = []
+        self._rows_under: dict[str, list[int]] = {}
+        """By the first of several columns."""
 
     def __len__(self) -> int:
         return len(self._given)
@@ -67,6 +69,10 @@ class KeyIndex:
         """Rows that no key has are given to new ones from now on."""
         self._free = [row for row in range(len(self._key_of) - 1, -1, -1) if self._key_of[row] is None]
 
+    def under(self, first: str) -> list[tuple[Key, int]]:
+        """The keys of several columns that begin with this, each with its row, in the order in which they came."""
+        return [(key, row) for row in tuple(self._rows_under.get(first, ())) if (key := self._key_of[row]) is not None]
+
     def _row(self, key: Key) -> int:
         row = self._row_of.get(key[0] if self._is_single else key)
         if row is None:
@@ -80,6 +86,8 @@ class KeyIndex:
         self._key_of[row] = key
         self._given.append(row)
         self._row_of[key[0] if self._is_single else key] = row
+        if not self._is_single:
+            self._rows_under.setdefault(key[0], []).append(row)
 
     def add(self, table: pa.Table) -> np.ndarray:
         """int64 [R]: the row of each table row's key; keys not seen before get the next ids. Keys must not be null."""

@@ -142,6 +142,7 @@ def test_a_row_whose_key_went_is_given_to_the_next_new_key():
     assert index.find([("b", "2")]).tolist() == [1]
     assert [kept._row(key) for key in (("d", "4"), ("c", "3"), ("e", "5"))] == [1, 2, 3]
     assert (kept.keys(), kept.rows().tolist()) == ([("a", "1"), ("c", "3"), ("d", "4"), ("e", "5")], [0, 2, 1, 3])
+    assert (kept.under("a"), kept.under("b"), kept.under("d")) == ([(("a", "1"), 0)], [], [(("d", "4"), 1)])
     codes = TextCodes()
     assert [codes.code(text) for text in "abc"] == [0, 1, 2]
     fewer = codes.kept(np.array([1]))
