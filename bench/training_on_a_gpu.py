@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.training import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
+from bench.simulated_requests import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
 from models_ml import l2, ranking_rows, two_tower
 from models_ml.l2 import L2Config
 from models_ml.notes import NoteWords
@@ -57,17 +57,17 @@ class Work:
 
 def ranking(name: str, config: L2Config, made: pa.Table, epochs: int) -> Work:
     """L2 on requests of 20 to 60 candidates."""
-    table = RequestTable(made, name)
+    table, words = RequestTable(made, name), shape(made)
     facts = ranking_rows.Facts(table, USER_FEATURES, NOTE_FEATURES, config.heads)
 
     def objective() -> nn.Module:
         with seeded(0):
-            network = l2.L2Network(config, shape())
+            network = l2.L2Network(config, words)
             facts.fit(network.user_inputs, network.note_inputs)
             ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
         return l2.L2Objective(network)
 
-    source = table.encoded(l2.encoder_of(shape(), config))
+    source = table.encoded(l2.encoder_of(words, config))
     whole = Rows.concat([source.read(group) for group in range(len(source.group_sizes))])
     plan = Plan(epochs, config.batch_size, config.learning_rate)
     return Work(name, objective, ArraySource(whole, name, 1024), lambda rows: l2.tensors_of(rows, len(ATTRIBUTES)), plan)
