@@ -26,7 +26,7 @@ NOTE_FEATURES = tuple(
     for what in ("num_views", "num_clicks")
     for window in WINDOWS
 )
-NUM_NOTES, DAYS, MOST_SHOWN, REQUESTS_OF_A_READER = 3000, 8, 60, 10
+NUM_NOTES, NUM_AUTHORS, DAYS, MOST_SHOWN, REQUESTS_OF_A_READER = 3000, 1024, 8, 60, 10
 ATTRIBUTES = tuple(f"user_active_degree={degree}" for degree in ("low_active", "middle_active", "full_active"))
 
 
@@ -62,7 +62,7 @@ def requests(num: int, seed: int = 0) -> pa.Table:
         columns[name] = pa.array(_counts(events, name, {"user": user_N[first]}, tick_R))
     for name in ("impression_id", "note_id", "author_id"):
         columns[name] = nested(views[name])
-    entities = {"note": note_N, "author": author_N, "user_author": user_N << 20 | author_N}
+    entities = {"note": note_N, "author": author_N, "user_author": user_N * NUM_AUTHORS + author_N}
     for name in NOTE_FEATURES:
         columns[name] = nested(pa.array(_counts(events, name, entities, tick_N)))
     for head in ("click", "long_view"):
@@ -115,10 +115,11 @@ def _counts(events: pa.Table, feature: str, entities: Mapping[str, np.ndarray], 
     what, window = rest.split("_")
     mine = events.filter(pc.equal(events["event_type"], what.removesuffix("s")))
     keys = {name: _numbers(mine[f"{name}_id"], name[0]) for name in ("user", "note", "author")}
-    keys["user_author"] = keys["user"] << 20 | keys["author"]
-    epoch = int(tick.min()) - WINDOWS["7d"] - DAY_US
-    happened = np.sort(keys[entity] << 41 | np.maximum(_us(mine["event_ts"]) - epoch, 0))
-    high, low = (entities[entity] << 41 | (at - epoch) for at in (tick, tick - WINDOWS[window]))
+    keys["user_author"] = keys["user"] * NUM_AUTHORS + keys["author"]
+    epoch = int(tick.min()) - WINDOWS["7d"]
+    # entity and millisecond in one number: ticks are whole milliseconds, so what is before one stays before it
+    happened = np.sort(keys[entity] << 32 | (_us(mine["event_ts"]) - epoch) // 1000)
+    high, low = (entities[entity] << 32 | (at - epoch) // 1000 for at in (tick, tick - WINDOWS[window]))
     return (np.searchsorted(happened, high) - np.searchsorted(happened, low)).astype(np.float64)
 
 

@@ -5,9 +5,9 @@ torchdata's StatefulDataLoader on the same files.
 
 Requests of 20 to 60 candidates are the simulator's (`bench/simulated_requests.py`). Both layouts hold the same values in the
 same types and codec (Parquet, zstd); impression rows repeat the reader's features, attributes and history on each row, as a
-flat table must whose readers are to need no join. In order of time the codec finds most of the repetition again; shuffled, as rows
-must lie for a trainer that reads them one after the other, it does not, so both are shown. An L2 is trained on each, with as
-many candidates in a step; then `Loader` and StatefulDataLoader (`pip install torchdata`) read and collate the same files.
+flat table must whose readers are to need no join. In order of time the codec finds most of the repetition again; shuffled, as
+rows must lie for a trainer that reads them one after the other, it does not, so both are shown. An L2 is trained on each, with
+as many candidates in a step; then `Loader` and StatefulDataLoader (`pip install torchdata`) read and collate the same files.
 """
 
 import argparse
