@@ -52,6 +52,8 @@ class Case:
     flop: float
     make: Callable[[torch.device, int], tuple[Call, Call]]
     tolerance: float = 1e-3
+    peers: Callable[[torch.device, int], dict[str, Call]] = lambda device, seed: {}
+    """Other libraries' calls on the same inputs, by name, of those that are installed; each waits for its result."""
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Row:
     ours_us: float | None = None
     eager_us: float | None = None
     compiled_us: float | None = None
+    peers_us: dict[str, float] = field(default_factory=dict)
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     share_of_roofline: float | None = None
@@ -169,13 +172,46 @@ def block_case(fusion: str, B: int, S: int, D: int, F: int, heads: int) -> Case:
 
 
 def top_k_case(B: int, N: int, D: int, k: int) -> Case:
-    def make(device: torch.device, seed: int) -> tuple[Call, Call]:
+    def drawn(device: torch.device, seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(seed)
-        dtype = _dtype(device)
-        queries, items = (torch.randn(rows, D, generator=generator, device=device, dtype=dtype) for rows in (B, N))
+        return tuple(torch.randn(rows, D, generator=generator, device=device, dtype=_dtype(device)) for rows in (B, N))
+
+    def make(device: torch.device, seed: int) -> tuple[Call, Call]:
+        queries, items = drawn(device, seed)
         return lambda: top_k(queries, items, k)[0], lambda: (queries @ items.T).float().topk(k, dim=1).values
 
-    return Case("top_k", f"{B} queries, {N} x d{D}, k {k}", 2 * N * D + 8 * B * N / 32, 2 * B * N * D, make, 2e-2)
+    def peers(device: torch.device, seed: int) -> dict[str, Call]:
+        queries, items = drawn(device, seed)
+        return {**_jax_top_k(queries, items, k), **_faiss_top_k(queries, items, k)}
+
+    least = 2 * N * D + 8 * B * N / 32
+    return Case("top_k", f"{B} queries, {N} x d{D}, k {k}", least, 2 * B * N * D, make, 2e-2, peers)
+
+
+def _jax_top_k(queries: Tensor, items: Tensor, k: int) -> dict[str, Call]:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes three quarters of the GPU's memory
+    try:
+        import jax
+    except ImportError:
+        return {}
+    q, x = (jax.dlpack.from_dlpack(tensor) for tensor in (queries, items))
+    exact = jax.jit(lambda q, x: jax.lax.top_k(q @ x.T, k))
+    return {"JAX": lambda: jax.block_until_ready(exact(q, x))}
+
+
+def _faiss_top_k(queries: Tensor, items: Tensor, k: int) -> dict[str, Call]:
+    try:
+        import faiss
+    except ImportError:
+        return {}
+    index = faiss.IndexFlatIP(items.shape[1])
+    if items.is_cuda:
+        if not hasattr(faiss, "StandardGpuResources"):
+            return {}
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), items.device.index or 0, index)
+    q, x = (tensor.float().cpu().numpy() for tensor in (queries, items))
+    index.add(x)
+    return {"FAISS": lambda: index.search(q, k)}
 
 
 def embedding_case(B: int, F: int, D: int, rows: int) -> Case:
@@ -317,6 +353,17 @@ def _once(calls: list[Call], device: torch.device) -> float:
     return (time.perf_counter() - begin_s) * 1e6
 
 
+def _on_the_clock(call: Call) -> float:
+    """Median microseconds of a call that waits for its result: other libraries do not run on PyTorch's stream."""
+    call()
+    times = []
+    while len(times) < 5 or (len(times) < 50 and sum(times) < 1e6):
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times)
+
+
 def replayed(calls: list[Call], device: torch.device) -> list[Call]:
     """The calls as one CUDA graph, so that what is timed is the GPU; as they are where that cannot be (or on the CPU)."""
     if device.type != "cuda":
@@ -357,6 +404,8 @@ def measure(case: Case, device: torch.device, roof: tuple[float, float]) -> Row:
     row.ours_us = ours_us * len(ours) / sets  # a graph is one call for all sets
     if device.type == "cuda" and case.operation != "feature_arena":
         row.compiled_us = _compiled(made[0][1], device)
+    for name, call in case.peers(device, 0).items():
+        row.peers_us[name] = _on_the_clock(call)
     row.gb_per_s = case.bytes / row.ours_us / 1e3
     row.tflop_per_s = case.flop / row.ours_us / 1e6
     row.share_of_roofline = max(case.bytes / roof[0], case.flop / roof[1]) * 1e6 / row.ours_us
@@ -389,14 +438,16 @@ def print_table(rows: list[Row]) -> None:
 
     print(
         f"{'operation':<17} {'shape':<36} {'ours us':>9} {'eager us':>9} {'ratio':>6} {'compile us':>10} "
-        f"{'GB/s':>7} {'TFLOP/s':>8} {'of roof':>7}"
+        f"{'GB/s':>7} {'TFLOP/s':>8} {'of roof':>7}  others, us"
     )
     for row in rows:
         ratio = row.eager_us / row.ours_us if row.eager_us and row.ours_us else None
         print(
             f"{row.operation:<17} {row.shape:<36} {number(row.ours_us):>9} {number(row.eager_us):>9} {number(ratio):>6} "
             f"{number(row.compiled_us):>10} {number(row.gb_per_s):>7} {number(row.tflop_per_s, '.3f'):>8} "
-            f"{number(row.share_of_roofline and 100 * row.share_of_roofline, '.0f'):>6}% {row.note}"
+            f"{number(row.share_of_roofline and 100 * row.share_of_roofline, '.0f'):>6}%  "
+            + ", ".join(f"{name} {us:.0f}" for name, us in row.peers_us.items())
+            + row.note
         )
 
 

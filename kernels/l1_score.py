@@ -97,11 +97,11 @@ def configuration(F: int, H: int, G: int, T: int, dtype: torch.dtype) -> dict[st
     """Tiles for one model: 64 items a program, slices of the other widths that fit the registers."""
     full = dtype == torch.float32
     block_g = max(16, next_power_of_2(G))
-    widest_f, widest_h = (32, 32) if full else (64, 64 if block_g <= 128 else 32)
+    widest_f, widest_h = (32, 32) if full else (64, 64)
     return {
         "F": F, "H": H, "G": G, "T": T, "BLOCK_N": 64, "BLOCK_G": block_g,
         "BLOCK_F": max(16, min(widest_f, next_power_of_2(F))), "BLOCK_H": max(16, min(widest_h, next_power_of_2(H))),
-        "PRECISION": "tf32x3" if full else "ieee", "num_warps": 8 if full or block_g > 128 else 4, "num_stages": 2,
+        "PRECISION": "tf32x3" if full else "ieee", "num_warps": 8 if full else 4, "num_stages": 2 if full else 3,
     }  # fmt: skip
 
 
@@ -133,8 +133,10 @@ def launch(
     if N == 0:
         return
     config = configuration(F, second.shape[1], second.shape[0], heads.shape[0], item.dtype)
+    tile = config["BLOCK_N"]
+    assert isinstance(tile, int)
     with device_of(item):
-        _l1_score_kernel[(ceil_div(N, 64),)](
+        _l1_score_kernel[(ceil_div(N, tile),)](
             item, user_part, user_of_item, first_item, second, second_bias, heads, heads_bias, mix, utility, logits,
             N, user_part.shape[0], **config
         )  # fmt: skip

@@ -164,10 +164,10 @@ def _negative_gradient_kernel(
 
 
 def configuration(D: int) -> dict[str, int]:
-    """Tiles: 64 queries against 64 negatives."""
+    """Tiles: 64 queries against 32 negatives."""
     return {
-        "D": D, "BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_D": max(16, next_power_of_2(D)),
-        "num_warps": 4 if D <= 64 else 8, "num_stages": 2,
+        "D": D, "BLOCK_B": 64, "BLOCK_N": 32, "BLOCK_D": max(16, next_power_of_2(D)),
+        "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 

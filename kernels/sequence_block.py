@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FUSIONS, ATTENTIONS, ACTIVATIONS = ("none", "early", "late"), ("softmax", "silu"), ("relu", "gelu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM_EPSILON = 1e-5
+LOG2_E = 1.4426950408889634
 WIDEST_LAYER, WIDEST_HEAD = 128, 64
 
 
@@ -135,21 +136,6 @@ def sequence_block_reference(
 
 
 @Kernel
-def _tokens(
-    tokens_ptr, candidates_ptr, user, b, n, S, E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr
-):
-    """Rows `n` of a user's sequence, [rows, BLOCK_D], extended by candidate b in early fusion; zeros outside."""
-    d = tl.arange(0, BLOCK_D)
-    in_row = (n < S)[:, None]
-    sequence_ptr = tokens_ptr + user * S * E  # int64 here, so that the many offsets within a sequence may be int32
-    x = tl.load(sequence_ptr + n[:, None] * E + d[None, :], mask=in_row & (d < E)[None, :], other=0.0)
-    if EARLY:
-        c = tl.load(candidates_ptr + b * (D - E) + (d - E), mask=(d >= E) & (d < D), other=0.0)
-        x = tl.where((d < E)[None, :], x, tl.where(in_row, c[None, :], 0.0).to(x.dtype))
-    return x
-
-
-@Kernel
 def _layer_norm(x, weight_ptr, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, EPSILON: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
@@ -162,9 +148,51 @@ def _layer_norm(x, weight_ptr, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @Kernel
+def _attend(
+    q, of_candidate, attended, total, largest, keys_ptr, m, first_m, length, mine,
+    D: tl.constexpr, STRIDE: tl.constexpr, HEAD: tl.constexpr,
+    LATE: tl.constexpr, CAUSAL: tl.constexpr, SOFTMAX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries [BLOCK_M, BLOCK_H] over one user's keys and values: what they gathered so far and now."""
+    h = tl.arange(0, BLOCK_H)
+    in_h = h < HEAD
+    past_n = length
+    if CAUSAL:
+        past_n = tl.minimum(length, first_m + BLOCK_M)
+    for first_n in range(0, past_n, BLOCK_N):
+        n = first_n + tl.arange(0, BLOCK_N)
+        place = n[:, None] * STRIDE + h[None, :]
+        there = (n < length)[:, None] & in_h[None, :]
+        k = tl.load(keys_ptr + place, mask=there, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) + of_candidate[:, None]
+        allowed = (n < length)[None, :]
+        if CAUSAL:
+            allowed = allowed & (n[None, :] <= m[:, None])
+        if LATE:
+            allowed = allowed & mine[:, None]
+        if SOFTMAX:
+            s = tl.where(allowed, s, -1e30)  # finite: a row with no key yet must not become NaN
+            larger = tl.maximum(largest, tl.max(s, 1))
+            p = tl.exp2(s - larger[:, None])
+            if LATE:
+                p = tl.where(allowed, p, 0.0)  # elsewhere key 0 is allowed to every row, so that `larger` is a score
+            shrink = tl.exp2(largest - larger)
+            total = total * shrink
+            attended = attended * shrink[:, None]
+            largest = larger
+        else:
+            p = tl.where(allowed, s / (1.0 + tl.exp(-s)), 0.0) / length.to(tl.float32)
+        total += tl.sum(p, 1)
+        v = tl.load(keys_ptr + D + place, mask=there, other=0.0)
+        attended = tl.dot(p.to(v.dtype), v, attended, input_precision=PRECISION)
+    return attended, total, largest
+
+
+@Kernel
 def _sequence_block_kernel(
-    tokens_ptr, lengths_ptr, candidates_ptr, user_of_candidate_ptr,
-    in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, norm1_weight_ptr, norm1_bias_ptr,
+    tokens_ptr, lengths_ptr, candidates_ptr, user_of_candidate_ptr, projected_ptr, projected_candidates_ptr,
+    out_weight_ptr, out_bias_ptr, norm1_weight_ptr, norm1_bias_ptr,
     ff1_weight_ptr, ff1_bias_ptr, ff2_weight_ptr, ff2_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, out_ptr,
     U, S, B, scale,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
@@ -174,81 +202,85 @@ def _sequence_block_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    in_d = d < D
+    h = tl.arange(0, BLOCK_H)
+    in_d, in_h = d < D, h < HEAD
     dtype = tokens_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
     first_m = tl.program_id(1) * BLOCK_M
     m = first_m + tl.arange(0, BLOCK_M)
 
-    # Which users' keys these queries need: rows of one sequence need one, a tile of candidates those of its own.
+    # Rows of a sequence need the keys of one user, a tile of candidates those of the users it names.
     if LATE:
         left = (B - b * BLOCK_M).to(tl.int32)  # candidates from this tile on
-        user_of_m = tl.load(user_of_candidate_ptr + b * BLOCK_M + m, mask=m < left, other=-1)
+        in_m = m < left
+        user_of_m = tl.load(user_of_candidate_ptr + b * BLOCK_M + m, mask=in_m, other=-1)
         known = (user_of_m >= 0) & (user_of_m < U)
         first_user = tl.min(tl.where(known, user_of_m, U), 0)
         past_user = tl.max(tl.where(known, user_of_m + 1, 0), 0)
-        tile_ptr = candidates_ptr + b * BLOCK_M * D
-        x = tl.load(tile_ptr + m[:, None] * D + d[None, :], mask=(m < left)[:, None] & in_d[None, :], other=0.0)
+        x = tl.load(
+            candidates_ptr + b * BLOCK_M * D + m[:, None] * D + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0
+        )
+        queries_ptr = projected_candidates_ptr + b * BLOCK_M * D
+        keys_ptr = projected_ptr
     else:
         user = b
         if EARLY:
             user = tl.load(user_of_candidate_ptr + b)
-        first_user = tl.maximum(user, 0)
-        past_user = tl.minimum(user + 1, U)
-        x = _tokens(tokens_ptr, candidates_ptr, user, b, tl.where(first_user < past_user, m, S), S, E, D, BLOCK_D, EARLY)
+        length = tl.zeros((), tl.int32)
+        if (user >= 0) & (user < U):
+            length = tl.minimum(tl.load(lengths_ptr + user), S).to(tl.int32)
+        user_of_m = m.to(tl.int64)  # nobody reads it
+        in_m = m < length
+        # int64 here, so that the many offsets within a sequence may be int32
+        x = tl.load(
+            tokens_ptr + user * S * E + m[:, None] * E + d[None, :], mask=in_m[:, None] & (d < E)[None, :], other=0.0
+        )  # fmt: skip
+        if EARLY:
+            c = tl.load(candidates_ptr + b * (D - E) + (d - E), mask=(d >= E) & in_d, other=0.0)
+            x = tl.where((d < E)[None, :], x, c[None, :])
+        queries_ptr = projected_ptr + user * S * (3 * D)
+        keys_ptr = queries_ptr + D
 
-    y = x.to(tl.float32)
-    if NORM_FIRST:
-        x = _layer_norm(y, norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON).to(dtype)
-    y += tl.load(out_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    y = x.to(tl.float32) + tl.load(out_bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     for head in range(HEADS):
-        h = tl.arange(0, BLOCK_H)
-        in_h = h < HEAD
         column = head * HEAD + h
-        in_hd = in_h[None, :] & in_d[:, None]
-        weight = tl.load(in_weight_ptr + column[None, :] * D + d[:, None], mask=in_hd, other=0.0)
-        q = tl.dot(x, weight, input_precision=PRECISION)
-        q += tl.load(in_bias_ptr + column, mask=in_h, other=0.0).to(tl.float32)[None, :]
-        q = (q * scale).to(dtype)
-        key_weight = tl.load(in_weight_ptr + (D + column)[None, :] * D + d[:, None], mask=in_hd, other=0.0)
-        key_bias = tl.load(in_bias_ptr + D + column, mask=in_h, other=0.0).to(tl.float32)
-        value_weight = tl.load(in_weight_ptr + (2 * D + column)[None, :] * D + d[:, None], mask=in_hd, other=0.0)
-        value_bias = tl.load(in_bias_ptr + 2 * D + column, mask=in_h, other=0.0).to(tl.float32)
-
+        in_mh = in_m[:, None] & in_h[None, :]
+        of_candidate = tl.zeros((BLOCK_M,), tl.float32)
         largest = tl.full((BLOCK_M,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         attended = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        for u in range(first_user, past_user):
-            length = tl.minimum(tl.load(lengths_ptr + u), S).to(tl.int32)
-            past_n = length
-            if CAUSAL:
-                past_n = tl.minimum(length, first_m + BLOCK_M)
-            for first_n in range(0, past_n, BLOCK_N):
-                n = first_n + tl.arange(0, BLOCK_N)
-                xn = _tokens(tokens_ptr, candidates_ptr, u, b, n, S, E, D, BLOCK_D, EARLY)
-                if NORM_FIRST:
-                    xn = _layer_norm(xn.to(tl.float32), norm1_weight_ptr, norm1_bias_ptr, D, BLOCK_D, EPSILON).to(dtype)
-                k = (tl.dot(xn, key_weight, input_precision=PRECISION) + key_bias[None, :]).to(dtype)
-                v = (tl.dot(xn, value_weight, input_precision=PRECISION) + value_bias[None, :]).to(dtype)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                allowed = (n < length)[None, :]
-                if CAUSAL:
-                    allowed = allowed & (n[None, :] <= m[:, None])
-                if LATE:
-                    allowed = allowed & (user_of_m == u)[:, None]
-                if SOFTMAX:
-                    s = tl.where(allowed, s, -1e30)  # finite: a row with no key yet must not become NaN
-                    larger = tl.maximum(largest, tl.max(s, 1))
-                    p = tl.where(allowed, tl.exp(s - larger[:, None]), 0.0)
-                    shrink = tl.exp(largest - larger)
-                    total = total * shrink + tl.sum(p, 1)
-                    attended = tl.dot(p.to(dtype), v, attended * shrink[:, None], input_precision=PRECISION)
-                    largest = larger
-                else:
-                    p = tl.where(allowed, s / (1.0 + tl.exp(-s)), 0.0) / length.to(tl.float32)
-                    attended = tl.dot(p.to(dtype), v, attended, input_precision=PRECISION)
+        if LATE:
+            q = tl.load(queries_ptr + m[:, None] * D + column[None, :], mask=in_mh, other=0.0).to(tl.float32)
+            q = (q * scale).to(dtype)
+            for u in range(first_user, past_user):
+                length = tl.minimum(tl.load(lengths_ptr + u), S).to(tl.int32)
+                attended, total, largest = _attend(
+                    q, of_candidate, attended, total, largest, keys_ptr + u * S * (2 * D) + head * HEAD,
+                    m, first_m, length, user_of_m == u,
+                    D, 2 * D, HEAD, LATE, CAUSAL, SOFTMAX, BLOCK_M, BLOCK_N, BLOCK_H, PRECISION,
+                )  # fmt: skip
+        else:
+            q = tl.load(queries_ptr + m[:, None] * (3 * D) + column[None, :], mask=in_mh, other=0.0).to(tl.float32)
+            if EARLY:
+                candidate_ptr = projected_candidates_ptr + b * (3 * D) + column
+                q += tl.load(candidate_ptr, mask=in_h, other=0.0).to(tl.float32)[None, :]
+            q = (q * scale).to(dtype)
+            if EARLY and not SOFTMAX:
+                # The candidate's share of every key adds the same to a row's scores: softmax does not see it, silu does.
+                key = tl.load(candidate_ptr + D, mask=in_h, other=0.0).to(tl.float32)
+                of_candidate = tl.sum(q.to(tl.float32) * key[None, :], 1)
+            attended, total, largest = _attend(
+                q, of_candidate, attended, total, largest, keys_ptr + head * HEAD, m, first_m, length, in_m,
+                D, 3 * D, HEAD, LATE, CAUSAL, SOFTMAX, BLOCK_M, BLOCK_N, BLOCK_H, PRECISION,
+            )  # fmt: skip
         if SOFTMAX:
             attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
+        if EARLY:  # and its share of every value comes out once, times the weights' sum
+            value = tl.load(candidate_ptr + 2 * D, mask=in_h, other=0.0).to(tl.float32)
+            weights_sum = total
+            if SOFTMAX:
+                weights_sum = tl.where(total > 0.0, 1.0, 0.0)
+            attended += weights_sum[:, None] * value[None, :]
         weight = tl.load(out_weight_ptr + d[None, :] * D + column[:, None], mask=in_d[None, :] & in_h[:, None], other=0.0)
         y = tl.dot(attended.to(dtype), weight, y, input_precision=PRECISION)
 
@@ -275,10 +307,9 @@ def _sequence_block_kernel(
 
     if LATE:
         tile_ptr = out_ptr + b * BLOCK_M * D
-        tl.store(tile_ptr + m[:, None] * D + d[None, :], y, mask=(m < left)[:, None] & in_d[None, :])
+        tl.store(tile_ptr + m[:, None] * D + d[None, :], y, mask=in_m[:, None] & in_d[None, :])
     else:
-        length = tl.load(lengths_ptr + user, mask=first_user < past_user, other=0)
-        y = tl.where((m < length)[:, None], y, 0.0)
+        y = tl.where(in_m[:, None], y, 0.0)
         tile_ptr = out_ptr + b * S * D
         tl.store(tile_ptr + m[:, None] * D + d[None, :], y, mask=(m < S)[:, None] & in_d[None, :])
 
@@ -287,21 +318,25 @@ def configuration(
     E: int, D: int, F: int, num_heads: int, fusion: str, causal: bool, attention: str, capability: int,
     norm_first: bool = False, activation: str = "relu",
 ) -> dict[str, object]:  # fmt: skip
-    """Tiles for one layer. Hopper's tensor cores want 64 rows; before it weights sit in registers, which leaves room for 32."""
-    block_m, widest_f = (64, 64) if capability >= 90 else (32, 16)
+    """Tiles for one layer: 64 rows, one warp group, as Hopper's tensor cores want them; before it their operands sit in
+    registers, which takes smaller tiles and more warps."""
+    hopper = capability >= 90
+    block_n, widest_f = (64, 64) if hopper else (32, 32)
+    stages = 1 if not hopper or fusion == "late" else 3
     return {
         "E": E, "D": D, "F": F, "HEADS": num_heads, "HEAD": D // num_heads, "EPSILON": NORM_EPSILON,
         "EARLY": fusion == "early", "LATE": fusion == "late", "CAUSAL": causal, "SOFTMAX": attention == "softmax",
         "NORM_FIRST": norm_first, "GELU": activation == "gelu",
-        "BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_D": max(16, next_power_of_2(D)),
+        "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_D": max(16, next_power_of_2(D)),
         "BLOCK_H": max(16, next_power_of_2(D // num_heads)), "BLOCK_F": max(16, min(widest_f, next_power_of_2(F))),
-        "PRECISION": "ieee", "num_warps": 8, "num_stages": 1,
+        "PRECISION": "ieee", "num_warps": 4 if hopper else 8, "num_stages": stages,
     }  # fmt: skip
 
 
-def kernel_fits(dtype: torch.dtype, D: int, num_heads: int) -> bool:
-    """Whether there is a configuration that spills nothing."""
-    return dtype in (torch.bfloat16, torch.float16) and D <= WIDEST_LAYER and D // num_heads <= WIDEST_HEAD
+def kernel_fits(dtype: torch.dtype, D: int, num_heads: int, fusion: str = "none", norm_first: bool = False) -> bool:
+    """Whether there is a configuration that spills nothing. A norm over token and candidate together cannot be split in two."""
+    narrow = dtype in (torch.bfloat16, torch.float16) and D <= WIDEST_LAYER and D // num_heads <= WIDEST_HEAD
+    return narrow and not (fusion == "early" and norm_first)
 
 
 def shipped(capability: int) -> list[Case]:
@@ -334,7 +369,7 @@ def launch(
     num_heads: int, fusion: str, causal: bool, attention: str, out: Tensor, capability: int,
     norm_first: bool = False, activation: str = "relu",
 ) -> None:  # fmt: skip
-    """The Triton kernel into `out`. Contiguous tensors; nothing is checked here."""
+    """Projections, then the Triton kernel into `out`. Contiguous tensors; nothing is checked here."""
     U, S, E = tokens.shape
     D, F = weights.out_bias.shape[0], weights.ff1_bias.shape[0]
     B = 0 if candidates is None else candidates.shape[0]
@@ -344,13 +379,39 @@ def launch(
     tile = config["BLOCK_M"]
     assert isinstance(tile, int)
     grid = (ceil_div(B, tile), 1) if fusion == "late" else (out.shape[0], ceil_div(S, tile))
-    nothing = tokens  # a pointer that is never read
+    scale = (D // num_heads) ** -0.5 * (LOG2_E if attention == "softmax" else 1.0)
     with device_of(tokens):
+        projected, projected_candidates = _project(tokens, candidates, weights, fusion, norm_first)
+        nothing = tokens  # a pointer that is never read
         _sequence_block_kernel[grid](
             tokens, lengths, nothing if candidates is None else candidates,
-            lengths if user_of_candidate is None else user_of_candidate, *weights, out,
-            U, S, B, (D // num_heads) ** -0.5, **config,
+            lengths if user_of_candidate is None else user_of_candidate,
+            projected, nothing if projected_candidates is None else projected_candidates, *weights[2:], out,
+            U, S, B, scale, **config,
         )  # fmt: skip
+
+
+def _project(
+    tokens: Tensor, candidates: Tensor | None, weights: BlockWeights, fusion: str, norm_first: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Queries, keys and values of every token [U, S, 3D] (late: keys and values [U, S, 2D]) and of every candidate [B, 3D]
+    (late: the query [B, D]). In early fusion a layer's input is a token beside a candidate, so its projection is a sum of two.
+    """
+    D, E = weights.out_bias.shape[0], tokens.shape[2]
+
+    def norm(x: Tensor) -> Tensor:
+        return layer_norm(x, (D,), weights.norm1_weight, weights.norm1_bias, NORM_EPSILON) if norm_first else x
+
+    if fusion == "late":
+        assert candidates is not None
+        return (
+            linear(norm(tokens), weights.in_weight[D:], weights.in_bias[D:]),
+            linear(norm(candidates), weights.in_weight[:D], weights.in_bias[:D]),
+        )
+    if fusion == "early":
+        assert candidates is not None
+        return linear(tokens, weights.in_weight[:, :E], weights.in_bias), linear(candidates, weights.in_weight[:, E:])
+    return linear(norm(tokens), weights.in_weight, weights.in_bias), None
 
 
 def _run(
@@ -368,7 +429,7 @@ def _run(
         ff1_weight, ff1_bias, ff2_weight, ff2_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
     form = norm_first, activation
-    if not kernel_fits(tokens.dtype, out_bias.shape[0], num_heads) or not use_triton(tokens):
+    if not kernel_fits(tokens.dtype, out_bias.shape[0], num_heads, fusion, norm_first) or not use_triton(tokens):
         return sequence_block_reference(
             tokens, lengths, candidates, user_of_candidate, *weights, num_heads, fusion, causal, attention, *form
         )

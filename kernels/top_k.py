@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.ahead_of_time import Case
-from kernels.backend import Kernel, ceil_div, choice, device_of, eager, next_power_of_2, use_triton
+from kernels.backend import Kernel, capability_of, ceil_div, choice, device_of, eager, next_power_of_2, use_triton
 from kernels.checks import check_same_device, check_tensor
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ WIDEST = 256
 SMALLEST_PROBLEM = 1 << 22
 """Fewest scores for which two passes are worth their launches; below, one matrix product and one selection are."""
 ITEM_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+PROGRAMS = 4
+"""Per multiprocessor, of pass one; each walks the items in steps of all of them."""
+MOST_SELECTED = 1 << 15
+"""Keys that one program can hold in registers; the largest of more are found by torch.topk."""
 _ROWS = (1 << 32) - 1
 
 
@@ -97,26 +101,26 @@ def _bucket_maxima_kernel(
     query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     in_d, in_q = d < D, query < B
     buckets: tl.constexpr = BLOCK_N // 32
-    q = tl.load(queries_ptr + query[None, :].to(tl.int64) * D + d[:, None], mask=in_d[:, None] & in_q[None, :], other=0)
+    q = tl.load(queries_ptr + query[:, None].to(tl.int64) * D + d[None, :], mask=in_q[:, None] & in_d[None, :], other=0)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = n < N
         item = tl.load(items_ptr + n[:, None].to(tl.int64) * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
-        score = tl.dot(item, q).to(tl.float32)
+        score = tl.dot(q, tl.trans(item)).to(tl.float32)  # a query's scores lie in one warp, so that buckets are reduced there
         if SCALED:
-            score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)[:, None]
-        score = tl.where(in_n[:, None] & (score == score), score, float("-inf"))
-        score = tl.reshape(score, (buckets, 32, BLOCK_Q))
+            score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
+        score = tl.where(in_n[None, :] & (score == score), score, float("-inf"))
+        score = tl.reshape(score, (BLOCK_Q, buckets, 32))
         bucket = tile * buckets + tl.arange(0, buckets)
-        in_b = (bucket < NUM_BUCKETS)[:, None] & in_q[None, :]
+        in_b = in_q[:, None] & (bucket < NUM_BUCKETS)[None, :]
         if EXCLUDING:
             word = tl.load(
-                excluded_ptr + query[None, :].to(tl.int64) * EXCLUDED_STRIDE + bucket[:, None], mask=in_b, other=0
+                excluded_ptr + query[:, None].to(tl.int64) * EXCLUDED_STRIDE + bucket[None, :], mask=in_b, other=0
             )  # fmt: skip
-            bit = (word[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+            bit = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
             score = tl.where(bit != 0, float("-inf"), score)
-        maxima = tl.max(score, 1)
-        tl.store(maxima_ptr + query[None, :].to(tl.int64) * NUM_BUCKETS + bucket[:, None], maxima, mask=in_b)
+        maxima = tl.max(score, 2)
+        tl.store(maxima_ptr + bucket[None, :].to(tl.int64) * B + query[:, None], maxima, mask=in_b)
 
 
 @Kernel
@@ -150,12 +154,56 @@ def _score_buckets_kernel(
     tl.store(keys_ptr + place * 32 + i, key)
 
 
-def configuration(B: int, D: int) -> dict[str, int]:
-    """Tiles of pass one: 128 items against up to 64 queries."""
+@Kernel
+def _nth_largest(x, K):
+    """The K-th largest of uint32 [n], bit by bit from the top: are there K with the bits so far and a one?"""
+    threshold = tl.zeros((), tl.uint32)
+    bit = tl.full((), 1 << 31, tl.uint32)
+    for _ in range(32):
+        enough = tl.sum((x >= threshold + bit).to(tl.int32), 0) >= K
+        threshold += tl.where(enough, bit, 0)
+        bit = bit >> 1
+    return threshold
+
+
+@Kernel
+def _select_kernel(keys_ptr, halves_ptr, best_ptr, COUNT, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """The K largest of COUNT different keys, in the order of their places. One half of every key stays in registers."""
+    first = tl.program_id(0).to(tl.int64) * COUNT
+    i = tl.arange(0, BLOCK)
+    high = tl.load(halves_ptr + 2 * (first + i) + 1, mask=i < COUNT, other=-2147483648).to(tl.uint32, bitcast=True) ^ 0x80000000
+    high_threshold = _nth_largest(high, K)
+    above = tl.sum((high > high_threshold).to(tl.int32), 0)
+    level = (high == high_threshold) & (i < COUNT)
+    low = tl.load(halves_ptr + 2 * (first + i), mask=level, other=0).to(tl.uint32, bitcast=True)
+    low_threshold = _nth_largest(low, K - above)
+    threshold = (high_threshold.to(tl.uint64) << 32) | low_threshold.to(tl.uint64)
+
+    stored = tl.program_id(0).to(tl.int64) * K
+    for begin in range(0, COUNT, CHUNK):
+        place = begin + tl.arange(0, CHUNK)
+        key = tl.load(keys_ptr + first + place, mask=place < COUNT, other=0)
+        chosen = (place < COUNT) & ((key.to(tl.uint64, bitcast=True) ^ 0x8000000000000000) >= threshold)
+        rank = tl.cumsum(chosen.to(tl.int32), 0)
+        tl.store(best_ptr + stored + rank - 1, key, mask=chosen)
+        stored += tl.max(rank, 0)
+
+
+def configuration(B: int, D: int, capability: int) -> dict[str, int]:
+    """Tiles of pass one: 64 items against up to 64 queries. Hopper's tensor cores take no fewer."""
     return {
-        "BLOCK_Q": min(64, max(16, next_power_of_2(B))), "BLOCK_N": 128, "BLOCK_D": max(32, next_power_of_2(D)),
-        "STAGES": 3, "num_warps": 8, "num_stages": 3,
+        "BLOCK_Q": 64 if capability >= 90 else min(64, max(16, next_power_of_2(B))),
+        "BLOCK_N": 64, "BLOCK_D": max(32, next_power_of_2(D)), "STAGES": 4, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
+
+
+def _rescoring_warps(D: int) -> int:
+    return 4 if D > 128 else 2
+
+
+def _selection(count: int) -> dict[str, int]:
+    block = next_power_of_2(max(count, 256))
+    return {"BLOCK": block, "CHUNK": min(block, 8192), "num_warps": min(32, max(4, block // 1024))}
 
 
 def kernel_fits(items: Tensor) -> bool:
@@ -177,26 +225,30 @@ def shipped(capability: int) -> list[Case]:
         for B, D, on in ((1, 64, False), (64, 128, True), (64, 256, True)):
             switches = {"SCALED": on, "EXCLUDING": on}
             label = f"{name} B{B} D{D}{' scaled, excluding' if on else ''}"
-            one = configuration(B, D)
+            one = configuration(B, D, capability)
             cases.append(Case(f"maxima {label}", _bucket_maxima_kernel, types, {**one, **switches}, uses_tensor_cores=True))
-            two = {"BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": 4, **switches}
+            two = {"BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": _rescoring_warps(D), **switches}
             cases.append(Case(f"buckets {label}", _score_buckets_kernel, types, two))
-    return cases
+    keys = {"keys_ptr": "*i64", "halves_ptr": "*i32", "best_ptr": "*i64"}
+    return cases + [Case(f"select of {n}", _select_kernel, keys, _selection(n)) for n in (1000, MOST_SELECTED)]
 
 
-def launch(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both passes and both selections. Contiguous tensors, N > 0 and k > 0; nothing is checked here."""
+def launch(
+    queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None, capability: int
+) -> tuple[Tensor, Tensor]:
+    """Both passes and all selections. Contiguous tensors, N > 0 and k > 0; nothing is checked here."""
     B, (N, D) = queries.shape[0], items.shape
     num_buckets = ceil_div(N, BUCKET)
-    config = configuration(B, D)
+    config = configuration(B, D, capability)
     switches = {"SCALED": scale is not None, "EXCLUDING": excluded is not None}
     scale_or_nothing = items if scale is None else scale
     words = items if excluded is None else excluded
     stride = 0 if excluded is None or excluded.shape[0] == 1 else excluded.shape[1]
     tiles = ceil_div(N, config["BLOCK_N"])
     if items.is_cuda:
-        tiles = min(tiles, 4 * torch.cuda.get_device_properties(items.device).multi_processor_count)
-    maxima = torch.empty(B, num_buckets, dtype=torch.float32, device=items.device)
+        tiles = min(tiles, PROGRAMS * torch.cuda.get_device_properties(items.device).multi_processor_count)
+    maxima = torch.empty(ceil_div(num_buckets, BUCKET) * BUCKET, B, dtype=torch.float32, device=items.device)
+    maxima[num_buckets:] = -torch.inf
     with device_of(items):
         _bucket_maxima_kernel[(tiles, ceil_div(B, config["BLOCK_Q"]))](
             queries, items, scale_or_nothing, words, maxima, B, N, D, num_buckets, stride, **config, **switches
@@ -206,14 +258,39 @@ def launch(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, exclude
         keys = torch.empty(B, chosen * BUCKET, dtype=torch.int64, device=items.device)
         _score_buckets_kernel[(B * chosen,)](
             queries, items, scale_or_nothing, words, bucket, keys, N, D, chosen, stride,
-            BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=4, **switches,
+            BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=_rescoring_warps(D), **switches,
         )  # fmt: skip
-    return _best(keys, k)
+        return _best(_largest(keys, min(k, chosen * BUCKET)), k)
 
 
 def _best_buckets(maxima: Tensor, count: int) -> Tensor:
-    keys = _keys(maxima, torch.arange(maxima.shape[1], device=maxima.device))
-    return _ROWS - (keys.topk(count, dim=1).values & _ROWS)
+    """Each query's `count` best buckets, i64 [B, count], from maxima fp32 [a multiple of 32, B]: of the best groups of 32.
+
+    A bucket outside the best groups has as many better or equal, lower buckets before it as there are groups: what holds for
+    items and buckets holds again for buckets and groups.
+    """
+    total, B = maxima.shape
+    if total // BUCKET <= count:
+        return _rows_of_best(maxima.T, torch.arange(total, device=maxima.device), count)
+    of_group = maxima.unflatten(0, (-1, BUCKET)).amax(1).T
+    group = _rows_of_best(of_group, torch.arange(total // BUCKET, device=maxima.device), count)
+    bucket = (group[:, :, None] * BUCKET + torch.arange(BUCKET, device=maxima.device)).flatten(1)
+    of_bucket = maxima.view(-1)[bucket * B + torch.arange(B, device=maxima.device)[:, None]]
+    return _rows_of_best(of_bucket, bucket, count)
+
+
+def _rows_of_best(scores: Tensor, row: Tensor, count: int) -> Tensor:
+    return _ROWS - (_largest(_keys(scores, row).contiguous(), count) & _ROWS)
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row of different keys, in any order."""
+    B, n = keys.shape
+    if n > MOST_SELECTED:
+        return keys.topk(count, dim=1, sorted=False).values
+    best = keys.new_empty(B, count)
+    _select_kernel[(B,)](keys, keys.view(torch.int32), best, n, count, **_selection(n))
+    return best
 
 
 def _run(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -223,7 +300,7 @@ def _run(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded:
         return top_k_reference(queries, items, k, scale, excluded)
     return launch(
         queries.contiguous(), items.contiguous(), k, None if scale is None else scale.contiguous(),
-        None if excluded is None else excluded.contiguous(),
+        None if excluded is None else excluded.contiguous(), capability_of(items),
     )  # fmt: skip
 
 

@@ -4,11 +4,14 @@ A bounded queue and one writer thread. When the lake cannot keep up, rows are dr
 write fails it is tried again, and what waits meanwhile is bounded by the same queue.
 """
 
+import fcntl
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -99,8 +102,11 @@ def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[
 class ForwardLog:
     """`offer` never blocks; `close` writes what waits."""
 
-    def __init__(self, lake: Lake, max_waiting: int, max_rows: int, max_age_s: float):
+    def __init__(self, lake: Lake, max_waiting: int, max_rows: int, max_age_s: float, lock: Path | None = None):
+        """lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its
+        work."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
+        self._lock = lock
         self._waiting: deque[tuple[float, Callable[[], pa.Table]]] = deque()
         self._changed = threading.Condition()
         self._flush_asked = self._closing = False
@@ -182,7 +188,10 @@ class ForwardLog:
         table, pause_s = pa.concat_tables(tables), RETRY_S
         while True:
             try:
-                self._lake.append(FORWARD_LOG, table)
+                with open(self._lock, "a") if self._lock else nullcontext() as turn:
+                    if turn is not None:
+                        fcntl.flock(turn, fcntl.LOCK_EX)
+                    self._lake.append(FORWARD_LOG, table)
                 self.num_written += table.num_rows
                 return
             except Exception:  # a full disk or a locked catalogue may pass; the queue bounds what waits meanwhile

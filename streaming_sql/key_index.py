@@ -23,6 +23,8 @@ class KeyIndex:
         """By the key, or by its text where there is one column: a tuple would be one more object to look at."""
         self._is_single = len(self._columns) == 1
         self._keys: list[Key] = []
+        self._rows_under: dict[str, list[int]] = {}
+        """By the first of several columns."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -36,6 +38,10 @@ class KeyIndex:
         """The keys of rows start, start + 1, …"""
         return self._keys[start:]
 
+    def under(self, first: str) -> list[tuple[Key, int]]:
+        """The keys of several columns that begin with this, each with its row, in the order of rows."""
+        return [(self._keys[row], row) for row in tuple(self._rows_under.get(first, ()))]
+
     def extend(self, keys: Iterable[Key]) -> None:
         """Gives keys that are not here yet the next rows, in their order."""
         for key in keys:
@@ -48,6 +54,8 @@ class KeyIndex:
             row = len(self._keys)
             self._keys.append(key)
             self._row_of[held] = row
+            if not self._is_single:
+                self._rows_under.setdefault(key[0], []).append(row)
         return row
 
     def add(self, table: pa.Table) -> np.ndarray:
