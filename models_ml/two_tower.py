@@ -70,8 +70,8 @@ class TwoTowerNetwork(nn.Module):
         return F.normalize(self.notes.table(), dim=-1, eps=1e-6)
 
     def table_of_batch(self, history_BL: Tensor, item_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows of the note table, history_BL and item_B as places in them): of the notes that occur, where there are more notes
-        than places in the batch, so that a step costs what its batch does and not what the table does."""
+        """(rows of the note table, history_BL and item_B as places in them): of the notes that occur, where there are more
+        notes than places in the batch, so that a step costs what its batch does and not what the table does."""
         places = history_BL.numel() + item_B.numel() + 1
         if len(self.notes.author_of_note) <= places:
             return self.note_table(), history_BL, item_B

@@ -7,7 +7,7 @@ R rows of a table, W ranks, D width, C codes of a rank.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,8 @@ class RowShardedEmbedding(nn.Module):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._mesh.get_group())
         padded_C = F.pad(flat_C, (0, int(most) - len(flat_C)))
         asked = DTensor.from_local(padded_C, self._mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
-        found = F.embedding(asked, self._of_all(self.weight)).redistribute(placements=[Shard(0)])
-        found_CD = found.to_local()[: len(flat_C)]
+        found = cast(DTensor, F.embedding(asked, self._of_all(self.weight)))
+        found_CD = found.redistribute(placements=[Shard(0)]).to_local()[: len(flat_C)]
         if self.padding_idx is not None:
             found_CD = found_CD * (flat_C != self.padding_idx).unsqueeze(1)  # so that its row has no gradient
         return found_CD.unflatten(0, codes.shape)
@@ -83,7 +83,7 @@ class ShardedTables:
         """Puts whole tables back; all ranks must."""
         for name, sharded in self.tables.items():
             whole_RD = sharded.whole(sharded.weight)
-            table = nn.Embedding(*whole_RD.shape, padding_idx=sharded.padding_idx, _weight=whole_RD)
+            table = nn.Embedding(len(whole_RD), whole_RD.shape[1], padding_idx=sharded.padding_idx, _weight=whole_RD)
             self._put(name, table, sharded.weight, table.weight)
         self.tables = {}
 

@@ -119,10 +119,11 @@ def test_a_batch_among_many_notes_costs_its_own_notes_and_has_the_same_loss():
         network.notes.author_of_note[1:] = 1 + torch.arange(500) % 2
     history = torch.tensor([[7, 400, 0, 0], [3, 7, 12, 0], [1, 2, 3, 4]])
     batch = {"history": history, "target": torch.tensor([400, 9, 7]), "num_pairs": torch.tensor(3)}
-    table_CD, places_BL, item_B = network.table_of_batch(batch["history"], batch["target"])
+    table_CD, places_BL, place_B = network.table_of_batch(batch["history"], batch["target"])
     assert len(table_CD) == 9  # 0, 1, 2, 3, 4, 7, 9, 12, 400
     assert torch.equal(places_BL == 0, history == 0)
     torch.testing.assert_close(table_CD[places_BL], network.note_table()[history])
+    torch.testing.assert_close(table_CD[place_B], network.note_table()[batch["target"]])
     objective = TwoTowerObjective(network, torch.zeros(501), 0.07)
     few = objective(batch)
     network.table_of_batch = lambda history_BL, item_B: (network.note_table(), history_BL, item_B)
