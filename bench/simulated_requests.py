@@ -71,13 +71,12 @@ def requests(num: int, seed: int = 0) -> pa.Table:
     return pa.table(columns)
 
 
-def shape(table: pa.Table) -> Shape:
+def shape() -> Shape:
     """The vocabularies of `requests`."""
-    words = {name: sorted(set(table[name].combine_chunks().flatten().to_pylist())) for name in ("note_id", "author_id")}
-    surfaces = sorted(set(table["surface"].to_pylist()))
-    return Shape(
-        NoteWords(words["note_id"], words["author_id"], ["topic"]), USER_FEATURES, NOTE_FEATURES, tuple(surfaces), ATTRIBUTES
+    notes, authors = (
+        [f"{letter}{number}" for number in range(size)] for letter, size in (("n", NUM_NOTES), ("a", NUM_AUTHORS))
     )
+    return Shape(NoteWords(notes, authors, ["topic"]), USER_FEATURES, NOTE_FEATURES, ("tab_0", "tab_1", "tab_4"), ATTRIBUTES)
 
 
 def impressions(table: pa.Table) -> pa.Table:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.simulated_requests import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, impressions, requests, shape
 from models_ml import l2, ranking_rows, request_rows
-from models_ml.l2 import L2Config, Shape
+from models_ml.l2 import L2Config
 from models_ml.request_rows import RequestRows
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
@@ -36,8 +36,9 @@ from models_ml.trainer.settings import Plan
 from warehouse.home import Home
 
 
-def train(rows: RequestRows, words: Shape, batch_size: int, config: L2Config) -> dict[str, float]:
+def train(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, float]:
     """An L2 on the rows, one pass."""
+    words = shape()
     facts = ranking_rows.Facts(rows, USER_FEATURES, NOTE_FEATURES, config.heads)
     with seeded(0):
         network = l2.L2Network(config, words)
@@ -52,21 +53,21 @@ def train(rows: RequestRows, words: Shape, batch_size: int, config: L2Config) ->
     return {"seconds": seconds, "impressions_per_s": rows.num_candidates / seconds, "loss": fitted.loss}
 
 
-def read(rows: RequestRows, words: Shape, batch_size: int, config: L2Config) -> dict[str, float]:
+def read(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, float]:
     """Seconds and rows a second of one epoch through `Loader`."""
-    source = rows.encoded(l2.encoder_of(words, config))
+    source = rows.encoded(l2.encoder_of(shape(), config))
     loader = Loader(source, 0, batch_size, lambda part: l2.tensors_of(part, len(ATTRIBUTES)))
     return _timed(rows.num_rows, lambda: sum(len(batch.rows) for batch in loader.iterate(0, 1)))
 
 
-def read_stateful(rows: RequestRows, words: Shape, batch_size: int, config: L2Config) -> dict[str, float] | None:
+def read_stateful(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, float] | None:
     """The same files, encoding and batches through torchdata's StatefulDataLoader, with two worker processes. A map-style data
     set would read a row group again for each of its rows, so it keeps the groups it has decoded."""
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError:
         return None
-    source = rows.encoded(l2.encoder_of(words, config))
+    source = rows.encoded(l2.encoder_of(shape(), config))
     dataset = _Cached(source)
     loader = StatefulDataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=2, collate_fn=_collate)
     return _timed(rows.num_rows, lambda: sum(len(batch["user"]) for batch in loader))
@@ -110,7 +111,6 @@ def main(words: list[str]) -> int:
     folder = Home.from_env().tmp / "bench_training"
     config = L2Config()
     table = requests(given.requests)
-    vocabularies = shape(table)
     layouts = {"request rows": table, "impression rows": impressions(table)}
     mean = len(layouts["impression rows"]) / len(table)
     found: dict[str, Any] = {"requests": len(table), "impressions": len(layouts["impression rows"])}
@@ -121,10 +121,10 @@ def main(words: list[str]) -> int:
             size = sum(file.stat().st_size for file in path.glob("*.parquet"))
             batch_size = 64 if name == "request rows" else math.ceil(64 * mean)
             rows = RequestRows(path)
-            found[name] = {"bytes": size, **train(rows, vocabularies, batch_size, config)}
+            found[name] = {"bytes": size, **train(rows, batch_size, config)}
             if name == "request rows":
-                found["loader"] = read(rows, vocabularies, batch_size, config)
-                found["StatefulDataLoader"] = read_stateful(rows, vocabularies, batch_size, config)
+                found["loader"] = read(rows, batch_size, config)
+                found["StatefulDataLoader"] = read_stateful(rows, batch_size, config)
             else:
                 shuffled = layout.take(np.random.default_rng(0).permutation(len(layout)))
                 request_rows.write(shuffled, folder / "shuffled", {})

@@ -2,11 +2,10 @@
 
     python -m bench.training_on_a_gpu [--compiled] [--json FILE]      under a minute on one GPU, two with --compiled
 
-The eager loop: fp32, plain PyTorch in place of kernels, batches shuffled out of rows in memory and collated when it is their
-turn, the loss (of the last batch) read at each step. The trainer: batches made ahead and pinned, losses read late, fused
-losses, in fp32 and bf16. MFU is three times the operations of a forward pass, at the rows a second seen, over the peak of a
-bf16 product measured in the same run: also for fp32, so that rows compare. All data is made with a fixed seed; `--device cpu`
-tries it where there is no GPU.
+The eager loop: fp32, plain PyTorch in place of kernels, batches shuffled out of rows in memory and collated when it is their turn,
+the loss (of the last batch) read at each step. The trainer: batches made ahead and pinned, losses read late, fused losses, in fp32 and bf16. MFU
+is three times the operations of a forward pass, at the rows a second seen, over the peak of a bf16 product measured in the same
+run: also for fp32, so that rows compare. All data is made with a fixed seed; `--device cpu` tries it where there is no GPU.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.simulated_requests import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
+from bench.training import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
 from models_ml import l2, ranking_rows, two_tower
 from models_ml.l2 import L2Config
 from models_ml.notes import NoteWords
@@ -57,17 +56,17 @@ class Work:
 
 def ranking(name: str, config: L2Config, made: pa.Table, epochs: int) -> Work:
     """L2 on requests of 20 to 60 candidates."""
-    table, words = RequestTable(made, name), shape(made)
+    table = RequestTable(made, name)
     facts = ranking_rows.Facts(table, USER_FEATURES, NOTE_FEATURES, config.heads)
 
     def objective() -> nn.Module:
         with seeded(0):
-            network = l2.L2Network(config, words)
+            network = l2.L2Network(config, shape())
             facts.fit(network.user_inputs, network.note_inputs)
             ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
         return l2.L2Objective(network)
 
-    source = table.encoded(l2.encoder_of(words, config))
+    source = table.encoded(l2.encoder_of(shape(), config))
     whole = Rows.concat([source.read(group) for group in range(len(source.group_sizes))])
     plan = Plan(epochs, config.batch_size, config.learning_rate)
     return Work(name, objective, ArraySource(whole, name, 1024), lambda rows: l2.tensors_of(rows, len(ATTRIBUTES)), plan)
