@@ -86,12 +86,12 @@ def to_files(neighbours: pa.Table, config: ItemToItemConfig) -> dict[str, bytes]
 
 
 class ItemToItem:
-    """Neighbour lists in memory; read-only, so any number of threads may ask."""
+    """Neighbour lists in memory; read-only, so any number of threads may ask. names: the notes that are a neighbour, sorted."""
 
     def __init__(self, neighbours: pa.Table, seed_decay: float = ItemToItemConfig.seed_decay):
         self._seed_decay = seed_decay
-        self._names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
-        self._code_of = {name: code for code, name in enumerate(self._names)}
+        self.names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
+        self._code_of = {name: code for code, name in enumerate(self.names)}
         codes = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], dtype=np.int64)
         scores = neighbours["score"].to_numpy().astype(np.float64)
         rows_of: dict[str, list[int]] = {}
@@ -105,6 +105,11 @@ class ItemToItem:
         note_ids: oldest first; each earlier one counts `seed_decay` times the next. Notes asked with are never answered;
         unknown ones add nothing.
         """
+        code_K, total_K = self.nearest(note_ids, k)
+        return [(self.names[code], total) for code, total in zip(code_K.tolist(), total_K.tolist(), strict=True)]
+
+    def nearest(self, note_ids: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`neighbours` as (int64 places in `names`, float64 scores), at most k of each. Raises ValueError if k is below 1."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         codes, scores, weight = [np.empty(0, np.int64)], [np.empty(0)], 1.0
@@ -118,7 +123,7 @@ class ItemToItem:
         asked = [self._code_of[note_id] for note_id in note_ids if note_id in self._code_of]
         kept = np.flatnonzero(~np.isin(code_C, asked))
         best = kept[np.argsort(-total_C[kept], kind="stable")[:k]]
-        return [(self._names[code], total) for code, total in zip(code_C[best].tolist(), total_C[best].tolist(), strict=True)]
+        return code_C[best], total_C[best]
 
 
 def load(path: Path) -> ItemToItem:

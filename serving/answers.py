@@ -23,15 +23,17 @@ def instant(t_us: int | None) -> str | None:
 
 def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
     candidates = served.candidates
+    shown = np.array([placed.candidate for placed in served.page], dtype=np.int64)
+    rows, sources = candidates.row_C[shown].tolist(), candidates.sources_at(shown)
     notes = [
         {
             "position": position,
-            "noteId": candidates.note_ids[candidate],
-            "authorId": candidates.author_ids[candidate],
-            "topic": topic_of(catalogue, candidates.note_ids[candidate]),
+            "noteId": catalogue.note_ids[row],
+            "authorId": catalogue.author_ids[row],
+            "topic": catalogue.topics[row],
             "impressionId": served.impression_id(position),
-            "source": candidates.sources_of(candidate)[0],
-            "sources": list(candidates.sources_of(candidate)),
+            "source": sources[position][0],
+            "sources": list(sources[position]),
             "recallScore": float(candidates.recall_score_C[candidate]),
             "l1Score": finite(served.l1_score_C[candidate]),
             "predictions": served.predictions_of(candidate),
@@ -39,7 +41,7 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
             "slot": placed.slot,
             "propensity": placed.propensity,
         }
-        for position, placed in enumerate(served.page)
+        for position, (placed, row) in enumerate(zip(served.page, rows, strict=True))
         for candidate in (placed.candidate,)
     ]
     return {

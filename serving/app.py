@@ -8,6 +8,7 @@ import asyncio
 import contextvars
 import functools
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -24,11 +25,13 @@ from serving import answers, cascade, collect, telemetry, wire
 from serving.budget import Budget
 from serving.caches import CACHES
 from serving.engine import Engine
-from serving.explain import find_row
+from serving.explain import row_in_lake
 from serving.http import Edge, install_error_bodies, json_response, sentence
 from serving.intake import Intake
-from serving.metrics import Metrics
+from serving.metrics import Metrics, of_workers
 from serving.outside import said
+from serving.peers import Peers, folder_of
+from serving.seat import own_server
 from serving.settings import Settings
 from serving.world import World
 from streaming_sql.records import DeadLetter
@@ -44,6 +47,9 @@ T = TypeVar("T")
 PAGE = Path(__file__).with_name("ui.html")
 API_PAGE = Path(__file__).with_name("docs.html")
 """Our own, because the framework's loads its script from elsewhere and stays blank where there is no elsewhere."""
+METRICS, STATUS, REQUEST = "metrics", "status", "request"
+"""What workers ask each other."""
+OF_WORKER = ("worker", "pid", "leads", "ready", "missing", "tick", "position", "forwardLog")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.Problem, "description": what}
     for status, what in {
@@ -74,17 +80,24 @@ def create_app(
         torch.set_num_threads(1)  # requests are computed side by side; within one, threads only wait for each other
         threadpool_limits(1, user_api="blas")
         chosen = settings or Settings.from_env()
-        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds)
-        app.state.engine = engine
-        app.state.workers = ThreadPoolExecutor(chosen.inference_threads, thread_name_prefix="cascade")
+        server = own_server()
+        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds, server)
+        app.state.engine, app.state.peers = engine, None
+        # beside other workers one thread computes: more would take turns at the interpreter and at the cores of the others
+        threads = chosen.inference_threads if server is None else 1
+        app.state.workers = ThreadPoolExecutor(threads, thread_name_prefix="cascade")
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
         intake = app.state.intake = Intake(chosen.waiting_events, chosen.max_log_bytes)
         metrics.gauge("events_waiting", "Posted events that wait for the log", lambda: intake.num_waiting)
         _watch(metrics, engine)
         engine.start()
         try:
+            if server is not None:
+                app.state.peers = await _seated(engine, metrics)
             yield
         finally:
+            if app.state.peers is not None:
+                await app.state.peers.close()
             await asyncio.to_thread(engine.stop)
             app.state.workers.shutdown()
             app.state.writers.shutdown()
@@ -107,6 +120,27 @@ def create_app(
     _add_operations(app, metrics)
     _add_page(app)
     return app
+
+
+async def _seated(engine: Engine, metrics: Metrics) -> Peers:
+    """Once a worker is ready to answer: until then the others take what arrives. Raises HeadraceError if it cannot be, which
+    ends the server."""
+    while not await asyncio.to_thread(engine.wait, 1.0):
+        if not engine.is_loading:
+            raise HeadraceError("; ".join(engine.missing()))
+    assert engine.seat is not None
+
+    def answer(question: str) -> bytes:
+        what, _, of = question.partition(" ")
+        if what == METRICS:
+            return metrics.text()
+        if what == STATUS:
+            return orjson.dumps(_status(engine))
+        return orjson.dumps(row) if what == REQUEST and (row := engine.recent.row(of)) else b""
+
+    peers = Peers(folder_of(engine.home.path), engine.seat.number, answer)
+    await peers.listen()
+    return peers
 
 
 def _engine(app: FastAPI) -> Engine:
@@ -197,7 +231,8 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
         """Why each note of an answer is where it is, or at which stage it was dropped, with features, T and K."""
         world, engine = _world(app), _engine(app)
         assert engine.lake is not None
-        row = await asyncio.to_thread(find_row, engine.recent, engine.lake, request_id)
+        row = engine.recent.row(request_id) or await _row_of_peers(app, request_id)
+        row = row or await asyncio.to_thread(row_in_lake, engine.lake, request_id)
         if row is None:
             known_when = "a row is in the lake some seconds after its answer"
             raise HTTPException(404, f"no request {request_id[:64]!r} in the forward log; {known_when}")
@@ -208,6 +243,15 @@ def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
                 why = "the reader had seen it, or no generator brought it"
             raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: {why}")
         return json_response(answer)
+
+
+async def _row_of_peers(app: FastAPI, request_id: str) -> dict[str, Any] | None:
+    """What another worker remembers of a request that it answered a moment ago."""
+    peers: Peers | None = app.state.peers
+    if peers is None or not request_id.isalnum():
+        return None
+    rows = (await peers.ask(f"{REQUEST} {request_id}")).values()
+    return next((orjson.loads(row) for row in rows), None)
 
 
 def _said(world: World, context: wire.Context) -> dict[str, Value]:
@@ -317,13 +361,24 @@ def _add_operations(app: FastAPI, metrics: Metrics) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def prometheus() -> Response:
-        """Prometheus text."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        """Prometheus text. Of a server of several workers, all of them, each sample with its label `worker`."""
+        text, peers, seat = metrics.text(), app.state.peers, _engine(app).seat
+        if peers is not None and seat is not None:
+            text = of_workers({seat.number: text, **await peers.ask(METRICS)})
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/status", tags=["operations"])
     async def status() -> Response:
-        """Tick, position, versions, rows: where this server stands."""
-        return json_response(_status(_engine(app)))
+        """Tick, position, versions, rows: where this server stands. Of a server of several workers, where each of them does."""
+        known, peers = _status(_engine(app)), app.state.peers
+        if peers is not None:
+            others = [orjson.loads(told) for told in (await peers.ask(STATUS)).values()]
+            known["workers"] = sorted(({name: one.get(name) for name in OF_WORKER} for one in [known, *others]), key=_number)
+        return json_response(known)
+
+
+def _number(status: dict[str, Any]) -> int:
+    return status["worker"]
 
 
 def _status(engine: Engine) -> dict[str, Any]:
@@ -333,6 +388,8 @@ def _status(engine: Engine) -> dict[str, Any]:
         "missing": engine.missing(),
         "clock": answers.instant(engine.clock.now_us()),
     }
+    if engine.seat is not None:
+        known |= {"worker": engine.seat.number, "pid": os.getpid(), "leads": engine.seat.leads}
     if world is None or forward_log is None or engine.log is None:
         return known
     view = world.store.view()

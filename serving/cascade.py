@@ -61,7 +61,7 @@ def feed(
             features = _Hydrated.of(request, candidates, needed)
     with steps.timed("l2", len(survivors_S)):
         if has_time_for_l2(request, len(survivors_S)):
-            note_ids_S = [candidates.note_ids[candidate] for candidate in survivors_S.tolist()]
+            note_ids_S = candidates.take(survivors_S).note_ids
             predictions_S, final_score_S = run_l2(request, note_ids_S, features.at(survivors_S), l1_score_C[survivors_S])
         else:
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
@@ -103,7 +103,7 @@ def rank_l1_alone(
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, note_ids, world.catalogue.rows(note_ids))
+    features_CF = _hydrate(request, world.catalogue.rows(note_ids), note_ids)
     scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
     return author_ids, scores_C, order, request.steps.degraded
 
@@ -114,7 +114,7 @@ def rank_l2_alone(
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, note_ids, world.catalogue.rows(note_ids))
+    features_CF = _hydrate(request, world.catalogue.rows(note_ids), note_ids)
     predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
@@ -128,8 +128,7 @@ class _Hydrated:
 
     @classmethod
     def of(cls, request: Request, candidates: Candidates, places: np.ndarray) -> "_Hydrated":
-        note_ids = [candidates.note_ids[place] for place in places.tolist()]
-        return cls(places, _hydrate(request, note_ids, candidates.row_C[places]))
+        return cls(places, _hydrate(request, candidates.row_C[places]))
 
     def at(self, candidates: np.ndarray) -> CandidateFeatures:
         """Of these candidates, in this order; all of them must be among the places."""
@@ -161,18 +160,18 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
     return scored.l1_score_C, made
 
 
-def _hydrate(request: Request, note_ids: Sequence[str], row_C: np.ndarray) -> CandidateFeatures:
+def _hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None = None) -> CandidateFeatures:
     world = request.world
     return hydrate_candidates(
         request.view,
         world.groups,
         world.catalogue,
         request.user_id,
-        note_ids,
         row_C,
         request.t_us,
         world.tables,
         world.assembled,
+        note_ids,
     )
 
 

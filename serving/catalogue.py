@@ -36,8 +36,10 @@ class Catalogue:
     first_seen_us_N: np.ndarray
     row_of: dict[str, int]
     rows_of_author: dict[str, np.ndarray]
+    author_row_of: dict[str, int]
+    """An author's place in `rows_of_author`."""
     author_row_N: np.ndarray
-    """int64: the note's author's place in `rows_of_author`, -1 for none."""
+    """int64: that of each note's author, -1 for none."""
     topic_codes: dict[str, int]
     topic_code_N: np.ndarray
     places: Places
@@ -67,7 +69,7 @@ class Catalogue:
         for row, author_id in enumerate(author_ids):
             if author_id is not None:
                 rows_of_author.setdefault(author_id, []).append(row)
-        place_of_author = {author_id: place for place, author_id in enumerate(rows_of_author)}
+        author_row_of = {author_id: place for place, author_id in enumerate(rows_of_author)}
         topics = [of_note[0] if of_note else None for of_note in notes["topics"].to_pylist()]
         topic_codes = {topic: code for code, topic in enumerate(dict.fromkeys(topic for topic in topics if topic is not None))}
         return cls(
@@ -80,7 +82,8 @@ class Catalogue:
             first_seen_us_N=np.array([first_seen_us.get(note_id, UNKNOWN_US) for note_id in note_ids], dtype=np.int64),
             row_of={note_id: row for row, note_id in enumerate(note_ids)},
             rows_of_author={author_id: np.array(rows) for author_id, rows in rows_of_author.items()},
-            author_row_N=np.array([place_of_author.get(author_id, -1) for author_id in author_ids], dtype=np.int64),
+            author_row_of=author_row_of,
+            author_row_N=np.array([author_row_of.get(author_id, -1) for author_id in author_ids], dtype=np.int64),
             topic_codes=topic_codes,
             topic_code_N=np.array([-1 if topic is None else topic_codes[topic] for topic in topics], dtype=np.int64),
             places=Places(notes["geohash"].to_pylist() if "geohash" in notes.column_names else [None] * len(note_ids)),
@@ -120,6 +123,16 @@ class Catalogue:
     def rows(self, note_ids: Sequence[str]) -> np.ndarray:
         """int64 [C]: each note's row, -1 for one that is unknown."""
         return np.fromiter(map(self.row_of.get, note_ids, repeat(-1)), np.int64, len(note_ids))
+
+    @cached_property
+    def note_id_column(self) -> pa.Array:
+        """Text of Arrow [N]: `note_ids`."""
+        return pa.array(self.note_ids, pa.string())
+
+    @cached_property
+    def author_id_column(self) -> pa.Array:
+        """Text of Arrow [N]: `author_ids`."""
+        return pa.array(self.author_ids, pa.string())
 
     def author_rows(self, row_C: np.ndarray) -> np.ndarray:
         """int64 [C]: the authors' places in `rows_of_author`, -1 for none."""

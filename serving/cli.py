@@ -5,13 +5,19 @@ import json
 import os
 import socket
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 from serving.logs import FORMATS, configure
+from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
 DIFFERS, DONE = 1, 0
 GRACEFUL_SHUTDOWN_S = 10
+MOST_WORKERS = 64
+LOG_FORMAT, ACCESS_LOG = "HEADRACE_LOG_FORMAT", "HEADRACE_ACCESS_LOG"
+"""How a worker of several is told of the options of its parent."""
 
 
 def main(words: list[str]) -> int:
@@ -23,7 +29,7 @@ def _serve(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="headrace serve", description="Run the HTTP server on this home until it is stopped.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes; only 1 so far, see serving/README.md")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one per core at most (default %(default)s)")
     parser.add_argument("--log-format", choices=FORMATS, default="text", help="of the lines on stderr (default %(default)s)")
     parser.add_argument(
         "--access-log", action="store_true", help="also a line per answer: request id, route, status, milliseconds"
@@ -31,9 +37,8 @@ def _serve(words: list[str]) -> int:
     arguments = parser.parse_args(words)
     if not 1 <= arguments.port <= 65535:
         raise HeadraceError(f"--port must be between 1 and 65535, got {arguments.port}")
-    if arguments.workers != 1:
-        why = "the online store lives in one process's memory and one runner feeds it"
-        raise HeadraceError(f"--workers {arguments.workers}: only 1 works so far, because {why}")
+    if not 1 <= arguments.workers <= MOST_WORKERS:
+        raise HeadraceError(f"--workers must be between 1 and {MOST_WORKERS}, got {arguments.workers}")
     _check_port(arguments.host, arguments.port)
 
     import uvicorn
@@ -45,6 +50,8 @@ def _serve(words: list[str]) -> int:
     home, settings = Home.from_env(), Settings.from_env()
     if missing := missing_parts(home):
         raise HeadraceError("cannot serve yet:\n  " + "\n  ".join(missing))
+    if arguments.workers > 1:
+        return _serve_with_workers(arguments)
     configure(arguments.log_format, arguments.access_log)
     failures: list[str] = []
 
@@ -57,11 +64,71 @@ def _serve(words: list[str]) -> int:
         app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S
     )
     server = uvicorn.Server(config)
-    print(f"headrace: open http://{arguments.host}:{arguments.port}/ui (API: /docs, state: /readyz)", flush=True)
+    _announce(arguments)
     server.run()
     if failures:
         raise HeadraceError("\n  ".join(failures))
     return DONE
+
+
+def _serve_with_workers(arguments: argparse.Namespace) -> int:
+    """Several processes behind one socket, as `uvicorn serving.app:app --workers N`; one that dies is started again."""
+    import uvicorn
+    from uvicorn.config import STARTUP_FAILURE
+    from uvicorn.supervisors import Multiprocess
+
+    Clock.share()
+    os.environ[LOG_FORMAT], os.environ[ACCESS_LOG] = arguments.log_format, "1" if arguments.access_log else ""
+    config = uvicorn.Config(
+        "serving.cli:app_of_worker",
+        factory=True,
+        workers=arguments.workers,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+    )
+    # a socket for each, among which the kernel spreads connections; of one that they share, whoever wakes first takes them all
+    own: Any = _OwnSocket(arguments.host, arguments.port)
+    supervisor = Multiprocess(config, [own if sys.platform == "linux" else config.bind_socket()])
+    _announce(arguments)
+    supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise HeadraceError("a worker could not start; what it logged above says why")
+    return DONE
+
+
+@dataclass(frozen=True)
+class _OwnSocket:
+    """Becomes a socket, bound and not yet listening, in the process that it is sent to."""
+
+    host: str
+    port: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bound, (self.host, self.port)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made.bind(address)
+    return made
+
+
+def app_of_worker() -> Any:
+    """The app of one of several processes, which logs as its parent was told to."""
+    from serving.app import create_app
+    from serving.settings import Settings
+
+    configure(os.environ.get(LOG_FORMAT, FORMATS[0]), bool(os.environ.get(ACCESS_LOG)))
+    return create_app(settings=Settings.from_env())
+
+
+def _announce(arguments: argparse.Namespace) -> None:
+    print(f"headrace: open http://{arguments.host}:{arguments.port}/ui (API: /docs, state: /readyz)", flush=True)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -1,17 +1,17 @@
 """Everything the server holds open, from the first file to the last flush: lake, event log, store, runner, models, forward log.
 
-`start` loads in the background and can be watched through `missing()`; `stop` flushes. One process per home: the online store
-lives in memory and one runner writes the lake, so a second server on the same home is refused.
+`start` loads in the background and can be watched through `missing()`; `stop` flushes. One server per home: one runner lands
+the log in the lake, so a second server on the same home is refused. A server may have several processes (`serving.seat`): each
+keeps a store of its own up to date from the log, and the one that leads lands, publishes and keeps the log's time going.
 """
 
-import contextlib
-import fcntl
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import pyarrow as pa
 
 from serving.caches import Caches
 from serving.catalogue import Catalogue
@@ -25,6 +25,7 @@ from serving.log_table import as_table
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
+from serving.seat import Seat, take_seat
 from serving.served import Served
 from serving.settings import Settings
 from serving.world import World, check_trending
@@ -45,12 +46,15 @@ from warehouse.features.declarations import declarations_hash, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
+from warehouse.landing import landed_position
 
 log = logging.getLogger(__name__)
 
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
 TABLES_LOOKED_AT_EVERY_S = 30.0
 """A batch table that was loaded again is read again within this time."""
+READ_AT_ONCE = 10_000
+"""Records of the log."""
 ABSORBED_WITHIN_S = 2.0
 """How long an answer to posted events waits for them to count in fresh features; they are durable before."""
 
@@ -77,7 +81,9 @@ class Engine:
         settings: Settings,
         on_failure: Callable[[list[str]], None] | None = None,
         kinds: Kinds | None = None,
+        server: str | None = None,
     ):
+        """server: which one this process is a worker of, as `seat.own_server` says; None for a server of one process."""
         self.home, self.clock, self.settings, self._on_failure, self._kinds = home, clock, settings, on_failure, kinds
         self.world: World | None = None
         self.lake: Lake | None = None
@@ -87,7 +93,8 @@ class Engine:
         self.recent = Recent(settings.recent_requests)
         self._missing: list[str] = ["not started"]
         self._loader: threading.Thread | None = None
-        self._lock_file: IO[str] | None = None
+        self._server, self._stopping = server, threading.Event()
+        self.seat: Seat | None = None
 
     def start(self) -> None:
         """Begins loading on a thread of its own, so that /livez and /readyz answer meanwhile."""
@@ -101,6 +108,10 @@ class Engine:
             self._loader.join(timeout_s)
         return self.world is not None
 
+    @property
+    def is_loading(self) -> bool:
+        return self._loader is not None and self._loader.is_alive()
+
     def missing(self) -> list[str]:
         """What keeps the server from answering, each with the way out; empty when it is ready."""
         if not self._missing and self.runner is not None and not self.runner.is_healthy:
@@ -113,9 +124,6 @@ class Engine:
         assert self.runner is not None
         assert self.world is not None
         positions = self.log.append(events)
-        self.world.readers.note_events(events)
-        for user_id in {event["user_id"] for event in events}:
-            self.world.last_pages.forget(user_id)
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
@@ -137,6 +145,7 @@ class Engine:
 
     def stop(self) -> None:
         """Waits for loading to end, then writes what waits and closes everything."""
+        self._stopping.set()
         if self._loader is not None:
             self._loader.join()
         self._missing = ["the server is stopping"]
@@ -154,8 +163,8 @@ class Engine:
             self.world.assembled.stop()
             if self.world.fetcher is not None:
                 self.world.fetcher.close()
-        if self._lock_file is not None:
-            self._lock_file.close()
+        if self.seat is not None:
+            self.seat.leave()
 
     def _load(self) -> None:
         try:
@@ -163,10 +172,12 @@ class Engine:
             if missing:
                 self._missing = missing
             else:
-                self._lock_file = _only_server(self.home.log / "server.lock")
-                self.world = self._open()
+                self.seat = take_seat(self.home.log, self._server, self._stopping.is_set)
+                self.world = self._open(self.seat.leads)
                 settle()
                 self._missing = []
+                if self.seat.leads:
+                    self.seat.ready()
                 return
         except HeadraceError as error:
             self._missing = [str(error)]
@@ -177,7 +188,7 @@ class Engine:
         if self._on_failure is not None:
             self._on_failure(self.missing())
 
-    def _open(self) -> World:
+    def _open(self, leads: bool) -> World:
         groups, kinds = load_groups(), self._kinds or load_kinds()
         check_groups(groups, kinds)
         lake = self.lake = Lake.open(self.home)
@@ -196,10 +207,12 @@ class Engine:
             self.clock,
             stream.runner(),
             self.home.online / RUNNER_FILE,
-            publisher=Publisher(folder, groups),
+            only_reads=not leads,
+            publisher=Publisher(folder, groups) if leads else None,
         )
         runner.catch_up()
-        runner.flush()
+        if leads:
+            runner.flush()
         tables = TableStore(lake, kinds.tables)
         tables.refresh(store.view().tick_us)
         catalogue = Catalogue.from_lake(lake)
@@ -212,7 +225,7 @@ class Engine:
             declarations_hash=declarations_hash(groups),
             store=store,
             catalogue=catalogue,
-            readers=Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us()),
+            readers=self._readers(lake, event_log),
             last_pages=LastPages(self.settings.last_pages, self.settings.last_page_minutes),
             allowed_N=allowed_notes(self.settings, catalogue.note_ids, catalogue.author_ids, catalogue.topics),
             models=load_models(self.home, groups, catalogue, self.settings, kinds),
@@ -224,24 +237,38 @@ class Engine:
         )
         world.assembled.assemble(store.view())
         self.forward_log = ForwardLog(
-            lake, self.settings.forward_log_queue, self.settings.forward_log_rows, self.settings.forward_log_age_s
+            lake,
+            self.settings.forward_log_queue,
+            self.settings.forward_log_rows,
+            self.settings.forward_log_age_s,
+            self.home.log / "forward-log.lock",
         )
         self.forward_log.start()
-        runner.start()
+
+        def hear(records: pa.Table) -> None:
+            current = self.world or world
+            for user_id in current.readers.note_records(records):
+                current.last_pages.forget(user_id)
+
+        runner.start(hear)
         world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
 
+    def _readers(self, lake: Lake, event_log: Log) -> Readers:
+        """What the lake knows, and the log's records that had not landed when the lake was read."""
+        position = landed_position(lake)
+        readers = Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us())
+        while (records := event_log.read(position, READ_AT_ONCE)).num_rows:
+            readers.note_records(records)
+            position = _after(position, records)
+        return readers
 
-def _only_server(path: Path) -> IO[str]:
-    handle = open(path, "w")  # noqa: SIM115  held until the process ends
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        with contextlib.suppress(OSError):
-            handle.close()
-        raise HeadraceError(
-            f"another server runs on {path.parent.parent}; stop it first, or point HEADRACE_HOME at a home of its own"
-        ) from None
-    return handle
+
+def _after(position: tuple[int, ...], records: pa.Table) -> tuple[int, ...]:
+    """The position behind these records."""
+    ends = list(position)
+    for partition, offset in zip(records["log_partition"].to_pylist(), records["log_offset"].to_pylist(), strict=True):
+        ends[partition] = max(ends[partition], offset + 1)
+    return tuple(ends)

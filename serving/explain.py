@@ -29,12 +29,14 @@ class Recent:
         with self._lock:
             return self._served.get(request_id)
 
+    def row(self, request_id: str) -> dict[str, Any] | None:
+        """The request's forward-log row (dicts for maps, microseconds for instants), or None if it is not among them."""
+        served = self.get(request_id)
+        return None if served is None else served.as_row()
 
-def find_row(recent: Recent, lake: Lake, request_id: str) -> dict[str, Any] | None:
-    """The request's forward-log row (dicts for maps, microseconds for instants), or None if nobody knows it."""
-    served = recent.get(request_id)
-    if served is not None:
-        return served.as_row()
+
+def row_in_lake(lake: Lake, request_id: str) -> dict[str, Any] | None:
+    """As `Recent.row`, of any request that was written."""
     if not lake.exists(FORWARD_LOG):
         return None
     rows = lake.scan(FORWARD_LOG, EqualTo("request_id", request_id))

@@ -60,7 +60,7 @@ class CandidateFeatures:
 
     def take(self, order: np.ndarray) -> "CandidateFeatures":
         return CandidateFeatures(
-            self.names, self.values_CF[order], _gathered(self.sequences, order), _gathered(self.maps, order)
+            self.names, self.values_CF.take(order, axis=0), _gathered(self.sequences, order), _gathered(self.maps, order)
         )
 
     def row(self, position: int) -> dict[str, float | None]:
@@ -142,20 +142,25 @@ def hydrate_candidates(
     groups: Mapping[str, FeatureGroup],
     catalogue: Catalogue,
     user_id: str,
-    note_ids: Sequence[str],
     row_C: np.ndarray,
     t_us: int,
     tables: TableStore,
     assembled: Assembled,
+    note_ids: Sequence[str] | None = None,
 ) -> CandidateFeatures:
     """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
-    share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones."""
+    share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones, and then note_ids names them all."""
     author_row_C = catalogue.author_rows(row_C)
     held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
+    row_of: dict[tuple[str, ...], Mapping[str, int]] = {
+        ("user_id", "note_id"): catalogue.row_of,
+        ("user_id", "author_id"): catalogue.author_row_of,
+    }
+    num_rows = {"note_id": len(catalogue), "author_id": len(catalogue.authors)}
     authors = catalogue.authors
     key_of: dict[str, Callable[[int], Any]] = {
         "user_id": lambda place: user_id,
-        "note_id": lambda place: note_ids[place],
+        "note_id": lambda place: note_ids[place] if note_ids else catalogue.note_ids[row_C[place]],
         # a note without author has no key, and reads like an author never met
         "author_id": lambda place: None if author_row_C[place] < 0 else authors[author_row_C[place]],
     }
@@ -170,7 +175,7 @@ def hydrate_candidates(
     def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> FeatureMatrix:
         """Each distinct key once. Candidates of one author differ in no key but their own."""
         if "note_id" in key_columns:
-            keys = [key_at(key_columns, place) for place in range(len(note_ids))]
+            keys = [key_at(key_columns, place) for place in range(len(row_C))]
             distinct = dict.fromkeys(keys)
             place_of = {key: place for place, key in enumerate(distinct)}
             places = np.array([place_of[key] for key in keys], dtype=np.int64)
@@ -186,10 +191,13 @@ def hydrate_candidates(
         if group.entity_keys == USER:
             continue
         matrix = None
-        if group.entity_keys in held:
-            rows = held[group.entity_keys]
-            matrix = assembled.gather(view, group.name, rows, partial(key_at, group.entity_keys), t_us)
-        found.append(matrix or gather(group.entity_keys, partial(_assemble_known, view, group.name, t_us=t_us)))
+        columns = group.entity_keys
+        if columns in held:
+            matrix = assembled.gather(view, group.name, held[columns], partial(key_at, columns), t_us)
+        elif columns in row_of and can_be_assembled(view.groups[group.name].plan) and (row_C >= 0).all():
+            other = columns[1]
+            matrix = _of_reader_and(view, group.name, user_id, row_of[columns], num_rows[other], held[(other,)], t_us)
+        found.append(matrix or gather(columns, partial(_assemble_known, view, group.name, t_us=t_us)))
     for table in tables.tables:
         if table.keys != USER:
             found.append(gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us)))
@@ -201,6 +209,27 @@ def hydrate_candidates(
     names.extend(REQUEST_FEATURES)
     values.append(catalogue.request_features(row_C, t_us))
     return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
+
+
+def _of_reader_and(
+    view: StoreView, group_name: str, user_id: str, row_of: Mapping[str, int], num_rows: int, row_C: np.ndarray, t_us: int
+) -> FeatureMatrix:
+    """`view.assemble` of (reader, what the candidate's row names), of a group in which unknown keys read alike. From the
+    few that the reader has met, not from the many candidates.
+
+    row_of: row of what the reader met, out of num_rows; row_C: int64, -1 for a candidate that has none.
+    """
+    met = [(key, row_of[key[1]]) for key, _ in view.groups[group_name].index.under(user_id) if key[1] in row_of]
+    place_R = np.zeros(num_rows + 1, dtype=np.int64)  # 0: never met, as are those without a row, which read the last
+    is_asked_R = np.zeros(num_rows + 1, dtype=bool)
+    is_asked_R[row_C] = True
+    asked = [(key, row) for key, row in met if is_asked_R[row]]
+    place_R[[row for _, row in asked]] = np.arange(1, len(asked) + 1)
+    stranger: Any = (user_id, None)
+    matrix = view.assemble(group_name, [stranger, *(key for key, _ in asked)], t_us)
+    place_C = place_R[row_C]
+    gathered = _gathered(matrix.sequences, place_C), _gathered(matrix.maps, place_C)
+    return FeatureMatrix(matrix.names, matrix.values.take(place_C, axis=0), *gathered)
 
 
 def _assemble_known(view: StoreView, group_name: str, keys: list[Key], t_us: int) -> FeatureMatrix:

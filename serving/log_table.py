@@ -5,6 +5,7 @@ Shape letters: C candidates, L of them logged with features, F features.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,11 @@ def _candidates(served: Served) -> pa.StructArray:
     def of_shown(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.array(values, kind).take(place_or_null_C)
 
-    page = served.page
+    page, row_C = served.page, pa.array(candidates.row_C)
     columns = {
         "impression_id": of_shown([served.impression_id(position) for position in range(len(page))], pa.string()),
-        "note_id": pa.array(candidates.note_ids, pa.string()),
-        "author_id": pa.array(candidates.author_ids, pa.string()),
+        "note_id": candidates.catalogue.note_id_column.take(row_C),
+        "author_id": candidates.catalogue.author_id_column.take(row_C),
         "sources": _sources(served),
         "recall_score": _nullable(candidates.recall_score_C),
         "l1_score": _nullable(served.l1_score_C),
@@ -70,7 +71,7 @@ def _sources(served: Served) -> pa.ListArray:
 def _features(served: Served) -> pa.MapArray:
     features = served.logged_features
     num_features = len(features.names)
-    keys = pa.array(features.names, pa.string()).take(pa.array(np.tile(np.arange(num_features), len(served.logged))))
+    keys = _repeated(features.names, len(served.logged))
     sizes_C = np.zeros(len(served.candidates), dtype=np.int64)
     sizes_C[served.logged] = num_features
     return _maps(sizes_C, _is_logged(served), keys, _nullable(features.values_CF.ravel()))
@@ -80,9 +81,13 @@ def _predictions(served: Served) -> pa.MapArray:
     heads = list(served.predictions)
     value_CT = np.column_stack([served.predictions[head] for head in heads]) if heads else np.empty((len(served.candidates), 0))
     has_CT = np.isfinite(value_CT)
-    head_CT = np.broadcast_to(np.arange(len(heads)), value_CT.shape)
-    keys = pa.array(heads, pa.string()).take(pa.array(head_CT[has_CT]))
-    return _maps(has_CT.sum(axis=1), np.ones(len(value_CT), dtype=bool), keys, pa.array(value_CT[has_CT]))
+    number_C = has_CT.sum(axis=1)
+    if np.isin(number_C, (0, len(heads))).all():  # L2 scores a candidate by all heads or by none
+        keys = _repeated(heads, int((number_C > 0).sum()))
+    else:
+        head_CT = np.broadcast_to(np.arange(len(heads)), value_CT.shape)
+        keys = pa.array(heads, pa.string()).take(pa.array(head_CT[has_CT]))
+    return _maps(number_C, np.ones(len(value_CT), dtype=bool), keys, pa.array(value_CT[has_CT]))
 
 
 def _of_logged(served: Served, columns: Mapping[str, list[Any]], name: str) -> pa.MapArray:
@@ -102,6 +107,16 @@ def _maps(sizes_C: np.ndarray, is_there_C: np.ndarray, keys: pa.Array, values: p
     """Maps of these sizes, null where there is none."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes_C)]), pa.int32(), mask=np.append(~is_there_C, False))
     return pa.MapArray.from_arrays(offsets, keys, values)
+
+
+def _repeated(names: Sequence[str], times: int) -> pa.Array:
+    """The names, over and over: a part of what was made once."""
+    return _tiled(tuple(names), 1 << max(times - 1, 0).bit_length()).slice(0, len(names) * times)
+
+
+@lru_cache(maxsize=32)
+def _tiled(names: tuple[str, ...], times: int) -> pa.Array:
+    return pa.array(names, pa.string()).take(pa.array(np.tile(np.arange(len(names)), times)))
 
 
 def _is_logged(served: Served) -> np.ndarray:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
@@ -45,6 +46,26 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def of_workers(texts: Mapping[int, bytes]) -> bytes:
+    """The texts of several workers as one: every sample says whose it is, in its label `worker`."""
+    registry = CollectorRegistry()
+    registry.register(_OfWorkers(texts))
+    return generate_latest(registry)
+
+
+class _OfWorkers(Collector):
+    def __init__(self, texts: Mapping[int, bytes]):
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for worker, text in self._texts.items():
+            for family in text_string_to_metric_families(text.decode()):
+                samples = families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples
+                samples.extend(one._replace(labels={**one.labels, "worker": str(worker)}) for one in family.samples)
+        yield from families.values()
 
 
 class _Versions(Collector):

@@ -26,8 +26,9 @@ REMEDY = "run `headrace train all`"
 @dataclass(frozen=True)
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
-    model's vectors, -1 where the catalogue does not know the note. vectors: those vectors on a GPU, where HEADRACE_DEVICE
-    names one; L1 and L2 are then there too. shards: the vectors for a search on the CPU."""
+    model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
+    vectors: the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors
+    for a search on the CPU."""
 
     item_to_item: Any
     two_tower: Any
@@ -35,6 +36,7 @@ class Models:
     l2: Any
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
+    rows_of_neighbours: np.ndarray
     num_notes: int  # rows of the catalogue
     shards: ShardedVectors
     vectors: VectorsOnDevice | None = None
@@ -42,7 +44,9 @@ class Models:
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """float32 [S, D]: the two-tower vectors of rows of the catalogue, zeros where a note has none. rows: int64 [S]."""
         places_S = self._vector_of_row[rows]
-        return np.where(places_S[:, None] >= 0, self.two_tower.note_vectors[places_S], 0.0)
+        vectors_SD = self.two_tower.note_vectors.take(places_S, axis=0)
+        vectors_SD[places_S < 0] = 0.0
+        return vectors_SD
 
     @cached_property
     def _vector_of_row(self) -> np.ndarray:
@@ -87,13 +91,13 @@ def load_models(
                 f"model {name} {versions[name]} reads features that are not declared: {', '.join(unknown)}; "
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
-    rows = [catalogue.row_of.get(note_id, -1) for note_id in loaded["two_tower"].note_ids]
     shards = ShardedVectors(loaded["two_tower"].note_vectors, settings.vector_shards, settings.hnsw_from)
     loaded, vectors = moved(loaded, device, settings.most_candidates)
     return Models(
         **loaded,
         versions=versions,
-        rows_of_vectors=np.array(rows, dtype=np.int64),
+        rows_of_vectors=catalogue.rows(loaded["two_tower"].note_ids),
+        rows_of_neighbours=catalogue.rows(loaded["item_to_item"].names),
         num_notes=len(catalogue),
         shards=shards,
         vectors=vectors,

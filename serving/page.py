@@ -60,9 +60,9 @@ def lay_out(
     picked = candidates.take(order_C)
     row_S = picked.row_C
     pool = Pool(
-        note_ids=picked.note_ids,
-        author_ids=picked.author_ids,
-        topics=[world.catalogue.topics[row] for row in row_S.tolist()],
+        note_S=row_S,
+        author_S=world.catalogue.author_row_N[row_S],
+        topic_S=world.catalogue.topic_code_N[row_S],
         scores_S=score_C[order_C],
         vectors_SD=_vectors(request, row_S),
         may_show_S=_may_show(request, row_S),
@@ -106,10 +106,10 @@ def _vectors(request: Request, rows_S: np.ndarray) -> np.ndarray:
 
 
 def _promoted(request: Request, candidates: Candidates) -> np.ndarray:
-    promoted = set(request.world.settings.promoted_notes)
+    promoted = request.world.settings.promoted_notes
     if not promoted:
         return np.zeros(len(candidates), dtype=bool)
-    return np.array([note_id in promoted for note_id in candidates.note_ids], dtype=bool)
+    return np.isin(candidates.row_C, request.world.catalogue.rows(promoted))
 
 
 def _cold(request: Request, candidates: Candidates) -> np.ndarray:

@@ -6,8 +6,8 @@ this place, given the places before it. It is what off-policy estimates divide b
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from random import Random
 
 import numpy as np
@@ -38,11 +38,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Pool:
-    """S candidates, best first. vectors_SD: unit rows, zeros where a note has no vector. may_show_S: false is never shown."""
+    """S candidates, best first. note_S, author_S, topic_S: one number for each note, author and topic, -1 for none.
+    vectors_SD: unit rows, zeros where a note has no vector. may_show_S: false is never shown."""
 
-    note_ids: Sequence[str]
-    author_ids: Sequence[str | None]
-    topics: Sequence[str | None]
+    note_S: np.ndarray
+    author_S: np.ndarray
+    topic_S: np.ndarray
     scores_S: np.ndarray
     vectors_SD: np.ndarray
     may_show_S: np.ndarray
@@ -50,7 +51,11 @@ class Pool:
     is_cold_S: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.note_ids)
+        return len(self.note_S)
+
+    def head(self, size: int) -> "Pool":
+        """The best of them."""
+        return Pool(*(getattr(self, field.name)[:size] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,28 @@ def arrange(pool: Pool, page_size: int, rules: Rules, random: Random) -> tuple[l
     candidates that the caps allow, each as likely as any other. Caps of 0 are no caps; notes without an author or topic have
     none. random: draws nothing unless there are exploration slots.
     """
-    page = _Page(pool, rules)
+    relevance_S, reached = as_relevance(pool.scores_S), page_size + rules.max_displacement
+    head = len(pool) if rules.slots else 2 * reached
+    while True:
+        page = _Page(pool.head(head), relevance_S[:head], rules)
+        is_enough = head >= len(pool) or page.num_showable >= reached
+        placed = _filled(page, page_size, rules, random) if is_enough else []
+        # no slot looks beyond the head, so a full page for which no rule gave way is the page of the whole pool
+        if head >= len(pool) or (len(placed) == page_size and not page.relaxed):
+            return placed, page.relaxed
+        head *= 4
+
+
+def _filled(page: "_Page", page_size: int, rules: Rules, random: Random) -> list[Placed]:
     placed: list[Placed] = []
     for place in range(page_size):
         allowed_S = page.allowed()
-        if not allowed_S.any():
+        if allowed_S is None:
             break
         chosen = _choose(page, allowed_S, place, rules, random)
         page.put(chosen.candidate)
         placed.append(chosen)
-    return placed, page.relaxed
+    return placed
 
 
 def _choose(page: "_Page", allowed_S: np.ndarray, place: int, rules: Rules, random: Random) -> Placed:
@@ -101,29 +118,31 @@ def _choose(page: "_Page", allowed_S: np.ndarray, place: int, rules: Rules, rand
 class _Page:
     """The page so far and what is left for it."""
 
-    def __init__(self, pool: Pool, rules: Rules):
+    def __init__(self, pool: Pool, relevance_S: np.ndarray, rules: Rules):
         self.pool, self._rules = pool, rules
         self.relaxed: list[str] = []
         self._shown: list[int] = []
-        self._left_S = pool.may_show_S & _first_of_each(pool.note_ids)
+        self._left_S = pool.may_show_S & _is_first(pool.note_S)
         self._rank_S = np.cumsum(self._left_S) - 1
-        self._author_S, self._topic_S = _codes(pool.author_ids), _codes(pool.topics)
+        self.num_showable = int(self._left_S.sum())
         self._author_left_S, self._topic_left_S = np.ones(len(pool), bool), np.ones(len(pool), bool)
+        self._open_S = self._left_S.copy()
+        """What is left, under both caps."""
         self._of_author, self._of_topic = Counter[int](), Counter[int]()
-        self._gains = METHODS[rules.diversity](
-            as_relevance(pool.scores_S), pool.vectors_SD, rules.diversity_strength, rules.diversity_window
-        )
+        self._gains = METHODS[rules.diversity](relevance_S, pool.vectors_SD, rules.diversity_strength, rules.diversity_window)
 
-    def allowed(self) -> np.ndarray:
-        """bool [S]: what may take the next place. Where the caps leave nothing, the topics' gives way, then the authors'."""
-        under_author_S, under_topic_S = self._author_left_S, self._topic_left_S
-        if (allowed_S := self._left_S & under_author_S & under_topic_S).any() or not self._left_S.any():
-            return allowed_S
-        if (allowed_S := self._left_S & under_author_S).any():
+    def allowed(self) -> np.ndarray | None:
+        """bool [S]: what may take the next place; None where nothing is left. Where the caps leave nothing, the topics' gives
+        way, then the authors'."""
+        if self._open_S.any():
+            return self._open_S
+        if not self._left_S.any():
+            return None
+        if (allowed_S := self._left_S & self._author_left_S).any():
             self._relax(TOPIC_CAP_RELAXED)
             return allowed_S
         self._relax(AUTHOR_CAP_RELAXED)
-        if (allowed_S := self._left_S & under_topic_S).any():
+        if (allowed_S := self._left_S & self._topic_left_S).any():
             return allowed_S
         self._relax(TOPIC_CAP_RELAXED)
         return self._left_S
@@ -141,28 +160,24 @@ class _Page:
 
     def put(self, candidate: int) -> None:
         self._shown.append(candidate)
-        self._left_S[candidate] = False
+        self._left_S[candidate] = self._open_S[candidate] = False
         for cap, codes_S, counts, left_S in (
-            (self._rules.max_notes_per_author, self._author_S, self._of_author, self._author_left_S),
-            (self._rules.max_notes_per_topic, self._topic_S, self._of_topic, self._topic_left_S),
+            (self._rules.max_notes_per_author, self.pool.author_S, self._of_author, self._author_left_S),
+            (self._rules.max_notes_per_topic, self.pool.topic_S, self._of_topic, self._topic_left_S),
         ):
             code = int(codes_S[candidate])
             counts[code] += 1
             if cap and code >= 0 and counts[code] >= cap:
-                left_S[codes_S == code] = False
+                is_full_S = codes_S == code
+                left_S[is_full_S] = self._open_S[is_full_S] = False
 
     def _relax(self, rule: str) -> None:
         if rule not in self.relaxed:
             self.relaxed.append(rule)
 
 
-def _codes(names: Sequence[str | None]) -> np.ndarray:
-    """int64 [S]: one number per name, -1 for none."""
-    numbers: dict[str, int] = {}
-    return np.array([-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names], np.int64)
-
-
-def _first_of_each(names: Sequence[str]) -> np.ndarray:
-    """bool [S]: the first place of each name."""
-    first: dict[str, int] = {}
-    return np.array([first.setdefault(name, place) == place for place, name in enumerate(names)], bool)
+def _is_first(numbers_S: np.ndarray) -> np.ndarray:
+    """bool [S]: the first place of each number."""
+    is_first_S = np.zeros(len(numbers_S), dtype=bool)
+    is_first_S[np.unique(numbers_S, return_index=True)[1]] = True
+    return is_first_S

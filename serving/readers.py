@@ -6,11 +6,15 @@ Knows nothing of features: it only decides which notes may be shown and whose no
 import threading
 from collections.abc import Iterable, Mapping
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from warehouse.events import RETRACTION
 from warehouse.lake import Lake
 
 FOLLOW = "follow"
 HIDE = "hide"
+_NOTED = ("user_id", "note_id", "author_id", "event_type", "event_id", "retracts")
 
 
 class Readers:
@@ -84,9 +88,15 @@ class Readers:
                 readers._attributes[user_id] = attributes
         return readers
 
+    def note_records(self, records: pa.Table) -> list[str]:
+        """`note_events` of records of the log (EVENTS_SCHEMA); the readers that are among them."""
+        events = records.select(_NOTED).filter(pc.is_valid(records["user_id"])).to_pylist()
+        self.note_events(events)
+        return list(dict.fromkeys(event["user_id"] for event in events))
+
     def note_events(self, events: Iterable[Mapping]) -> None:
-        """Events that the log has accepted; `user_id`, `note_id`, `author_id`, `event_type`, `event_id`, `retracts` of each are
-        looked at."""
+        """Events that the log has; noting one again changes nothing but `num_events`. Looked at are `user_id`, `note_id`,
+        `author_id`, `event_type`, `event_id` and `retracts`."""
         with self._lock:
             for event in events:
                 user_id, note_id, author_id = event.get("user_id"), event.get("note_id"), event.get("author_id")

@@ -84,9 +84,9 @@ def _at_least(
 
 
 def _without_seen(request: Request, may_N: np.ndarray) -> np.ndarray:
-    row_of, unseen_N = request.world.catalogue.row_of, may_N.copy()
-    seen = [*request.world.readers.seen(request.user_id), *request.history]
-    unseen_N[[row_of[note_id] for note_id in seen if note_id in row_of]] = False
+    unseen_N = may_N.copy()
+    rows = request.world.catalogue.rows([*request.world.readers.seen(request.user_id), *request.history])
+    unseen_N[rows[rows >= 0]] = False
     return unseen_N
 
 

@@ -25,9 +25,7 @@ class Retrieval:
     """All that generators may look at."""
 
     catalogue: Catalogue
-    models: (
-        object  # with `.item_to_item`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`, as `serving.models.Models`
-    )
+    models: object  # with `.item_to_item`, `.rows_of_neighbours`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`
     eligible_N: np.ndarray
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
@@ -63,12 +61,21 @@ class Candidates:
 
     @property
     def sources(self) -> list[tuple[str, ...]]:
-        return [self.sources_of(position) for position in range(len(self))]
+        return self.sources_at(np.arange(len(self)))
 
     def sources_of(self, position: int) -> tuple[str, ...]:
         """The generators that brought a candidate, in the order of what each added to its score."""
-        shares_G = self.share_CG[position]
-        return tuple(self.generators[place] for place in np.argsort(-shares_G, kind="stable") if shares_G[place] > 0)
+        return self.sources_at(np.array([position]))[0]
+
+    def sources_at(self, positions: np.ndarray) -> list[tuple[str, ...]]:
+        """`sources_of` each of these."""
+        share_PG = self.share_CG[positions]
+        order_PG = np.argsort(-share_PG, axis=1, kind="stable").tolist()
+        number_P = (share_PG > 0).sum(axis=1).tolist()
+        return [
+            tuple(self.generators[place] for place in order_G[:number])
+            for order_G, number in zip(order_PG, number_P, strict=True)
+        ]
 
     def take(self, order: np.ndarray) -> "Candidates":
         """The candidates at these positions, in this order."""
@@ -77,13 +84,12 @@ class Candidates:
 
 def trending(request: Retrieval, limit: int) -> np.ndarray:
     """Notes clicked most in the day before this tick."""
-    return request.trending_rows[request.eligible_N[request.trending_rows]][:limit]
+    return _first_eligible(request.trending_rows, request.eligible_N, limit)
 
 
 def fresh(request: Retrieval, limit: int) -> np.ndarray:
     """Notes created most recently, or first seen most recently where the creation time is unknown."""
-    rows = request.catalogue.rows_by_freshness
-    return rows[request.eligible_N[rows]][:limit]
+    return _first_eligible(request.catalogue.rows_by_freshness, request.eligible_N, limit)
 
 
 def topics(request: Retrieval, limit: int) -> np.ndarray:
@@ -108,9 +114,9 @@ def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
     """Notes that others came to after what this reader came to last."""
     if not request.seeds:
         return np.empty(0, dtype=np.int64)
-    neighbours = request.models.item_to_item.neighbours(list(request.seeds), limit * 2)  # type: ignore[attr-defined]
-    rows = [request.catalogue.row_of[note_id] for note_id, _ in neighbours if note_id in request.catalogue.row_of]
-    rows_C = np.array(rows, dtype=np.int64)
+    places, _ = request.models.item_to_item.nearest(request.seeds, max(limit * 2, 1))  # type: ignore[attr-defined]
+    rows_C = request.models.rows_of_neighbours[places]  # type: ignore[attr-defined]
+    rows_C = rows_C[rows_C >= 0]
     return rows_C[request.eligible_N[rows_C]][:limit]
 
 
@@ -123,7 +129,7 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     if not user_D.any():  # the model knows none of these notes: every product would be 0
         return np.empty(0, dtype=np.int64)
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
-    usable_V = (rows_V >= 0) & request.eligible_N[rows_V]
+    usable_V = (rows_V >= 0) & request.eligible_N.take(rows_V)
     vectors = request.models.vectors  # type: ignore[attr-defined]
     if vectors is not None:
         return rows_V[vectors.best(user_D, usable_V, limit)]
@@ -182,39 +188,67 @@ def retrieve(
     A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
-    found: dict[str, np.ndarray] = {}
+    union = _Union(request.catalogue)
     failed: list[str] = request.failed
     is_cut = False
     for name, limit in limits.items():
-        if found and is_late(len(np.unique(np.concatenate(list(found.values()))))):
+        if union.found and is_late(union.num_notes):
             is_cut = True
             break
         try:
-            found[name] = _first_of_each(GENERATORS[name](request, int(limit)))
+            union.add(name, GENERATORS[name](request, int(limit)))
         except Exception:  # one generator's failure costs its notes, never the page
             log.exception("generator %s failed; the feed goes on without it", name)
             failed.append(name)
-    return _union(request.catalogue, found), failed, is_cut
+    return union.candidates(), failed, is_cut
 
 
-def _union(catalogue: Catalogue, found: Mapping[str, np.ndarray]) -> Candidates:
-    rows = np.concatenate([np.empty(0, np.int64), *found.values()])
-    shares = [1.0 / (RANK_DAMPING + 1 + np.arange(len(of_one))) for of_one in found.values()]
-    row_C, place = np.unique(rows, return_inverse=True)
-    share_CG = np.zeros((len(row_C), len(found)))
-    share_CG[place, np.repeat(np.arange(len(found)), [len(of_one) for of_one in found.values()])] = np.concatenate(
-        [np.empty(0), *shares]
-    )
-    score_C = np.zeros(len(row_C))
-    for generator in range(len(found)):
-        score_C += share_CG[:, generator]
-    order = np.argsort(-score_C, kind="stable")
-    return Candidates(catalogue, tuple(found), row_C[order], score_C[order], share_CG[order])
+class _Union:
+    """What the generators have found so far. Rows are small numbers, so what was found is looked up, not sorted."""
+
+    def __init__(self, catalogue: Catalogue):
+        self._catalogue = catalogue
+        self._place_N = np.full(len(catalogue), -1, dtype=np.int32)
+        self._rows = [np.empty(0, dtype=np.int64)]  # each note once
+        self.found: dict[str, np.ndarray] = {}
+        self.num_notes = 0
+
+    def add(self, name: str, rows: np.ndarray) -> None:
+        rows = _first_of_each(rows)
+        new = rows[self._place_N[rows] < 0]
+        self._place_N[new] = 0
+        self._rows.append(new)
+        self.num_notes += len(new)
+        self.found[name] = rows
+
+    def candidates(self) -> Candidates:
+        row_C = np.sort(np.concatenate(self._rows))  # ties of the scores stand in the order of rows
+        self._place_N[row_C] = np.arange(len(row_C))
+        share_CG = np.zeros((len(row_C), len(self.found)))
+        score_C = np.zeros(len(row_C))
+        for generator, rows in enumerate(self.found.values()):
+            place, share = self._place_N[rows], 1.0 / (RANK_DAMPING + 1 + np.arange(len(rows)))
+            share_CG[place, generator] = share
+            score_C[place] += share
+        order = np.argsort(-score_C, kind="stable")
+        return Candidates(self._catalogue, tuple(self.found), row_C[order], score_C[order], share_CG[order])
 
 
 def _first_of_each(rows: np.ndarray) -> np.ndarray:
     """The rows, each where it comes first."""
-    return rows[np.sort(np.unique(rows, return_index=True)[1])]
+    first = np.unique(rows, return_index=True)[1]
+    return rows if len(first) == len(rows) else rows[np.sort(first)]
+
+
+def _first_eligible(rows: np.ndarray, eligible_N: np.ndarray, limit: int) -> np.ndarray:
+    """The first `limit` of the rows that are eligible, looking no further down than it takes."""
+    size = 2 * limit
+    while True:
+        head = rows[:size]
+        found = head[eligible_N[head]]
+        if len(found) >= limit or size >= len(rows):
+            return found[:limit]
+        size = 4 * size
 
 
 def _place_in_run(sorted_R: np.ndarray) -> np.ndarray:

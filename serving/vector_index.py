@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 256
 OVERFETCH = 2
 """Times the wanted number that a graph is asked for at first; twice that while the filters leave too few."""
+_SAMPLED_EVERY = 32
+"""Scores, of which one is looked at to guess how large the largest are."""
 Found = tuple[np.ndarray, np.ndarray]
 """Rows, best first, and their scores."""
 
@@ -29,17 +31,15 @@ class Shard(Protocol):
 
 
 class Exact:
-    """Every product, and a partition."""
+    """Every product, and a partition. The vectors are kept by dimension: a product with one reader is then a sum of D long
+    rows, which takes a third of the time."""
 
     def __init__(self, vectors_VD: np.ndarray):
-        self._vectors_VD = vectors_VD
+        self._vectors_DV = np.ascontiguousarray(vectors_VD.T)
 
     def best(self, user_D: np.ndarray, usable_V: np.ndarray, limit: int) -> Found:
         """The usable rows by their product with user_D, largest first, ties by row."""
-        scores_V = np.where(usable_V, self._vectors_VD @ user_D, -np.inf)
-        rows = largest(scores_V, limit)
-        rows = rows[usable_V[rows]]
-        return rows, scores_V[rows]
+        return _best(user_D @ self._vectors_DV, usable_V, limit)
 
 
 class Hnsw:
@@ -74,7 +74,7 @@ class Hnsw:
                 order = largest(scores, limit)
                 return rows[order], scores[order]
             asked *= 2
-        return Exact(self._vectors_VD).best(user_D, usable_V, limit)
+        return _best(self._vectors_VD @ user_D, usable_V, limit)
 
 
 class ShardedVectors:
@@ -106,6 +106,8 @@ class ShardedVectors:
                 continue
             rows.append(found[0] + self._edges[number])
             scores.append(found[1])
+        if len(self.shards) == 1:
+            return rows[-1], failed
         all_rows, all_scores = np.concatenate(rows), np.concatenate(scores)
         return all_rows[np.lexsort((all_rows, -all_scores))][:limit], failed
 
@@ -119,5 +121,23 @@ def largest(values_N: np.ndarray, limit: int) -> np.ndarray:
         pool = np.flatnonzero(values_N >= kth)
     else:
         pool = np.arange(len(values_N))
-    order = np.lexsort((pool, -values_N[pool].astype(np.float64)))
-    return pool[order][:limit]
+    return pool[np.argsort(-values_N[pool], kind="stable")][:limit]
+
+
+def _best(scores_V: np.ndarray, usable_V: np.ndarray, limit: int) -> Found:
+    rows = _promising(scores_V, usable_V, limit)
+    rows = rows[largest(scores_V[rows], limit)]
+    return rows, scores_V[rows]
+
+
+def _promising(scores_V: np.ndarray, usable_V: np.ndarray, limit: int) -> np.ndarray:
+    """Usable rows, ascending, with the `limit` largest scores among them: those above what a sample says is about twice as many
+    as are wanted, or all where that turns out to be too few."""
+    wanted = 2 * limit // _SAMPLED_EVERY + 16
+    sample = scores_V[::_SAMPLED_EVERY]
+    if 4 * wanted < len(sample):
+        rows = np.flatnonzero(scores_V >= np.partition(sample, len(sample) - wanted)[len(sample) - wanted])
+        rows = rows[usable_V[rows]]
+        if len(rows) >= limit:
+            return rows
+    return np.flatnonzero(usable_V)

@@ -51,7 +51,8 @@ class World:
 
 
 class Trending:
-    """Notes by `trending_feature` of the settings, most first. A block value never changes between ticks: one sort a tick."""
+    """Notes by `trending_feature` of the settings, most first. A block value never changes between ticks: one sort a tick.
+    Until a new tick's features are assembled the order is that of the tick before, so that no request waits for all notes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,11 +60,16 @@ class Trending:
         self._rows = np.empty(0, dtype=np.int64)
 
     def rows(self, world: World, view: StoreView, t_us: int) -> np.ndarray:
-        """int64: rows of the catalogue of which the feature was more than 0 at the view's tick."""
+        """int64: rows of the catalogue of which the feature was more than 0."""
+        if self._tick_us == view.tick_us:
+            return self._rows
         with self._lock:
             if self._tick_us != view.tick_us:
-                self._rows = _highest(world, view, t_us)
-                self._tick_us = view.tick_us
+                count_N = _of_all_notes(world, view, t_us, must_wait=self._tick_us is None)
+                if count_N is not None:
+                    rows = np.flatnonzero(count_N > 0)
+                    self._rows = rows[np.argsort(-count_N[rows], kind="stable")]
+                    self._tick_us = view.tick_us
             return self._rows
 
 
@@ -77,10 +83,11 @@ def check_trending(groups: Mapping[str, FeatureGroup], feature: str) -> None:
         )
 
 
-def _highest(world: World, view: StoreView, t_us: int) -> np.ndarray:
+def _of_all_notes(world: World, view: StoreView, t_us: int, must_wait: bool) -> np.ndarray | None:
+    """float64 [N]: the trending feature; None where it is not assembled yet and need not be waited for."""
     feature = world.settings.trending_feature
     group = next(group for group in world.groups.values() if feature in group.feature_names)
-    matrix = view.assemble(group.name, [(note_id,) for note_id in world.catalogue.note_ids], t_us)
-    counts_N = np.nan_to_num(matrix.values[:, matrix.names.index(feature)])
-    order = np.argsort(-counts_N, kind="stable")
-    return order[counts_N[order] > 0]
+    matrix = world.assembled.matrix(view, group.name)
+    if matrix is None and (must_wait or group.name not in world.assembled.groups):
+        matrix = view.assemble(group.name, [(note_id,) for note_id in world.catalogue.note_ids], t_us)
+    return None if matrix is None else matrix.values[:, matrix.names.index(feature)]

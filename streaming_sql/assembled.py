@@ -68,6 +68,11 @@ class Assembled:
         matrices = {name: _in_pieces(view, name, keys) for name, keys in self._keys.items()}
         self._ticks = (_OfTick(view.tick_us, matrices), *self._ticks)[:_TICKS_KEPT]
 
+    def matrix(self, view: StoreView, name: str) -> FeatureMatrix | None:
+        """A group's features of all keys that are held, at the view's tick; None where the group or the tick is not held."""
+        of_tick = next((one for one in self._ticks if one.tick_us == view.tick_us), None)
+        return None if of_tick is None else of_tick.matrices.get(name)
+
     def gather(
         self, view: StoreView, name: str, row_C: np.ndarray, key_of: Callable[[int], Key], t_us: int
     ) -> FeatureMatrix | None:
@@ -75,11 +80,10 @@ class Assembled:
 
         row_C: int64, -1 for a key that is not held; it is assembled now, key_of(its place among the C) being the key.
         """
-        of_tick = next((one for one in self._ticks if one.tick_us == view.tick_us), None)
-        if of_tick is None or name not in of_tick.matrices:
+        held = self.matrix(view, name)
+        if held is None:
             return None
-        held = of_tick.matrices[name]
-        values_CF = held.values[row_C]
+        values_CF = held.values.take(row_C, axis=0)
         rows = row_C.tolist() if held.sequences or held.maps else []
         sequences = {column: [lists[row] for row in rows] for column, lists in held.sequences.items()}
         maps = {column: [one[row] for row in rows] for column, one in held.maps.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from streaming_sql.attribute_tables import LakeTables
 from streaming_sql.event_log import Log
 from streaming_sql.feed import REMEMBERED, Feed, Taken
 from streaming_sql.history import LakeAndLog
@@ -32,6 +33,8 @@ from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, SECON
 _LOG = logging.getLogger("headrace.stream")
 Progress = Callable[[int, int], None]
 """Called with (records replayed, records in all)."""
+Hear = Callable[[pa.Table], None]
+"""Called with records of the log (EVENTS_SCHEMA), on the thread that feeds."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,17 @@ class Runner:
         publisher: Publisher | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
-        only_reads: it can catch up and nothing else; neither lake nor log is written. publisher: what writes each tick for
-        other processes and the next start; none by default."""
+        only_reads: it follows the log beside a runner that lands, in another process, and writes neither lake nor log.
+        publisher: what writes each tick for other processes and the next start; none by default."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log))
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log), LakeTables(lake, groups))
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
+        self._hear: Hear | None = None
         self._moved = threading.Condition()
         self._reported = (time.monotonic(), self._feed.position)
         self.totals = Taken()
@@ -180,6 +184,8 @@ class Runner:
         if not self._only_reads:
             self._log.heartbeat(self._settings.heartbeat_idle_us)
         records = self._log.read(self._feed.position, limit)
+        if self._hear is not None and records.num_rows:
+            self._hear(records)
         taken = self._feed.take(records, is_history) if records.num_rows else Taken()
         self._count(taken)
         if records.num_rows:
@@ -201,15 +207,17 @@ class Runner:
         """Lands everything in the log now; returns the number of records landed."""
         return self._lander.flush()
 
-    def start(self) -> None:
-        """Runs until `stop()`. If a round fails, the thread ends, `failure` holds why and `is_healthy` turns false."""
+    def start(self, hear: Hear | None = None) -> None:
+        """Runs until `stop()`. If a round fails, the thread ends, `failure` holds why and `is_healthy` turns false. hear: told
+        all records that come from now on, before the store has them."""
         self._must_have_caught_up()
-        if self._only_reads:
-            raise HeadraceError("this runner only reads; it can catch up, not run or land")
         if self._threads:
             raise HeadraceError("the runner is already running")
         self._stopping.clear()
-        rounds = {"feed": lambda: self._feed_once(self._settings.read_limit)[0], "lander": self._land_once}
+        self._hear = hear
+        rounds = {"feed": lambda: self._feed_once(self._settings.read_limit)[0]}
+        if not self._only_reads:
+            rounds["lander"] = self._land_once
         self._threads = [
             threading.Thread(target=self._run, args=(one_round,), name=f"headrace-{name}", daemon=True)
             for name, one_round in rounds.items()
@@ -263,13 +271,15 @@ class Runner:
         return self.failure is None
 
     def stop(self, flush: bool = True) -> None:
-        """Ends both threads, then lands what is left. Raises what ended a thread early, if anything did."""
+        """Ends the threads, then lands what is left, if it lands at all. Raises what ended a thread early, if anything did."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
         self._threads = []
         if self.failure is not None:
             raise self.failure
+        if self._only_reads:
+            return
         if flush:
             self.flush()
         self.publish()

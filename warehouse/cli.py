@@ -95,13 +95,14 @@ def _land(words: list[str]) -> int:
 
 def _refuse_beside_a_server(home: Home) -> None:
     """A running server owns the offsets of the log: what lands beside it would take them."""
-    with open(home.log / "server.lock", "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            raise HeadraceError(
-                f"a server runs on {home.path} and owns the event log; stop it first, or send events to its /v1/events"
-            ) from None
+    for name in ("server.lock", "followers.lock"):  # of the worker that leads, and of the others, which outlive it
+        with open(home.log / name, "a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise HeadraceError(
+                    f"a server runs on {home.path} and owns the event log; stop it first, or send events to its /v1/events"
+                ) from None
 
 
 def _simulated(given: argparse.Namespace) -> Dataset:

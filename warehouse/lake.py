@@ -15,13 +15,22 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
-from pyiceberg.io.pyarrow import _check_pyarrow_schema_compatible, _dataframe_to_data_files
+from pyiceberg.io import FileIO
+from pyiceberg.io.pyarrow import (
+    _check_pyarrow_schema_compatible,
+    _dataframe_to_data_files,
+    pyarrow_to_schema,
+    write_file,
+)
 from pyiceberg.manifest import DataFile
+from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.schema import Schema
-from pyiceberg.table import Table, Transaction
+from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
+from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.transforms import parse_transform
 from sqlalchemy.exc import IntegrityError
 
@@ -123,7 +132,9 @@ class Lake:
 
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
-        self.table(name).append(rows, snapshot_properties=dict(properties or {}))
+        table = self.table(name)
+        with table.transaction() as transaction:
+            append_files(transaction, write_chunks(transaction, table, [rows]), properties or {})
 
     def replace(self, name: str, rows: pa.Table) -> None:
         """The table becomes these rows, in one commit."""
@@ -161,8 +172,9 @@ class Lake:
         return f"select * from iceberg_scan({quoted(table.metadata_location.removeprefix('file://'))})"
 
     def create_views(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """One view per table, `namespace.table`, pinned to the current snapshot."""
-        for name in self.tables():
+        """One view per table, `namespace.table`, pinned to the current snapshot; events first, as what they refer to was there
+        before them."""
+        for name in sorted(self.tables(), key="lake.events".__ne__):
             self.create_view(connection, name)
 
     def create_view(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -220,8 +232,37 @@ def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Tab
     for chunk in chunks:
         _check_pyarrow_schema_compatible(metadata.schema(), chunk.schema, format_version=metadata.format_version)
         if chunk.num_rows:
-            files += _dataframe_to_data_files(metadata, chunk, table.io, write_uuid, numbers)
+            files += _written(metadata, chunk, table.io, write_uuid, numbers)
     return files
+
+
+def _written(
+    metadata: TableMetadata, rows: pa.Table, io: FileIO, write_uuid: uuid.UUID, numbers: "itertools.count[int]"
+) -> Iterable[DataFile]:
+    """The files of some rows. Rows of one partition are written as they are: pyiceberg would filter them first, and a copy of
+    rows that hold lists of structs costs as much as writing them."""
+    key = _only_partition(metadata, rows)
+    if key is None or rows.nbytes >= TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT:
+        return _dataframe_to_data_files(metadata, rows, io, write_uuid, numbers)
+    schema = pyarrow_to_schema(rows.schema, name_mapping=metadata.schema().name_mapping, format_version=metadata.format_version)
+    batches = rows.combine_chunks().to_batches()
+    task = WriteTask(write_uuid, next(numbers), schema, batches, partition_key=key)
+    return write_file(io, metadata, iter([task]))
+
+
+def _only_partition(metadata: TableMetadata, rows: pa.Table) -> PartitionKey | None:
+    """The partition that all rows are of; None for several, and for a table without partitions."""
+    schema, spec, values = metadata.schema(), metadata.spec(), []
+    for field in spec.fields:
+        name = schema.find_column_name(field.source_id)
+        if name not in rows.column_names:
+            return None
+        transform = field.transform.pyarrow_transform(schema.find_field(field.source_id).field_type)
+        found = pc.unique(transform(rows[name]))
+        if len(found) != 1:
+            return None
+        values.append(PartitionFieldValue(field, found[0].as_py()))
+    return PartitionKey(values, spec, schema) if values else None
 
 
 def append_files(transaction: Transaction, files: Iterable[DataFile], properties: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
-    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--share 0.6] [--seconds 20]
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 20]
 
-Each server runs alone, in a process of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
+Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 then the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
 included.
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -39,12 +40,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a toy world and a second per step: does it run at all")
     parser.add_argument("--world", type=Path, help="folder of the world, kept; a temporary one by default")
     parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
+    parser.add_argument("--workers", type=int, default=1, help="processes of either server (default %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement; a step of the search takes 0.3 of it")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
         parser.error(f"--share must be above 0 and at most 1, got {arguments.share}")
+    if not 1 <= arguments.workers <= 64:
+        parser.error(f"--workers must be 1 to 64, got {arguments.workers}")
     if not 1 <= arguments.seconds <= 60:
         parser.error(f"--seconds must be 1 to 60, got {arguments.seconds}")
     size = QUICK if arguments.quick else FULL
@@ -60,13 +64,14 @@ def main() -> int:
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load_average": os.getloadavg()[0],
+            "workers": arguments.workers,
             "notes": size.notes,
             "l1_top_k": size.l1_top_k,
             "history": size.history,
         }
         for name in COMMANDS:
             if arguments.only in (None, name):
-                with _serving(COMMANDS[name], home) as port:
+                with _serving([*COMMANDS[name], "--workers", str(arguments.workers)], home, arguments.workers) as port:
                     result[name] = measure(
                         port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")
                     ).as_dict()
@@ -79,18 +84,21 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], home: Home) -> Iterator[int]:
-    """A server in a process of its own, once it is ready; stopped at the end. RuntimeError if it does not become ready."""
+def _serving(command: list[str], home: Home, workers: int) -> Iterator[int]:
+    """A server in processes of its own, once all are ready; stopped at the end. RuntimeError if it does not become ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home)}
     settings["HEADRACE_SERVING"] = str(home.path / SETTINGS_FILE)
     process = subprocess.Popen(
-        [sys.executable, *command, "--port", str(port)], env=os.environ | settings, stdout=subprocess.DEVNULL
+        [sys.executable, *command, "--port", str(port)],
+        env=os.environ | settings,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + READY_WITHIN_S
-        while not _is_ready(port):
+        while not _is_ready(port, workers):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{' '.join(command[-2:])} did not become ready in {READY_WITHIN_S:.0f} s")
             time.sleep(0.1)
@@ -99,16 +107,22 @@ def _serving(command: list[str], home: Home) -> Iterator[int]:
         process.terminate()
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that outlive it
             process.wait()
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(port: int, workers: int) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-            return answer.status == 200
+        with opener.open(f"http://127.0.0.1:{port}/readyz", timeout=5):
+            pass
+        with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=5) as answer:
+            there = json.load(answer).get("workers", ())
+            return sum(worker["ready"] for worker in there) == (workers if workers > 1 else 0)
+    except urllib.error.HTTPError as error:
+        return error.code == 404  # the plain service says no more than that it is ready
     except (OSError, urllib.error.URLError):
         return False
 
@@ -120,7 +134,7 @@ def _say(line: str) -> None:
 def as_text(result: dict) -> str:
     lines = [
         f"{result['machine']}, load average {result['load_average']:.1f} at the start; {result['notes']:,} notes, "
-        f"L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
+        f"{result['workers']} workers, L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
         "",
         f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}  medians per stage",
     ]

@@ -20,6 +20,9 @@ import numpy as np
 _DRAIN_S = 5.0
 """How long after the last arrival answers are waited for; what has none then has failed."""
 _SAMPLED_EVERY = 10
+_CONNECTIONS = 32
+"""Opened before the first request, and used in turn, as those of many clients are: a server of several processes has some of
+them in each."""
 _COMPLETE = (b'"degraded":[]',)
 
 
@@ -97,6 +100,8 @@ class _Generator:
         self._next = plan.first_reader
 
     async def run(self) -> Answers:
+        for _ in range(_CONNECTIONS):
+            self._idle.append(await self._connect())
         started = time.perf_counter()
         await (self._closed() if self.plan.rate_per_s is None else self._open())
         self.answers.elapsed_s = time.perf_counter() - started
@@ -159,9 +164,12 @@ class _Generator:
 
     async def _connection(self) -> _Connection:
         while self._idle:
-            connection = self._idle.pop()
+            connection = self._idle.popleft()
             if connection.is_open:
                 return connection
+        return await self._connect()
+
+    async def _connect(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", self.plan.port)
         self._connections.append(connection)
         return connection

@@ -8,6 +8,8 @@ deadlines.
 """
 
 import argparse
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -232,6 +234,7 @@ def create_app(plain: Plain) -> FastAPI:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes, which share what the first has loaded")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     engine = Engine(Home.from_env(), Clock.from_env(), Settings.from_env())
@@ -241,7 +244,13 @@ def main() -> int:
     assert engine.world is not None
     plain = Plain(engine.world)
     engine.stop()  # what it holds in memory is enough from here on
-    uvicorn.run(create_app(plain), host="127.0.0.1", port=arguments.port, log_level="warning")
+    with socket.create_server(("127.0.0.1", arguments.port), reuse_port=True) as first:
+        own = first
+        for _ in range(arguments.workers - 1):
+            if os.fork() == 0:
+                own = socket.create_server(("127.0.0.1", arguments.port), reuse_port=True)
+                break
+        uvicorn.Server(uvicorn.Config(create_app(plain), log_level="warning")).run(sockets=[own])
     return 0
 
 

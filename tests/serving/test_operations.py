@@ -118,7 +118,7 @@ def test_a_port_in_use_ends_with_2_and_the_port(tmp_path):
     ("words", "said"),
     [
         (("--port", "99999"), "--port must be between 1 and 65535"),
-        (("--workers", "4"), "only 1 works so far"),
+        (("--workers", "0"), "--workers must be between 1 and 64"),
     ],
 )
 def test_what_serve_cannot_do_is_said(tmp_path, words, said):

@@ -23,6 +23,12 @@ from serving.policy import (
 )
 
 
+def codes(names) -> np.ndarray:
+    """One number per name, -1 for None."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name in names if name is not None))}
+    return np.array([numbers.get(name, -1) for name in names], dtype=np.int64)
+
+
 def pool_of(number, authors=None, topics=None, note_ids=None, vectors=None, blocked=(), promoted=(), cold=()) -> Pool:
     """Candidates with falling scores."""
 
@@ -30,9 +36,9 @@ def pool_of(number, authors=None, topics=None, note_ids=None, vectors=None, bloc
         return np.isin(np.arange(number), list(places))
 
     return Pool(
-        note_ids=note_ids or [f"n{place}" for place in range(number)],
-        author_ids=authors or [None] * number,
-        topics=topics or [None] * number,
+        note_S=codes(note_ids or range(number)),
+        author_S=codes(authors or [None] * number),
+        topic_S=codes(topics or [None] * number),
         scores_S=np.linspace(1.0, 0.0, number),
         vectors_SD=np.zeros((number, 2)) if vectors is None else np.asarray(vectors, float),
         may_show_S=~mask(blocked),
@@ -147,9 +153,9 @@ def test_every_page_keeps_every_rule(seed):
     vectors = rng.normal(size=(number, 4)) * (rng.random((number, 1)) < 0.8)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     pool = Pool(
-        note_ids=[f"n{random.randrange(max(1, number - 5))}" for _ in range(number)],
-        author_ids=[random.choice(["a", "b", "c", "d", None]) for _ in range(number)],
-        topics=[random.choice(["x", "y", None]) for _ in range(number)],
+        note_S=codes([random.randrange(max(1, number - 5)) for _ in range(number)]),
+        author_S=codes([random.choice(["a", "b", "c", "d", None]) for _ in range(number)]),
+        topic_S=codes([random.choice(["x", "y", None]) for _ in range(number)]),
         scores_S=np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1],
         vectors_SD=vectors,
         may_show_S=rng.random(number) < 0.9,
@@ -169,17 +175,17 @@ def test_every_page_keeps_every_rule(seed):
     placed, relaxed = arrange(pool, page_size, rules, Random(seed))
 
     shown = [item.candidate for item in placed]
-    first = {note_id: place for place, note_id in reversed(list(enumerate(pool.note_ids)))}
+    first = {note: place for place, note in reversed(list(enumerate(pool.note_S.tolist())))}
     showable = [place for place in first.values() if pool.may_show_S[place]]
     assert set(shown) <= set(showable)
     assert len(shown) == len(set(shown)) == min(page_size, len(showable))
     assert all(0.0 < item.propensity <= 1.0 for item in placed)
     assert all(item.slot in (RANKED, rules.slots.get(place)) for place, item in enumerate(placed))
     for cap, names, rule in (
-        (rules.max_notes_per_author, pool.author_ids, AUTHOR_CAP_RELAXED),
-        (rules.max_notes_per_topic, pool.topics, TOPIC_CAP_RELAXED),
+        (rules.max_notes_per_author, pool.author_S.tolist(), AUTHOR_CAP_RELAXED),
+        (rules.max_notes_per_topic, pool.topic_S.tolist(), TOPIC_CAP_RELAXED),
     ):
-        most = max(Counter(names[place] for place in shown if names[place] is not None).values(), default=0)
+        most = max(Counter(names[place] for place in shown if names[place] >= 0).values(), default=0)
         assert cap == 0 or most <= cap or rule in relaxed
     if not rules.slots and not rules.max_notes_per_author and not rules.max_notes_per_topic:
         rank = {place: at for at, place in enumerate(sorted(showable))}

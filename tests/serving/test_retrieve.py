@@ -42,8 +42,8 @@ def catalogue():
 
 
 class OneNeighbour:
-    def neighbours(self, note_ids, k):
-        return [("unheard-of", 9.0), ("n3", 2.0), ("n0", 1.0)][:k]
+    def nearest(self, note_ids, k):
+        return np.array([2, 1, 0])[:k], np.array([9.0, 2.0, 1.0])[:k]  # places in: n0, n3, one unheard of
 
 
 class TwoVectors:
@@ -60,7 +60,12 @@ def request(seen=(), vectors=None, **changes):
     eligible_N[[notes.row_of[note_id] for note_id in seen]] = False
     rows, shards = np.array([3, -1, 1]), ShardedVectors(TwoVectors.note_vectors)
     models = SimpleNamespace(
-        item_to_item=OneNeighbour(), two_tower=TwoVectors(), rows_of_vectors=rows, vectors=vectors, shards=shards
+        item_to_item=OneNeighbour(),
+        rows_of_neighbours=np.array([0, 3, -1]),
+        two_tower=TwoVectors(),
+        rows_of_vectors=rows,
+        vectors=vectors,
+        shards=shards,
     )
     settings = {
         "trending_rows": np.array([2, 4, 0]),
@@ -133,7 +138,7 @@ def test_the_union_holds_each_note_once_with_all_its_sources():
 
 def test_a_generator_that_breaks_is_named_and_the_others_go_on(caplog):
     class Broken:
-        def neighbours(self, note_ids, k):
+        def nearest(self, note_ids, k):
             raise RuntimeError("index torn")
 
     models = SimpleNamespace(item_to_item=Broken())

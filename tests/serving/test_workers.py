@@ -1,0 +1,176 @@
+"""A server of two processes: what one is told counts in the other, what one knows the other tells, and either may be killed."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from serving.metrics import of_workers
+from serving.peers import Peers
+from serving.seat import take_seat
+from tests.serving.hand_made import free_port, furnish
+from warehouse.errors import HeadraceError
+from warehouse.home import Home
+from warehouse.lake import Lake
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(home, its two workers' port)."""
+    home, port = Home(tmp_path_factory.mktemp("home")), free_port()
+    furnish(home, num_users=180, num_notes=120, days=1)
+    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": "2022-04-26T01:00:00Z", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "headrace.cli", "serve", "--workers", "2", "--port", str(port)]
+    process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+    try:
+        until_all_ready(port, process)
+        yield home, port
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (0, False), err
+
+
+def client(port):
+    """A connection of its own, so that either worker may be the one that answers."""
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False)
+
+
+def get(port, path):
+    with client(port) as one:
+        return one.get(path)
+
+
+def post(port, path, body):
+    with client(port) as one:
+        return one.post(path, json=body)
+
+
+def workers_of(port):
+    return get(port, "/v1/status").json()["workers"]
+
+
+def until_all_ready(port, process=None, timeout_s=180.0):
+    deadline = time.monotonic() + timeout_s
+    while True:
+        assert process is None or process.poll() is None, process.communicate()
+        try:
+            workers = workers_of(port)
+            if [(one["worker"], one["ready"]) for one in workers] == [(0, True), (1, True)]:
+                return workers
+        except httpx.HTTPError:
+            workers = None
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.2)
+
+
+def test_one_leads_and_both_stand_at_the_same_tick(two):
+    workers = until_all_ready(two[1])
+    assert [one["leads"] for one in workers].count(True) == 1
+    assert len({one["pid"] for one in workers}) == 2
+    assert len({one["tick"] for one in workers}) == 1
+
+
+def test_what_one_worker_is_told_counts_in_both(two):
+    _, port = two
+    shown = post(port, "/v1/feed", {"userId": "teller"}).json()["notes"]
+    events = [
+        {"eventId": "told-hide", "eventType": "hide", "userId": "teller", "noteId": shown[0]["noteId"]},
+        {"eventId": "told-click", "eventType": "click", "userId": "teller", "noteId": shown[1]["noteId"]},
+    ]
+    assert post(port, "/v1/events", {"events": events}).status_code == 202
+    ends = get(port, "/v1/status").json()["logEnd"]
+    deadline = time.monotonic() + 10
+    while not all(all(at >= end for at, end in zip(one["position"], ends, strict=True)) for one in workers_of(port)):
+        assert time.monotonic() < deadline, workers_of(port)
+    answering = set()
+    for _ in range(200):
+        with client(port) as one:
+            answer = one.post("/v1/feed", json={"userId": "teller"}).json()
+            answering.add(one.get("/v1/status").json()["worker"])
+            explained = one.get(f"/v1/explain/{answer['requestId']}").json()
+        assert not {note["noteId"] for note in answer["notes"]} & {shown[0]["noteId"], shown[1]["noteId"]}
+        assert explained["userSequences"]["user_last_clicks_30d"] == [shown[1]["noteId"]]
+        if answering == {0, 1}:
+            return
+    pytest.fail(f"200 connections, all answered by {answering}")
+
+
+def test_a_request_is_explained_by_whichever_worker_is_asked(two):
+    _, port = two
+    request_id = post(port, "/v1/feed", {"userId": "curious"}).json()["requestId"]
+    assert {get(port, f"/v1/explain/{request_id}").status_code for _ in range(12)} == {200}
+    assert get(port, "/v1/explain/never").status_code == 404
+
+
+def test_metrics_are_of_both_each_with_its_number(two):
+    text = get(two[1], "/metrics").text
+    for worker in (0, 1):
+        assert f'headrace_ready{{worker="{worker}"}} 1.0' in text
+    assert text.count("# TYPE headrace_ready gauge") == 1
+    assert 'headrace_http_requests_total{route="/v1/status",status="200",worker="' in text
+
+
+@pytest.mark.parametrize("leads", [False, True])
+def test_a_killed_worker_is_started_again_and_the_other_goes_on(two, leads):
+    home, port = two
+    (victim,) = [one for one in until_all_ready(port) if one["leads"] == leads]
+    os.kill(victim["pid"], signal.SIGKILL)
+    click = {"eventId": f"orphan-{leads}", "eventType": "click", "userId": f"orphan-{leads}", "noteId": "n1"}
+    assert post(port, "/v1/events", click).status_code == 202
+    for _ in range(5):
+        answer = post(port, "/v1/feed", {"userId": f"orphan-{leads}"})
+        assert (answer.status_code, len(answer.json()["notes"])) == (200, 20)
+    again = until_all_ready(port)
+    assert victim["pid"] not in [one["pid"] for one in again]
+    assert [one["leads"] for one in again].count(True) == 1
+    deadline = time.monotonic() + 60
+    while Lake.open(home).scan("lake.events", f"event_id == 'orphan-{leads}'").num_rows != 1:
+        assert time.monotonic() < deadline, "whoever leads now does not land"
+        time.sleep(0.5)
+
+
+def test_seats_of_one_server_and_none_for_another(tmp_path):
+    leader = take_seat(tmp_path, "7")
+    with pytest.raises(HeadraceError, match="before its leader was ready"):
+        take_seat(tmp_path, "7", iter([False, False, True]).__next__)
+    with pytest.raises(HeadraceError, match="another server runs on"):
+        take_seat(tmp_path, None)
+    leader.ready()
+    follower = take_seat(tmp_path, "7")
+    assert [(seat.leads, seat.number) for seat in (leader, follower)] == [(True, 0), (False, 1)]
+    leader.leave()
+    successor = take_seat(tmp_path, "7")
+    assert (successor.leads, successor.number) == (True, 0)
+    follower.leave()
+    successor.leave()
+    alone = take_seat(tmp_path, None)
+    assert alone.leads
+    alone.leave()
+
+
+def test_a_peer_that_is_dead_is_left_out(tmp_path):
+    async def asked() -> list[dict[int, bytes]]:
+        first, second = (Peers(tmp_path / "ears", number, str.encode) for number in (0, 1))
+        await first.listen()
+        await second.listen()
+        answers = [await first.ask("one?"), await second.ask("zero?")]
+        await second.close()
+        (tmp_path / "ears" / "2.sock").touch()  # what a killed one leaves
+        answers.append(await first.ask("anybody?"))
+        await first.close()
+        return answers
+
+    assert asyncio.run(asked()) == [{1: b"one?"}, {0: b"zero?"}, {}]
+
+
+def test_merged_metrics_keep_what_each_says():
+    text = '# HELP a_total what\n# TYPE a_total counter\na_total{x="1"} %d\n'
+    assert of_workers({0: (text % 3).encode(), 1: (text % 4).encode()}).decode() == (
+        '# HELP a_total what\n# TYPE a_total counter\na_total{worker="0",x="1"} 3.0\na_total{worker="1",x="1"} 4.0\n'
+    )
