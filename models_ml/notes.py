@@ -53,6 +53,10 @@ class NoteTower(nn.Module):
         notes = torch.arange(len(self.author_of_note), device=self.author_of_note.device)
         return self(notes, self.author_of_note, self.topic_of_note)
 
+    def rows(self, codes_C: Tensor) -> Tensor:
+        """float32 [C, D]: the same of some notes."""
+        return self(codes_C, self.author_of_note[codes_C], self.topic_of_note[codes_C])
+
     def forward(self, note_B: Tensor, author_B: Tensor, topic_B: Tensor) -> Tensor:
         id_part_BD = self.note(note_B)
         if self.training and self.id_dropout:

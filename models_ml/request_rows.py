@@ -32,8 +32,9 @@ HISTORY_PLACES = 100
 GROUP_ROWS = 4096
 FILE_ROWS = 1 << 20
 CODEC = "zstd"
-_LAYOUT = 1
+_LAYOUT = 2
 _PER_REQUEST = ("user_id", "surface", "request_ts", "user_attributes", HISTORY)
+_NOT_LEARNED_FROM = ("user_id", "request_ts", "impression_id", "author_id")
 _PER_CANDIDATE = ("impression_id", "note_id", "author_id")
 
 
@@ -94,7 +95,7 @@ def write(table: pa.Table, folder: Path, about: dict[str, Any], group_rows: int 
             for number, start in enumerate(range(0, len(table), FILE_ROWS)):
                 part = table.slice(start, FILE_ROWS)
                 path = draft / f"part-{number:05d}.parquet"
-                pq.write_table(part, path, compression=CODEC, row_group_size=group_rows)
+                pq.write_table(part, path, row_group_size=group_rows, **_encodings(part.schema))
                 files[path.name] = _described(path)
             manifest = {**about, "layout": _LAYOUT, "files": files}
             write_durably(draft / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
@@ -105,6 +106,16 @@ def write(table: pa.Table, folder: Path, about: dict[str, Any], group_rows: int 
             sync_folder(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Options of the Parquet writer. Ids and instants of rows in order of time are written as differences: a dictionary of
+    what occurs once is as large as the column. All else is dictionaries, which small counts and known words fit."""
+    paths = {name: f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name for name in schema.names}
+    differences = {"impression_id": "DELTA_BYTE_ARRAY", "request_ts": "DELTA_BINARY_PACKED"}
+    differences = {paths[name]: encoding for name, encoding in differences.items() if name in paths}
+    dictionaries = [path for path in paths.values() if path not in differences]
+    return {"compression": CODEC, "use_dictionary": dictionaries, "column_encoding": differences}
 
 
 def of_examples(examples: Examples, folder: Path) -> "RequestRows":
@@ -235,14 +246,15 @@ def sample(rows: "AnyRows", columns: Sequence[str], most_rows: int = 1 << 20) ->
 
 
 class EncodedRows:
-    """A `Source` of the trainer."""
+    """A `Source` of the trainer. Ids and instants that no model learns from are not read."""
 
     def __init__(self, rows: "AnyRows", encode: "Encode"):
         self._rows, self._encode = rows, encode
         self.fingerprint, self.group_sizes = rows.fingerprint, rows.group_sizes
+        self._columns = [name for name in rows.columns.names if name not in _NOT_LEARNED_FROM]
 
     def read(self, group: int) -> Rows:
-        return self._encode(self._rows.table(group), self._rows.row_ids(group))
+        return self._encode(self._rows.table(group, self._columns), self._rows.row_ids(group))
 
 
 AnyRows = RequestRows | RequestTable

@@ -69,6 +69,17 @@ class TwoTowerNetwork(nn.Module):
         """float32 [N + 1, D], unit rows; row 0 is zeros."""
         return F.normalize(self.notes.table(), dim=-1, eps=1e-6)
 
+    def table_of_batch(self, history_BL: Tensor, item_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows of the note table, history_BL and item_B as places in them): of the notes that occur, where there are more
+        notes than places in the batch, so that a step costs what its batch does and not what the table does."""
+        places = history_BL.numel() + item_B.numel() + 1
+        if len(self.notes.author_of_note) <= places:
+            return self.note_table(), history_BL, item_B
+        padding_1 = item_B.new_zeros(1)  # the smallest code, so that it is place 0 here too
+        codes_C, place_C = torch.unique(torch.cat([padding_1, history_BL.flatten(), item_B]), return_inverse=True)
+        table_CD = F.normalize(self.notes.rows(codes_C), dim=-1, eps=1e-6)
+        return table_CD, place_C[1 : 1 + history_BL.numel()].view_as(history_BL), place_C[-item_B.numel() :]
+
     def user_vectors(self, history_BL: Tensor, table_ND: Tensor) -> Tensor:
         """float32 [B, D], unit rows; zeros for an empty history."""
         note_BLD = F.embedding(history_BL, table_ND)
@@ -114,9 +125,10 @@ class TwoTowerObjective(nn.Module):
         self.register_buffer("log_q_N", log_q_N)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        table_ND, item_B = self.network.note_table(), batch["target"]
-        user_BD = self.network.user_vectors(batch["history"], table_ND)
-        item_BD, log_q_B = F.embedding(item_B, table_ND), self.log_q_N[item_B]
+        item_B = batch["target"]
+        table_ND, history_BL, place_B = self.network.table_of_batch(batch["history"], item_B)
+        user_BD = self.network.user_vectors(history_BL, table_ND)
+        item_BD, log_q_B = F.embedding(place_B, table_ND), self.log_q_N[item_B]
         # products of unit vectors over a small temperature: rounded to bf16 they would be off by tenths, so autocast must not
         # have them; the kernel of a GPU takes bf16 vectors and adds up in fp32
         kind = torch.bfloat16 if user_BD.is_cuda and torch.is_autocast_enabled("cuda") else torch.float32

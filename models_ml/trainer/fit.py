@@ -29,6 +29,7 @@ from models_ml.trainer.loader import Batch, Loader, Place
 from models_ml.trainer.ranks import ALONE, Ranks, late_rank
 from models_ml.trainer.rows import Rows, Source, split_off_the_end
 from models_ml.trainer.settings import Plan, TrainerSettings
+from models_ml.trainer.sharded import ShardedTables
 from models_ml.trainer.speed import Speed
 from warehouse.errors import HeadraceError
 
@@ -116,16 +117,20 @@ class _Loop:
         self.checkpoints: Checkpoints | None = None
         if run.folder is not None and self.ranks.is_first:
             self.checkpoints = Checkpoints(run.folder, self.settings.keep)
+        self.tables = ShardedTables(self.objective, optimizer, self.ranks, self.settings.shard_rows)
         self.speed = Speed(self.ranks.device)
         self._unread: list[_Taken] = []
         self._log_file: Any = None
 
     def run_all(self) -> Fitted:
-        self._resume_or_clear()
+        found = self._found_or_cleared()
         self.ranks.same_start([*self.objective.parameters(), *self.objective.buffers()])
-        if self.run.before is not None and self.state.step == 0 and self.ranks.is_first:
+        if self.run.before is not None and found is None and self.ranks.is_first:
             self.run.before(self.objective)
-        self.module: nn.Module = self.ranks.wrap(self._compiled())
+        self.tables.split()
+        if found is not None:
+            self._resume(*found)
+        self.module: nn.Module = self.ranks.wrap(self._compiled(), self.tables.names)
         self.module.train()
         seconds, late_said, stopped_early = 0.0, 0, False
         waiting = time.perf_counter()
@@ -173,11 +178,22 @@ class _Loop:
             with self._quiet(last):
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip_norm)
+        norm = self._clip()
         self._unread.append(_Taken(step, batch.last - batch.first, total, norm))
         if step == 0 or len(self._unread) >= _READ_AFTER[self.ranks.device.type]:
             self._read_losses()
         self.optimizer.step()
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients, before they are cut to `clip_norm`."""
+        parameters = list(self.objective.parameters())
+        if not self.tables.tables:
+            return nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        own = {id(sharded.weight) for sharded in self.tables.tables.values()}
+        shared = [one.grad for one in parameters if one.grad is not None and id(one) not in own]
+        norm = torch.hypot(nn.utils.get_total_norm(shared), self.tables.norm())
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
+        return norm
 
     def _read_losses(self) -> None:
         """Waits for the steps taken so far. Raises HeadraceError for the first whose loss or gradients are not finite."""
@@ -233,7 +249,9 @@ class _Loop:
     def _validate(self) -> tuple[bool, bool]:
         """(this is the best so far, patience has run out)"""
         self._read_losses()
-        loss = self.ranks.share(self._validation_loss() if self.ranks.is_first else None)
+        # a split table is read by all ranks or none
+        asked = self.ranks.is_first or self.tables.tables
+        loss = self.ranks.share(self._validation_loss() if asked else None)
         metrics = self.state.metrics
         is_best = loss < metrics.get("best", math.inf)
         metrics["validation"] = loss
@@ -256,7 +274,8 @@ class _Loop:
         self.objective.train()
         return total / max(candidates, 1)
 
-    def _resume_or_clear(self) -> None:
+    def _found_or_cleared(self) -> tuple[Progress, dict[str, Any]] | None:
+        """The checkpoint to go on from, the same on all ranks."""
         found = None
         if self.checkpoints is not None:
             if self.run.resume:
@@ -265,24 +284,24 @@ class _Loop:
                 self.checkpoints.clear()
         if self.ranks.size > 1:
             found = self.ranks.share(found)
-        if found is None:
-            return
-        progress, tensors = found
+        return found
+
+    def _resume(self, progress: Progress, tensors: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.state.fingerprint))
         differing = [name for name in now if progress.fingerprint.get(name) != now[name]]
         if differing:
             detail = ", ".join(f"{name} was {progress.fingerprint.get(name)}, is {now[name]}" for name in differing)
             raise HeadraceError(f"the checkpoint at step {progress.step} was made with other settings or rows: {detail}; "
                                 "train without --resume to begin again")  # fmt: skip
-        self.objective.load_state_dict(tensors["model"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.tables.load(tensors["model"], tensors["optimizer"])
         self.state = progress
         self.run.say(f"resumed at step {progress.step} of {self.num_steps}, {progress.consumed:,} rows consumed")
 
     def _save(self, is_best: bool = False) -> None:
         self._read_losses()
+        if self.checkpoints is not None or self.tables.tables:
+            state = self.tables.whole_state()
         if self.checkpoints is not None:
-            state = {"model": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
             self.checkpoints.save(self.state, state, is_best)
 
     def _stop_here(self) -> None:
@@ -294,6 +313,7 @@ class _Loop:
 
     def _finish(self, stopped_early: bool) -> Fitted:
         self._read_losses()
+        self.tables.join()
         metrics = self.state.metrics
         if self.checkpoints is not None:
             self.checkpoints.wait()

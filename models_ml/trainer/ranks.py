@@ -5,7 +5,7 @@ otherwise. What ranks tell each other always goes over gloo, so that a rank that
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,10 +38,12 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        """The module whose backward pass adds up gradients over the ranks, in buckets, while it goes on."""
+    def wrap(self, objective: nn.Module, own: Sequence[str] = ()) -> nn.Module:
+        """The module whose backward pass adds up gradients over the ranks, in buckets, while it goes on. own: names of
+        parameters that are each rank's own."""
         if self.words is None:
             return objective
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, own)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(objective, device_ids=ids, forward_sync_buffers=False)
 

@@ -24,6 +24,7 @@ class TrainerSettings:
     0 trains on everything. patience: validations without a better loss before training stops; 0 never stops early.
     workers: reading threads. prefetch: batches made ahead. cache_mb: decoded rows kept between epochs.
     rank_timeout_s: how long ranks wait for one another. compiled: through torch.compile, which takes a minute at the start.
+    shard_rows: embedding tables with so many rows are split by rows over the ranks; 0 splits none.
     """
 
     accumulate: int = 1
@@ -40,6 +41,7 @@ class TrainerSettings:
     rank_timeout_s: float = 300.0
     tensorboard: bool = False
     compiled: bool = False
+    shard_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

@@ -6,7 +6,8 @@ import torch
 
 from models_ml import two_tower
 from models_ml.evaluation import RetrievalQueries, mean_places, recall_at
-from models_ml.two_tower import TwoTowerConfig, in_batch_softmax_loss
+from models_ml.notes import NoteWords
+from models_ml.two_tower import TwoTowerConfig, TwoTowerNetwork, TwoTowerObjective, in_batch_softmax_loss
 
 SMALL = TwoTowerConfig(width=16, history_length=10, epochs=4, batch_size=128)
 
@@ -115,3 +116,23 @@ def test_places_by_hand():
     places = mean_places(scores, history, np.array([2, 3, 1]))
     assert places.tolist() == [0.5, 1.5, np.inf]
     assert recall_at(places, (1, 2)) == {"recall@1": pytest.approx(1 / 3), "recall@2": pytest.approx(2 / 3)}
+
+
+def test_a_batch_among_many_notes_costs_its_own_notes_and_has_the_same_loss():
+    words = NoteWords([f"n{number}" for number in range(500)], ["a", "b"], ["t"])
+    config = TwoTowerConfig(width=8, history_length=4, id_dropout=0.0)
+    network = TwoTowerNetwork(config, words)
+    with torch.no_grad():
+        network.notes.note.weight[1:] = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+        network.notes.author_of_note[1:] = 1 + torch.arange(500) % 2
+    history = torch.tensor([[7, 400, 0, 0], [3, 7, 12, 0], [1, 2, 3, 4]])
+    batch = {"history": history, "target": torch.tensor([400, 9, 7]), "num_pairs": torch.tensor(3)}
+    table_CD, places_BL, place_B = network.table_of_batch(batch["history"], batch["target"])
+    assert len(table_CD) == 9  # 0, 1, 2, 3, 4, 7, 9, 12, 400
+    assert torch.equal(places_BL == 0, history == 0)
+    torch.testing.assert_close(table_CD[places_BL], network.note_table()[history])
+    torch.testing.assert_close(table_CD[place_B], network.note_table()[batch["target"]])
+    objective = TwoTowerObjective(network, torch.zeros(501), 0.07)
+    few = objective(batch)
+    network.table_of_batch = lambda history_BL, item_B: (network.note_table(), history_BL, item_B)
+    torch.testing.assert_close(few, objective(batch))

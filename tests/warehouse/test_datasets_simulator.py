@@ -60,6 +60,13 @@ def test_a_request_shows_its_notes_once_each(query):
     assert set(shown) == {(NOTES_PER_REQUEST, NOTES_PER_REQUEST, 1)}
 
 
+def test_requests_show_as_many_notes_as_are_asked_for():
+    views = simulate(num_users=20, num_notes=100, days=1, notes_per_request=25).events
+    views = views.filter(pc.equal(views["event_type"], "view"))
+    shown = views.group_by("request_id").aggregate([("note_id", "count_distinct")])
+    assert set(shown["note_id_count_distinct"].to_pylist()) == {25}
+
+
 def test_no_note_is_shown_before_it_exists(query):
     assert query("select count(*) from events inner join notes using (note_id) where event_ts < created_at") == [(0,)]
 

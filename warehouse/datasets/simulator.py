@@ -58,24 +58,32 @@ def simulate(
     days: int = 8,
     start: datetime = DEFAULT_START,
     requests_per_user_day: float = 0.5,
+    notes_per_request: int = NOTES_PER_REQUEST,
 ) -> Dataset:
     """A simulated history; the defaults give about 190,000 impressions. The same arguments give the same data set.
 
     start: first instant, with a zone. requests_per_user_day: mean; a few readers make many requests and most make few.
     Raises ValueError when an argument is out of range (num_notes must be at least 48: four requests' worth).
     """
-    return simulate_with_truth(seed, num_users, num_notes, days, start, requests_per_user_day)[0]
+    return simulate_with_truth(seed, num_users, num_notes, days, start, requests_per_user_day, notes_per_request)[0]
 
 
 def simulate_with_truth(
-    seed: int, num_users: int, num_notes: int, days: int, start: datetime, requests_per_user_day: float = 0.5
+    seed: int,
+    num_users: int,
+    num_notes: int,
+    days: int,
+    start: datetime,
+    requests_per_user_day: float = 0.5,
+    notes_per_request: int = NOTES_PER_REQUEST,
 ) -> tuple[Dataset, pa.Table]:
     """As `simulate`, and what no model may see: `impression_id`, `click_probability` of every distinct impression."""
-    _check(num_users, num_notes, days, start, requests_per_user_day)
+    _check(num_users, num_notes, days, start, requests_per_user_day, notes_per_request)
     rng = np.random.default_rng(seed)
     start_us = round(start.timestamp() * 1_000_000)
     world = _draw_world(rng, num_users, num_notes, start_us, days)
-    impressions, click_probability = _draw_impressions(rng, world, seed, start_us, days, requests_per_user_day)
+    asked = days, requests_per_user_day, notes_per_request
+    impressions, click_probability = _draw_impressions(rng, world, seed, start_us, *asked)
     truth = pa.table({"impression_id": impressions["impression_id"], "click_probability": click_probability})
     log = _send_some_again(rng, impressions)
     dataset = Dataset(
@@ -91,14 +99,17 @@ def simulate_with_truth(
     return dataset, truth
 
 
-def _check(num_users: int, num_notes: int, days: int, start: datetime, requests_per_user_day: float) -> None:
-    if num_users < 1 or days < 1 or requests_per_user_day <= 0:
+def _check(
+    num_users: int, num_notes: int, days: int, start: datetime, requests_per_user_day: float, notes_per_request: int
+) -> None:
+    if num_users < 1 or days < 1 or requests_per_user_day <= 0 or notes_per_request < 1:
         raise ValueError(
-            "num_users and days must be at least 1 and requests_per_user_day positive, "
-            f"got {num_users}, {days} and {requests_per_user_day}"
+            "num_users, days and notes_per_request must be at least 1 and requests_per_user_day positive, "
+            f"got {num_users}, {days}, {notes_per_request} and {requests_per_user_day}"
         )
-    if num_notes < FEWEST_NOTES:
-        raise ValueError(f"num_notes must be at least {FEWEST_NOTES}, got {num_notes}")
+    fewest = max(FEWEST_NOTES, 4 * notes_per_request)
+    if num_notes < fewest:
+        raise ValueError(f"num_notes must be at least {fewest}, got {num_notes}")
     if start.tzinfo is None:
         raise ValueError(f"start needs a zone, got {start.isoformat()}; use datetime(..., tzinfo=UTC)")
 
@@ -127,11 +138,17 @@ def _draw_world(rng: np.random.Generator, num_users: int, num_notes: int, start_
 
 
 def _draw_impressions(
-    rng: np.random.Generator, world: _World, seed: int, start_us: int, days: int, requests_per_user_day: float
+    rng: np.random.Generator,
+    world: _World,
+    seed: int,
+    start_us: int,
+    days: int,
+    requests_per_user_day: float,
+    notes_per_request: int,
 ) -> tuple[pa.Table, np.ndarray]:
     """IMPRESSIONS_SCHEMA [R*S] in order of the view, and each row's click probability."""
     request_us, user_R = _draw_requests(rng, world, start_us, days, requests_per_user_day)
-    note_RS = _draw_notes(rng, world, user_R, request_us, NOTES_PER_REQUEST)
+    note_RS = _draw_notes(rng, world, user_R, request_us, notes_per_request)
     num_requests, num_slots = note_RS.shape
     note, user = note_RS.ravel(), np.repeat(user_R, num_slots)
     slot = np.tile(np.arange(num_slots), num_requests)
