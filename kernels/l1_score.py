@@ -39,13 +39,12 @@ def l1_score_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch, any device and floating type."""
     user_part = linear(user, first_user, first_bias)
-    if user.shape[0] == 1:
-        hidden1 = linear(item, first_item, user_part[0])
-    else:
-        hidden1 = linear(item, first_item) + user_part[user_of_item]
-    hidden2 = linear(hidden1.relu_(), second, second_bias).relu_()
-    logits = linear(hidden2, heads, heads_bias).to(_result_dtype(item))
-    return torch.sigmoid(logits) @ mix.to(logits.dtype), logits
+    # One column per item: a product that gives but a few rows is many times faster than one that gives a few columns.
+    hidden1 = first_item @ item.T
+    hidden1 += user_part.T if user.shape[0] == 1 else user_part.T.index_select(1, user_of_item)
+    hidden2 = torch.addmm(second_bias[:, None], second, hidden1.relu_()).relu_()
+    logits = torch.addmm(heads_bias[:, None], heads, hidden2).to(_result_dtype(item))
+    return mix.to(logits.dtype) @ torch.sigmoid(logits), logits.T.contiguous()
 
 
 @Kernel

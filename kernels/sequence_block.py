@@ -321,8 +321,9 @@ def configuration(
     """Tiles for one layer: 64 rows, one warp group, as Hopper's tensor cores want them; before it their operands sit in
     registers, which takes smaller tiles and more warps."""
     hopper = capability >= 90
-    block_n, widest_f = (64, 64) if hopper else (32, 32)
-    stages = 1 if not hopper or fusion == "late" else 3
+    block_n, widest_f, stages = (64, 64, 3) if hopper else (32, 32, 1)
+    if hopper and fusion == "late":  # few programs: the fewer steps each takes, the better
+        block_n, stages = (128, 2) if D <= 64 else (64, 1)
     return {
         "E": E, "D": D, "F": F, "HEADS": num_heads, "HEAD": D // num_heads, "EPSILON": NORM_EPSILON,
         "EARLY": fusion == "early", "LATE": fusion == "late", "CAUSAL": causal, "SOFTMAX": attention == "softmax",

@@ -246,8 +246,9 @@ class Engine:
         self.forward_log.start()
 
         def hear(records: pa.Table) -> None:
-            for user_id in world.readers.note_records(records):
-                world.last_pages.forget(user_id)
+            current = self.world or world
+            for user_id in current.readers.note_records(records):
+                current.last_pages.forget(user_id)
 
         runner.start(hear)
         world.assembled.start(store.view)

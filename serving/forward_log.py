@@ -108,6 +108,7 @@ class ForwardLog:
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
         self._lock = lock
         self._waiting: deque[tuple[float, Callable[[], pa.Table]]] = deque()
+        self._made: list[tuple[float, pa.Table]] = []
         self._changed = threading.Condition()
         self._flush_asked = self._closing = False
         self._in_flight = 0
@@ -125,24 +126,27 @@ class ForwardLog:
         """Queues one request's row, as a table that is made later on the writer's thread; False if it was dropped because the
         queue is full."""
         with self._changed:
-            if self._closing or len(self._waiting) >= self._max_waiting:
+            if self._closing or self._num_unwritten >= self._max_waiting:
                 self.num_dropped += 1
                 return False
             self._waiting.append((time.monotonic(), make_table))
-            if len(self._waiting) >= self._max_rows:
-                self._changed.notify_all()
+            self._changed.notify_all()
         return True
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + self._in_flight
+        return self._num_unwritten + self._in_flight
+
+    @property
+    def _num_unwritten(self) -> int:
+        return len(self._waiting) + len(self._made)
 
     def flush(self, timeout_s: float = 30.0) -> bool:
         """Writes what waits now; False if that took longer than the timeout."""
         with self._changed:
-            self._flush_asked = bool(self._waiting)
+            self._flush_asked = self.num_waiting > 0
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._waiting and not self._in_flight, timeout_s)
+            return self._changed.wait_for(lambda: self.num_waiting == 0, timeout_s)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Takes no more rows, writes what waits and stops the writer."""
@@ -155,36 +159,50 @@ class ForwardLog:
                 log.error("forward log: %d requests could not be written before the stop", self.num_waiting)
 
     def _run(self) -> None:
+        """Makes each row soon after it was offered: that is work for the interpreter that requests share, and a batch of it at
+        once would keep them waiting."""
         while True:
             with self._changed:
-                self._changed.wait_for(self._is_due, self._seconds_until_due())
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._is_due() or self._can_make(), self._seconds_until_due())
+                is_due = self._is_due() or (self._num_unwritten > 0 and self._seconds_until_due() == 0)
+                if is_due and len(self._made) < self._max_rows and self._waiting:
+                    is_due = False  # first the rest of the batch is made
+                if not self._num_unwritten:
                     self._flush_asked = False
                     self._changed.notify_all()
                     if self._closing:
                         return
                     continue
-                if not self._is_due() and self._seconds_until_due() > 0:
+                if is_due:
+                    batch, self._made = self._made, []
+                    self._in_flight = len(batch)
+                elif self._waiting:
+                    since, make_table = self._waiting.popleft()
+                    self._in_flight = 1
+                else:
                     continue
-                batch = [self._waiting.popleft()[1] for _ in range(min(len(self._waiting), self._max_rows))]
-                self._in_flight = len(batch)
-            self._write(batch)
+            if is_due:
+                self._write([made for _, made in batch])
+            else:
+                made = self._table(make_table)
             with self._changed:
                 self._in_flight = 0
+                if not is_due and made is not None:
+                    self._made.append((since, made))
                 self._changed.notify_all()
 
+    def _can_make(self) -> bool:
+        return bool(self._waiting) and len(self._made) < self._max_rows
+
     def _is_due(self) -> bool:
-        return self._closing or (self._flush_asked and bool(self._waiting)) or len(self._waiting) >= self._max_rows
+        asked = self._closing or (self._flush_asked and self._num_unwritten > 0)
+        return asked or self._num_unwritten >= self._max_rows
 
     def _seconds_until_due(self) -> float:
-        if not self._waiting:
-            return self._max_age_s
-        return max(0.0, self._waiting[0][0] + self._max_age_s - time.monotonic())
+        oldest = self._made or self._waiting
+        return max(0.0, oldest[0][0] + self._max_age_s - time.monotonic()) if oldest else self._max_age_s
 
-    def _write(self, batch: list[Callable[[], pa.Table]]) -> None:
-        tables = [table for table in map(self._made, batch) if table is not None]
-        if not tables:
-            return
+    def _write(self, tables: list[pa.Table]) -> None:
         table, pause_s = pa.concat_tables(tables), RETRY_S
         while True:
             try:
@@ -204,7 +222,7 @@ class ForwardLog:
                     return
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
 
-    def _made(self, make_table: Callable[[], pa.Table]) -> pa.Table | None:
+    def _table(self, make_table: Callable[[], pa.Table]) -> pa.Table | None:
         try:
             return make_table()
         except Exception:  # one row that does not fit the schema must not take the writer down

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from streaming_sql.arrivals import Admission, Arrivals
+from streaming_sql.attribute_tables import AttributeTables
 from streaming_sql.block_layer import instants
 from streaming_sql.head import HeadEvent
 from streaming_sql.history import History
@@ -19,8 +20,9 @@ from streaming_sql.micro_batch import MicroBatch
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.retractions import Place, Retraction, Retractions, split
 from warehouse.errors import HeadraceError
+from warehouse.features.attributes import names_of
 from warehouse.features.declarations import FeatureGroup
-from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick
+from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick, newest_tick
 
 REMEMBERED = ("event_id", "event_type", "event_ts", "landed_at", "log_partition", "log_offset", "retracts")
 
@@ -42,10 +44,20 @@ class Feed:
     """The state between records and blocks: duplicate and retraction memory, events of open ticks, how far each partition was
     read."""
 
-    def __init__(self, store: OnlineStore, groups: Mapping[str, FeatureGroup], position: tuple[int, ...], history: History):
+    def __init__(
+        self,
+        store: OnlineStore,
+        groups: Mapping[str, FeatureGroup],
+        position: tuple[int, ...],
+        history: History,
+        tables: AttributeTables | None = None,
+    ):
+        """tables: those that add to light events; without, every attribute is NULL."""
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
         self._batch, self._history = MicroBatch(groups), history
-        self._keys = [group.entity_keys for group in groups.values()]
+        self._tables, self._tables_tick_us = tables, -1
+        # events that share what a table fills are found by the block alone: lake and log hold them as they were sent
+        self._keys = [tuple(key for key in g.entity_keys if key not in names_of(g.attributes)) for g in groups.values()]
         self._keep_us = max(plan.keep_us for plan in store.plans.values())
         self._has_fresh = any(plan.fresh for plan in store.plans.values())
         self.position = position
@@ -61,6 +73,7 @@ class Feed:
         self._read_past(records)
         admission = self.arrivals.admit(records)
         events, retractions = self._remember_retractions(admission)
+        self._read_tables(records)
         staged = self._batch.stage(events)
         due_from_us = self.store.tick_us
         known_at = instants(staged["known_at"])
@@ -106,6 +119,16 @@ class Feed:
         self._remember_retractions(self.arrivals.admit(records))
         self.retractions.take_due(self.store.tick_us)
         self.store.advance(self.position, {})
+
+    def _read_tables(self, records: pa.Table) -> None:
+        """Before the first records of a tick, what tables add to their events."""
+        if self._tables is None or not records.num_rows:
+            return
+        tick_us = newest_tick(int(instants(records["landed_at"]).max()))
+        if tick_us > self._tables_tick_us:
+            for relation, rows in self._tables.changed():
+                self._batch.put_attributes(relation, rows)
+            self._tables_tick_us = tick_us
 
     def _remember_retractions(self, admission: Admission) -> tuple[pa.Table, list[Retraction]]:
         events, retractions = split(admission.events)

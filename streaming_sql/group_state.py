@@ -4,7 +4,7 @@ Shape letters: N keys asked for, F features, M sum columns of a family, W window
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,11 @@ from streaming_sql.text_codes import TextCodes
 from streaming_sql.window_reader import Instant, WindowReader
 from warehouse.features.measures import Measure
 from warehouse.time_algebra import Window
+
+_FEW = 1024
+"""Keys or texts that are kept without asking whether anything has them."""
+_UNUSED_AT = 2
+"""How many times the used ones there may be before the others go."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,29 @@ class GroupState:
 
     def layers_of(self, family: str) -> tuple[BlockLayer, ...]:
         return self.layers if family != "event" or self.fresh_layers is None else self.fresh_layers
+
+    def without_unused(self) -> "GroupState":
+        """The state with new tables that have forgotten the keys and texts which no block and no head event has, once those are
+        as many as the rest; itself otherwise, and while there are several layers, as what went shows when they merge."""
+        if len(self.layers) != 1:
+            return self
+        (layer,) = self.layers
+        state = self
+        if len(self.index) > _FEW + _UNUSED_AT * len(layer.rows):
+            state = replace(state, index=self.index.kept(layer.rows))
+        if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use(layer)):
+            state = replace(state, codes=self.codes.kept(codes))
+        return state
+
+    def _codes_in_use(self, layer: BlockLayer) -> np.ndarray:
+        """int64, ascending: of map entries in blocks and in the head."""
+        texts = [(place, m.name) for place, m in enumerate(self.plan.fresh) if m.name in self.plan.maps]
+        texts = [(place, name) for place, name in texts if self.plan.maps[name].has_texts]
+        in_head = [
+            event.values[place][0] for _, event in self.head.events() for place, _ in texts if event.values[place] is not None
+        ]
+        in_blocks = [layer.maps[name].entry for name, shape in self.plan.maps.items() if shape.has_texts]
+        return np.unique(np.concatenate([np.array(in_head, dtype=np.int64), *in_blocks]))
 
     def code(self, event: HeadEvent) -> None:
         """Puts the codes of texts into a new head event's map entries."""

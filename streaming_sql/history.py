@@ -26,14 +26,14 @@ class History(Protocol):
     def around(self, event_ids: Iterable[str], keys: Sequence[tuple[str, ...]], position: Position, since_us: int) -> pa.Table:
         """Every arrival below the position, EVENTS_SCHEMA, that may decide a block which one of the events is in.
 
-        Those are the events, all that share one of `keys` (columns) and a 5-minute block with one, what retracts any of these,
-        and every further arrival of their ids. Blocks before since_us (microseconds) may be left out.
+        Those are the events, all that share one of `keys` (columns; none: all) and a 5-minute block with one, what retracts any
+        of these, and every further arrival of their ids. Blocks before since_us (microseconds) may be left out.
         """
 
 
 def around_sql(keys: Sequence[tuple[str, ...]]) -> str:
     """DuckDB `select` of `History.around` from the relations `history` (EVENTS_SCHEMA) and `asked` (event_id)."""
-    names = ", ".join(sorted({column for columns in keys for column in columns}))
+    names = "".join(f", {column}" for column in sorted({column for columns in keys for column in columns}))
     neighbours = [
         "select near.event_id from near inner join targets on "
         + "".join(f"near.{key} = targets.{key} and " for key in columns)
@@ -42,11 +42,11 @@ def around_sql(keys: Sequence[tuple[str, ...]]) -> str:
     ]
     return f"""
         with targets as materialized (
-            select epoch_us(event_ts) // {FIVE_MINUTES_US} as block, {names} from history
+            select epoch_us(event_ts) // {FIVE_MINUTES_US} as block{names} from history
             where event_id in (select event_id from asked)
         ),
         near as materialized (
-            select event_id, event_type, retracts, epoch_us(event_ts) // {FIVE_MINUTES_US} as block, {names} from history
+            select event_id, event_type, retracts, epoch_us(event_ts) // {FIVE_MINUTES_US} as block{names} from history
             where event_type = 'retraction' or epoch_us(event_ts) // {FIVE_MINUTES_US} in (select block from targets)
         ),
         wanted as materialized (select event_id from asked union {" union ".join(neighbours)}),

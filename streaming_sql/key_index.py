@@ -1,8 +1,10 @@
-"""Dense row ids for the keys of one feature group: the n-th key ever seen is row n. Grows, never forgets.
+"""Dense row ids for the keys of one feature group: the n-th key is row n, and a row whose key went is given to a later one.
 
-One thread adds; any number look up.
+One thread adds; any number look up. An index never forgets a key: `kept` gives another one that has, so that views of the past
+read their own.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
@@ -22,12 +24,16 @@ class KeyIndex:
         self._row_of: dict[Any, int] = {}
         """By the key, or by its text where there is one column: a tuple would be one more object to look at."""
         self._is_single = len(self._columns) == 1
-        self._keys: list[Key] = []
+        self._key_of: list[Key | None] = []
+        """By row; None where the row is free."""
+        self._given = array("q")
+        """Rows in the order in which they were given to the keys that are here."""
+        self._free: list[int] = []
         self._rows_under: dict[str, list[int]] = {}
         """By the first of several columns."""
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._given)
 
     def find(self, keys: Iterable[Key]) -> np.ndarray:
         """int64 [N]: each key's row, -1 if it was never seen."""
@@ -35,28 +41,53 @@ class KeyIndex:
         return np.fromiter(map(self._row_of.get, found, repeat(-1)), dtype=np.int64)
 
     def keys(self, start: int = 0) -> list[Key]:
-        """The keys of rows start, start + 1, …"""
-        return self._keys[start:]
+        """The keys that are here, from the start-th on, in the order in which they came."""
+        return [key for row in self._given[start:] if (key := self._key_of[row]) is not None]
+
+    def rows(self, start: int = 0) -> np.ndarray:
+        """int64: their rows."""
+        return np.array(self._given[start:], dtype=np.int64)
+
+    def extend(self, keys: Iterable[Key], rows: Iterable[int]) -> None:
+        """Gives keys that are not here yet the rows that they have elsewhere. Not for an index that adds."""
+        for key, row in zip(keys, rows, strict=True):
+            self._key_of += [None] * (row + 1 - len(self._key_of))
+            self._assign(key, row)
+
+    def kept(self, rows: np.ndarray) -> "KeyIndex":
+        """Another index with the keys of these rows alone (int64, ascending); the other rows are free."""
+        index = KeyIndex(self._columns)
+        index._key_of = [None] * len(self._key_of)
+        for row in rows.tolist():
+            key = self._key_of[row]
+            assert key is not None
+            index._assign(key, row)
+        index.find_free()
+        return index
+
+    def find_free(self) -> None:
+        """Rows that no key has are given to new ones from now on."""
+        self._free = [row for row in range(len(self._key_of) - 1, -1, -1) if self._key_of[row] is None]
 
     def under(self, first: str) -> list[tuple[Key, int]]:
-        """The keys of several columns that begin with this, each with its row, in the order of rows."""
-        return [(self._keys[row], row) for row in tuple(self._rows_under.get(first, ()))]
-
-    def extend(self, keys: Iterable[Key]) -> None:
-        """Gives keys that are not here yet the next rows, in their order."""
-        for key in keys:
-            self._row(key)
+        """The keys of several columns that begin with this, each with its row, in the order in which they came."""
+        return [(key, row) for row in tuple(self._rows_under.get(first, ())) if (key := self._key_of[row]) is not None]
 
     def _row(self, key: Key) -> int:
-        held = key[0] if self._is_single else key
-        row = self._row_of.get(held)
+        row = self._row_of.get(key[0] if self._is_single else key)
         if row is None:
-            row = len(self._keys)
-            self._keys.append(key)
-            self._row_of[held] = row
-            if not self._is_single:
-                self._rows_under.setdefault(key[0], []).append(row)
+            row = self._free.pop() if self._free else len(self._key_of)
+            if row == len(self._key_of):
+                self._key_of.append(None)
+            self._assign(key, row)
         return row
+
+    def _assign(self, key: Key, row: int) -> None:
+        self._key_of[row] = key
+        self._given.append(row)
+        self._row_of[key[0] if self._is_single else key] = row
+        if not self._is_single:
+            self._rows_under.setdefault(key[0], []).append(row)
 
     def add(self, table: pa.Table) -> np.ndarray:
         """int64 [R]: the row of each table row's key; keys not seen before get the next ids. Keys must not be null."""

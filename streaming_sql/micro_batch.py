@@ -42,11 +42,14 @@ class MicroBatch:
         self._plans = {name: GroupPlan.of(group) for name, group in groups.items()}
         self._connection = duckdb.connect(config={"threads": 1})
         self._connection.execute("set TimeZone = 'UTC'")
-        self._staging = staging_sql("arrived")
+        self._attributes = next((group.attributes for group in groups.values()), ())
+        for relation in self._attribute_types():
+            self._create_attribute_table(relation)
+        self._staging = staging_sql("arrived", attributes=self._attributes)
         self._blocks = {name: block_sql(group, "staged", "retracted") for name, group in groups.items()}
         self._standing = {name: standing_sql(group, "rows_of_ticks", "getvariable('tick')") for name, group in groups.items()}
         self._admitted = _Given(EVENTS_SCHEMA)
-        self._prepare("stage", admitted_sql("admitted"), "admitted", self._admitted)
+        self._prepare("stage", admitted_sql("admitted", self._attributes), "admitted", self._admitted)
         self.nothing = self.stage(EVENTS_SCHEMA.empty_table())
         self._fresh = _Given(self.nothing.schema)
         heads = {name: head_sql(groups[name], plan.fresh, "fresh") for name, plan in self._plans.items() if plan.fresh}
@@ -72,6 +75,31 @@ class MicroBatch:
                         f"{group.source}: measure {measure.name}: {measure.of} is {found}, declared bigint; sums of rounded "
                         "values differ from rounded sums: declare type double, or cast in `of`"
                     )
+
+    def _attribute_types(self) -> dict[str, dict[str, str]]:
+        """Of each table that adds to events, the types of the columns that are read."""
+        types: dict[str, dict[str, str]] = {}
+        for entry in self._attributes:
+            read = types.setdefault(entry.relation, {})
+            read |= {column: "varchar" for _, column in entry.keys}
+            read |= {one.column: one.type for one in entry.columns}
+            read |= dict.fromkeys((entry.valid_from, entry.available_at), "timestamptz")
+        return types
+
+    def _create_attribute_table(self, relation: str) -> None:
+        columns = ", ".join(f'"{name}" {type_}' for name, type_ in self._attribute_types()[relation].items())
+        self._connection.execute(f"create schema if not exists {relation.partition('.')[0]}")
+        self._connection.execute(f"create or replace table {relation} ({columns})")
+
+    def put_attributes(self, relation: str, rows: pa.Table) -> None:
+        """What a table that adds to events holds from now on. rows: at least its columns that are read."""
+        columns = ", ".join(f'"{name}"' for name in self._attribute_types()[relation])
+        self._connection.register("given", rows)
+        # a statement that was prepared over the table keeps a plan for what it held then, and DuckDB 1.5 answers by that plan
+        self._create_attribute_table(relation)
+        self._connection.execute(f"insert into {relation} select {columns} from given")
+        self._connection.unregister("given")
+        self._prepare("stage", admitted_sql("admitted", self._attributes), "admitted", self._admitted)
 
     def _put(self, name: str, rows: pa.Table) -> None:
         """A table of DuckDB's own: its joins push filters down that scans of Arrow tables do not know."""

@@ -96,6 +96,9 @@ class OnlineStore:
     def of_blocks(cls, view: StoreView, position: tuple[int, ...]) -> "OnlineStore":
         """A store that starts from the blocks of a view of an earlier process, made when it had read up to `position`."""
         store = cls({name: state.plan.group for name, state in view.groups.items()}, position=(0,) * len(position))
+        for state in view.groups.values():
+            state.index.find_free()
+            state.codes.find_free()
         store._view = store._previous = replace(view, position=(0,) * len(position))
         store.blocks_through = position
         return store
@@ -153,7 +156,8 @@ class OnlineStore:
         if tick_us is not None:
             for name, state in states.items():
                 layers = _with_blocks(state, (blocks or {}).get(name), tick_us, self.work[name])
-                states[name] = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
+                moved = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
+                states[name] = moved.without_unused()
         if withdrawn is not None:
             for name, state in states.items():
                 states[name] = replace(state, fresh_layers=_without_withdrawn(state, withdrawn.get(name)))

@@ -34,7 +34,7 @@ from warehouse.features.declarations import FeatureGroup, declarations_hash
 from warehouse.features.render import macros_digest
 
 _LOG = logging.getLogger("headrace.stream")
-_FORMAT = 1
+_FORMAT = 2
 _TICKS_KEPT = 2
 _MOST_SEGMENTS = 24
 """Files of keys and texts before they are written as one again."""
@@ -55,6 +55,7 @@ class Publisher:
         self._segments: list[dict[str, Any]] = []
         self._num_keys: dict[str, int] = {}
         self._num_texts: dict[str, int] = {}
+        self._tables: dict[str, tuple[KeyIndex, TextCodes]] = {}
         self.tick_us = 0
         """The newest tick that is published."""
         self.num_bytes_written = 0
@@ -99,20 +100,26 @@ class Publisher:
         return layer, self._arrays(f"layer-{uuid.uuid4().hex}.bin", arrays_of(layer))
 
     def _write_segment(self, view: StoreView) -> list[dict[str, Any]]:
-        """What came to keys and texts since the last one."""
-        if len(self._segments) >= _MOST_SEGMENTS:
+        """What came to keys and texts since the last one. Where rows or codes went, all of them: readers begin anew."""
+        tables = {name: (state.index, state.codes) for name, state in view.groups.items()}
+        gone = any(held[0] is not tables[name][0] or held[1] is not tables[name][1] for name, held in self._tables.items())
+        self._tables = tables
+        if gone:
+            self._session = uuid.uuid4().hex
+        if gone or len(self._segments) >= _MOST_SEGMENTS:
             self._segments, self._num_keys, self._num_texts = [], {}, {}
         arrays: dict[str, np.ndarray] = {}
         counts, num_keys, num_texts = {}, {}, {}
         for name, state in view.groups.items():
             first_key, first_text = self._num_keys.get(name, 0), self._num_texts.get(name, 0)
-            keys, texts = state.index.keys(first_key), state.codes.since(first_text)
+            keys, (texts, codes) = state.index.keys(first_key), state.codes.since(first_text)
             num_keys[name], num_texts[name] = first_key + len(keys), first_text + len(texts)
             counts[name] = {"first_key": first_key, "first_text": first_text}
             columns = zip(*keys, strict=True) if keys else [()] * len(state.plan.group.keys)
             for place, column in enumerate(columns):
                 arrays |= text_arrays(f"{name}/key{place}", pa.array(column, pa.string()))
             arrays |= text_arrays(f"{name}/texts", pa.array(texts, pa.string()))
+            arrays |= {f"{name}/rows": state.index.rows(first_key)[: len(keys)], f"{name}/codes": codes}
         if self._segments and (num_keys, num_texts) == (self._num_keys, self._num_texts):
             return self._segments
         file = self._arrays(f"keys-{uuid.uuid4().hex}.bin", arrays)
@@ -267,9 +274,10 @@ class Reading:
             index, codes = self._indexes[name], self._codes[name]
             columns = [texts_of(f"{name}/key{place}", arrays) for place in range(len(self._plans[name].group.keys))]
             new = max(len(index) - told["first_key"], 0)
-            index.extend(zip(*(column.slice(new).to_pylist() for column in columns), strict=True))
-            for text in texts_of(f"{name}/texts", arrays).slice(max(len(codes) - told["first_text"], 0)).to_pylist():
-                codes.code(text)
+            keys = zip(*(column.slice(new).to_pylist() for column in columns), strict=True)
+            index.extend(keys, arrays[f"{name}/rows"][new:].tolist())
+            new = max(len(codes) - told["first_text"], 0)
+            codes.extend(texts_of(f"{name}/texts", arrays).slice(new).to_pylist(), arrays[f"{name}/codes"][new:].tolist())
 
 
 class PublishedStore:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from streaming_sql.attribute_tables import LakeTables
 from streaming_sql.event_log import Log
 from streaming_sql.feed import REMEMBERED, Feed, Taken
 from streaming_sql.history import LakeAndLog
@@ -85,7 +86,7 @@ class Runner:
         publisher: what writes each tick for other processes and the next start; none by default."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log))
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log), LakeTables(lake, groups))
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()

@@ -1,9 +1,10 @@
-"""Dense numbers for the texts of map entries: the n-th text ever seen is n. Grows, never forgets.
+"""Dense numbers for the texts of map entries: the n-th text is n, and the number of one that went is given to a later one.
 
-One thread adds; any number look up.
+One thread adds; any number look up. As with keys, codes are never forgotten here: `kept` gives another table that has.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,13 @@ class TextCodes:
 
     def __init__(self) -> None:
         self._code_of: dict[str, int] = {}
-        self._texts: list[str] = []
+        self._text_of: list[str] = []
+        """By code; what a free one holds is nobody's."""
+        self._given = array("q")
+        self._free: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._given)
 
     def add(self, texts: pa.Array) -> np.ndarray:
         """int64 [R]: the code of each text; texts not seen before get the next ones. None must be null."""
@@ -26,19 +30,46 @@ class TextCodes:
         codes = np.array([self.code(text) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
         return codes[encoded.indices.to_numpy()] if len(codes) else np.zeros(0, dtype=np.int64)
 
-    def since(self, start: int = 0) -> list[str]:
-        """The texts of codes start, start + 1, …"""
-        return self._texts[start:]
+    def since(self, start: int = 0) -> tuple[list[str], np.ndarray]:
+        """The texts that are here, from the start-th on, in the order in which they came, and their codes (int64)."""
+        codes = self._given[start:]
+        return [self._text_of[code] for code in codes], np.array(codes, dtype=np.int64)
+
+    def extend(self, texts: Iterable[str], codes: Iterable[int]) -> None:
+        """Gives texts that are not here yet the codes that they have elsewhere. Not for a table that adds."""
+        for text, code in zip(texts, codes, strict=True):
+            self._text_of += [""] * (code + 1 - len(self._text_of))
+            self._assign(text, code)
+
+    def kept(self, codes: np.ndarray) -> "TextCodes":
+        """Another table with these codes alone (int64, ascending); the others are free."""
+        table = TextCodes()
+        table._text_of = [""] * len(self._text_of)
+        for code in codes.tolist():
+            table._assign(self._text_of[code], code)
+        table.find_free()
+        return table
+
+    def find_free(self) -> None:
+        """Codes that no text has are given to new ones from now on."""
+        held = set(self._given)
+        self._free = [code for code in range(len(self._text_of) - 1, -1, -1) if code not in held]
 
     def code(self, text: str) -> int:
         """The text's code, a new one if need be."""
         code = self._code_of.get(text)
         if code is None:
-            code = len(self._texts)
-            self._texts.append(text)
-            self._code_of[text] = code
+            code = self._free.pop() if self._free else len(self._text_of)
+            if code == len(self._text_of):
+                self._text_of.append("")
+            self._assign(text, code)
         return code
+
+    def _assign(self, text: str, code: int) -> None:
+        self._text_of[code] = text
+        self._code_of[text] = code
+        self._given.append(code)
 
     def texts(self, codes: Sequence[int]) -> list[str]:
         """The text of each code."""
-        return [self._texts[code] for code in codes]
+        return [self._text_of[code] for code in codes]

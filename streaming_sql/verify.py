@@ -17,6 +17,7 @@ from streaming_sql.online_store import OnlineStore, StoreView
 from warehouse.connections import duckdb_connection
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features.declarations import FeatureGroup
+from warehouse.features.generated import attributes_of
 from warehouse.features.oracle import Read
 from warehouse.time_algebra import FIVE_MINUTES_US, HOUR_US, MINUTE_US, SECOND_US, floor_5m
 
@@ -27,17 +28,31 @@ _SILENT_US = (0, 0, 1, SECOND_US, 7 * MINUTE_US, HOUR_US)
 
 
 def live_answers(
-    groups: Mapping[str, FeatureGroup], rows: Sequence[Mapping[str, Any]], random: Random, pieces: int = PIECES, reads: int = 2
+    groups: Mapping[str, FeatureGroup],
+    rows: Sequence[Mapping[str, Any]],
+    random: Random,
+    tables: Mapping[str, pa.Table] | None = None,
+    pieces: int = PIECES,
+    reads: int = 2,
 ) -> Iterator[tuple[str, Read, dict[str, Any]]]:
     """(group, question, answer) of views between the pieces in which a feed takes the rows, `reads` of each group and view.
 
     rows: of `lake.events`, instants in microseconds, offsets from 0 in each of two partitions, in order of landing. One
-    partition may be read far ahead of the other.
+    partition may be read far ahead of the other. tables: those that add to events, by `namespace.table`.
     """
     history = _Taken()
     store = OnlineStore(groups)
-    feed = Feed(store, groups, store.position, history)
+    feed = Feed(store, groups, store.position, history, _Tables(tables or {}))
     seen: list[Mapping[str, Any]] = []
+    found = (
+        {
+            one.name: tables[entry.relation][one.column].to_pylist()
+            for entry in attributes_of(groups.values())
+            for one in entry.columns
+        }
+        if tables
+        else {}
+    )
     for piece in _delivered(rows, random, pieces):
         history.add(_as_table(piece))
         feed.take(_as_table(piece))
@@ -52,9 +67,15 @@ def live_answers(
                 if random.random() < 0.2:
                     t_us = floor_5m(t_us) + FIVE_MINUTES_US
                 event = random.choice(seen)
-                key = tuple(event[column] if random.random() < 0.95 else "nobody" for column in group.entity_keys)
+                parts = ((event.get(column), found.get(column, [])) for column in group.entity_keys)
+                key = tuple(_part(random, own, others) if random.random() < 0.95 else "nobody" for own, others in parts)
                 read = Read(key, t_us, view.tick_us, view.tick_us, view.position)
                 yield group.name, read, answer(view, group, read)
+
+
+def _part(random: Random, own: Any, others: Sequence[Any]) -> Any:
+    """What an event has of a key column, or what a table might give it."""
+    return random.choice(others) if own is None and others else own
 
 
 def answer(view: StoreView, group: FeatureGroup, read: Read) -> dict[str, Any]:
@@ -75,6 +96,16 @@ def _delivered(rows: Sequence[Mapping[str, Any]], random: Random, pieces: int) -
         size = random.randint(1, max(1, 2 * len(rows) // pieces))
         yield waiting[partition][:size]
         waiting[partition] = waiting[partition][size:]
+
+
+class _Tables:
+    """Tables as they are in the end: what a tick may not know yet must not show."""
+
+    def __init__(self, tables: Mapping[str, pa.Table]):
+        self._tables = tables
+
+    def changed(self) -> Iterator[tuple[str, pa.Table]]:
+        yield from self._tables.items()
 
 
 class _Taken:

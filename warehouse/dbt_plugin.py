@@ -44,7 +44,7 @@ from warehouse.connections import prepare_connection
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.features.compute_model import model_chunks
 from warehouse.features.compute_source import Relations
-from warehouse.features.declarations import load_groups
+from warehouse.features.declarations import load_attributes, load_groups
 from warehouse.features.kinds.declared import load_kinds
 from warehouse.features.lineage import described
 from warehouse.features.meanings import table_meanings
@@ -87,6 +87,9 @@ class Plugin(BasePlugin):
         self.groups = load_groups(Path(get_flags().PROJECT_DIR))
         for group in self.groups.values():
             conn.execute("insert into headrace.feature_groups values (?, ?)", [group.name, json.dumps(group.as_meta())])
+        conn.execute("create or replace table headrace.attributes (meta varchar)")
+        attributes = [entry.as_meta() for entry in load_attributes(Path(get_flags().PROJECT_DIR))]
+        conn.execute("insert into headrace.attributes values (?)", [json.dumps(attributes)])
         for table in load_kinds(Path(get_flags().PROJECT_DIR)).tables:
             conn.execute("insert into headrace.feature_groups values (?, ?)", [table.name, json.dumps(table.as_meta())])
         target = Home.from_env().dbt / "target"

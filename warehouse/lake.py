@@ -172,8 +172,9 @@ class Lake:
         return f"select * from iceberg_scan({quoted(table.metadata_location.removeprefix('file://'))})"
 
     def create_views(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """One view per table, `namespace.table`, pinned to the current snapshot."""
-        for name in self.tables():
+        """One view per table, `namespace.table`, pinned to the current snapshot; events first, as what they refer to was there
+        before them."""
+        for name in sorted(self.tables(), key="lake.events".__ne__):
             self.create_view(connection, name)
 
     def create_view(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:

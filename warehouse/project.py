@@ -78,7 +78,8 @@ class Project:
             config = node["config"]
             declared = config["meta"].get("features")
             meaning = [pair for pair in declared.items() if pair[0] != "tests"] if isinstance(declared, dict) else declared
-            parts = [node["raw_code"], json.dumps(meaning), json.dumps(config.get("partition_by")), macros_digest()]
+            parts = [node["raw_code"], json.dumps(meaning), json.dumps(config["meta"].get("attributes"))]
+            parts += [json.dumps(config.get("partition_by")), macros_digest()]
             parts += [str(self._variables[name]) for name in _MEANINGFUL_VARIABLES]
             parts += [self.definition_of(read) for read in node["depends_on"]["nodes"]]
             self._definitions[unique_id] = hashlib.md5("|".join(parts).encode(), usedforsecurity=False).hexdigest()

@@ -22,8 +22,8 @@ def build(connection: duckdb.DuckDBPyConnection, group: FeatureGroup, events: pa
     """Staging, 5-minute blocks, hours and days, as dbt builds them."""
     connection.execute("set TimeZone = 'UTC'")
     connection.register("events", events)
-    connection.execute(f"create or replace table staged as {render.staging_sql('events')}")
-    connection.execute(f"create or replace table shadowed as {render.shadowed_sql('events')}")
+    connection.execute(f"create or replace table staged as {render.staging_sql('events', attributes=group.attributes)}")
+    connection.execute(f"create or replace table shadowed as {render.shadowed_sql('events', group.attributes)}")
     connection.execute(f"create or replace table retractions as {render.retractions_sql('events')}")
     connection.execute(f"create or replace table retracted as {render.retracted_sql('staged', 'retractions')}")
     connection.execute(f"create or replace table blocks as {render.block_sql(group, 'staged', 'retracted')}")

@@ -1,6 +1,7 @@
 """The live store fed through HTTP: events are posted to a server that is killed on the way, again and again. What it answered
 for counts once, and the store that the next start makes equals the oracle over what is in the lake."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from streaming_sql.event_log import EventLog
+from streaming_sql.published import PublishedStore
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
 from tests.serving.hand_made import furnish
@@ -25,7 +27,7 @@ from warehouse.features.declarations import load_groups
 from warehouse.home import Home
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS, landed_position
-from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US, SECOND_US
+from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, MINUTE_US, SECOND_US
 
 GROUPS = load_groups()
 LIVES, POSTS = 3, 8
@@ -62,8 +64,9 @@ def iso(instant_us):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(instant_us // SECOND_US)) + "Z"
 
 
-def one_life(home, life, started_us):
-    """Posts until the server is gone; returns the ids that it acknowledged."""
+@contextlib.contextmanager
+def serving(home, started_us):
+    """(client, process) of a server whose clock starts there and runs sixty times as fast."""
     environment = {
         **os.environ,
         "HEADRACE_HOME": str(home.path),
@@ -74,12 +77,22 @@ def one_life(home, life, started_us):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    acknowledged = set()
-    killer = threading.Timer(0.004 * life, process.send_signal, [signal.SIGKILL])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
             _until_ready(client, process)
-            began = time.monotonic()
+            yield client, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def one_life(home, life, started_us):
+    """Posts until the server is gone; returns the ids that it acknowledged."""
+    acknowledged = set()
+    with serving(home, started_us) as (client, process):
+        killer = threading.Timer(0.004 * life, process.send_signal, [signal.SIGKILL])
+        began = time.monotonic()
+        try:
             for number in range(10_000):
                 if number == POSTS + life:
                     killer.start()  # while this post is on its way, or is answered
@@ -89,13 +102,21 @@ def one_life(home, life, started_us):
                 for event, result in zip(events, answer.json()["results"], strict=True):
                     if result["status"] == "accepted":
                         acknowledged.add(event["eventId"])
-    except httpx.TransportError:
-        pass
-    finally:
-        killer.cancel()
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        except httpx.TransportError:
+            assert process.wait(60) == -signal.SIGKILL
+        finally:
+            killer.cancel()
     return acknowledged
+
+
+def landed_rows(lake):
+    """Every record of the lake, times in microseconds."""
+    rows = lake.scan(EVENTS)
+    instants = {name: rows[name].cast("int64").to_pylist() for name in ("event_ts", "landed_at")}
+    return [
+        row | {name: values[i] for name, values in instants.items()}
+        for i, row in enumerate(rows.select(EVENTS_SCHEMA.names).to_pylist())
+    ]
 
 
 @pytest.mark.timeout(600)
@@ -115,12 +136,7 @@ def test_a_server_that_is_killed_again_and_again_counts_what_it_acknowledged_onc
     log.heartbeat()
     runner.step()
     runner.flush()
-    rows = lake.scan(EVENTS)
-    instants = {name: rows[name].cast("int64").to_pylist() for name in ("event_ts", "landed_at")}
-    arrivals = [
-        row | {name: values[i] for name, values in instants.items()}
-        for i, row in enumerate(rows.select(EVENTS_SCHEMA.names).to_pylist())
-    ]
+    arrivals = landed_rows(lake)
     ids = [row["event_id"] for row in arrivals if row["landing"] == "log" and row["event_type"] != "heartbeat"]
     assert len(ids) == len(set(ids))
     assert acknowledged <= set(ids)
@@ -128,3 +144,51 @@ def test_a_server_that_is_killed_again_and_again_counts_what_it_acknowledged_onc
     assert view.tick_us > FIRST_US + LIVES * 30 * MINUTE_US
     assert_equals_oracle(view, [typed(row) for row in arrivals], clock.now_us() + 1, GROUPS)
     log.close()
+
+
+MIDNIGHT_US = 1_651_017_600_000_000  # 2022-04-27T00:00:00Z
+
+
+@pytest.mark.timeout(900)
+def test_ticks_of_the_hour_and_the_day_pass_while_events_are_posted_and_feeds_are_asked(home):
+    """What another process read of each tick on the way equals the oracle over what has landed in the end."""
+    for day, minutes in enumerate((20, 90, 240)):  # as many seconds to start in: a slow machine has another night
+        midnight_us = MIDNIGHT_US + day * DAY_US
+        held, acknowledged = one_night(home, midnight_us - minutes * MINUTE_US, midnight_us)
+        if held:
+            break
+    assert {midnight_us, midnight_us + FIVE_MINUTES_US} <= set(held)
+    arrivals = landed_rows(Lake.open(home))
+    assert acknowledged <= {row["event_id"] for row in arrivals}
+    assert len(acknowledged) > 30
+    events = [typed(row) for row in arrivals]
+    for tick_us in (midnight_us, midnight_us + FIVE_MINUTES_US):
+        assert_equals_oracle(held[tick_us], events, tick_us + MINUTE_US, GROUPS)
+
+
+def one_night(home, started_us, midnight_us):
+    """(views by tick, acknowledged ids) of a server whose clock passes midnight; nothing if it had not started by then."""
+    folder, held, acknowledged = home.online / STORE_FOLDER, {}, set()
+    began = time.monotonic()
+    with serving(home, started_us) as (client, process):
+        published = None
+        for number in range(2_000):
+            now_us = started_us + round((time.monotonic() - began) * 60 * SECOND_US)
+            if now_us > midnight_us and number == 0:
+                return {}, set()
+            events = events_of(f"night{started_us}", number, now_us)
+            results = client.post("/v1/events", json={"events": events}).json()["results"]
+            for event, result in zip(events, results, strict=True):
+                if result["status"] == "accepted":
+                    acknowledged.add(event["eventId"])
+            assert client.post("/v1/feed", json={"userId": USERS[number % 2]}).status_code == 200
+            if published is None and any(folder.glob("tick-*.json")):
+                published = PublishedStore(folder, GROUPS)
+            if published is not None and published.refresh():
+                held[published.store.tick_us] = published.store.view()
+            if held and max(held) > midnight_us:
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 0
+    return held, acknowledged

@@ -6,29 +6,37 @@ RisingWave). Kafka is not needed: the events table is made without its connector
 
 import contextlib
 import os
+import time
 
 import duckdb
 import numpy as np
 import psycopg
 import pytest
 
+from streaming_sql.changes import Changes
 from streaming_sql.postgres_reader import PostgresReader
 from streaming_sql.replica import Replica
-from tests.streaming_sql.generated import as_table
+from tests.streaming_sql.generated import alive as living
+from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.test_replica import KEYS, fed
 from tests.streaming_sql.test_risingwave_models import (
     GROUPS,
+    SINKS,
+    SLIDING,
     STAGING,
+    SUBSCRIPTIONS,
     a_log,
     comparable,
     compiled,
     create_log_events,
     create_views,
+    instant_us,
     manifest,
     rows_of,
 )
+from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
-from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
+from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
@@ -49,6 +57,11 @@ def cluster(compiled):
             fill(connection, as_table(records))
             here = {name: sql.replace('"dev"."public".', f'"{SCHEMA}".') for name, sql in compiled.items()}
             create_views(connection, here, "materialized view")
+            if is_risingwave(connection):
+                connection.execute(f"create materialized view {SLIDING} as {here[SLIDING]}")
+                for name in SUBSCRIPTIONS:
+                    viewed = name.removesuffix("_changes")
+                    connection.execute(f"create subscription {name} from {viewed} with (retention = '1 day')")
             settle(connection)
             yield connection, records
         finally:
@@ -68,9 +81,77 @@ def fill(connection, events):
 
 def settle(connection):
     """Waits until the views hold what was inserted (RisingWave; elsewhere they are made full)."""
-    (version,) = connection.execute("select version()").fetchone()
-    if "risingwave" in version.lower():
+    if is_risingwave(connection):
         connection.execute("flush")
+
+
+def is_risingwave(connection):
+    (version,) = connection.execute("select version()").fetchone()
+    return "risingwave" in version.lower()
+
+
+@pytest.fixture
+def risingwave(cluster):
+    """The cluster, where it is RisingWave and no stand-in."""
+    if not is_risingwave(cluster[0]):
+        pytest.skip("the database that RISINGWAVE_DSN names is no RisingWave")
+    return cluster
+
+
+def test_a_sliding_hour_holds_the_events_of_its_hour(risingwave):
+    connection, records = risingwave
+    counted = {
+        (row["note_id"], instant_us(row["window_end"])): row for row in rows_of(connection.execute(f"select * from {SLIDING}"))
+    }
+    group, later_us = GROUPS["note_engagement"], records[-1]["landed_at"] + 10 * DAY_US
+    events = [typed(record) for record in living(records)]
+    assert len(counted) > 200
+    for note_id, end_us in list(counted)[::20]:
+        expected = values(group, events, Read((note_id,), end_us, end_us, later_us))
+        assert counted[note_id, end_us]["num_clicks"] == expected["note_num_clicks_1h"]
+
+
+def test_what_a_sink_writes_is_each_block_row_of_closed_ticks(cluster, compiled):
+    connection, _ = cluster
+    for name in SINKS:
+        body = compiled[name].replace('"dev"."public".', f'"{SCHEMA}".')
+        group = name.removesuffix("_to_lake")
+        there = f"select count(*) from {group} where known_at <= (select max(closed_tick) from closed_tick)"
+        assert [len(connection.execute(body).fetchall())] == list(connection.execute(there).fetchone())
+
+
+def test_a_subscription_gives_every_row_and_then_what_changes(risingwave):
+    connection, _ = risingwave
+    rows = rows_of(connection.execute("select * from note_engagement"))
+    found = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}")
+    with Changes.opened(found, f"{SCHEMA}.note_engagement_changes") as changes:
+        first = changes.next(at_most=100_000, wait_s=10)
+        assert all(change.is_added for change in first)
+        assert comparable([dict(change.row) for change in first]) == comparable(rows)
+        assert changes.next() == []
+
+
+def test_a_changed_view_is_swapped_in_under_the_name_that_is_read(risingwave):
+    connection, _ = risingwave
+    for name, value in (("swapped", 1), ("swapped_next", 2)):
+        connection.execute(f"create materialized view {name} as select {value} as version, count(*) as num from arrivals")
+    connection.execute("alter materialized view swapped swap with swapped_next")
+    assert connection.execute("select version from swapped").fetchone() == (2,)
+
+
+def test_arrivals_leave_every_view_once_the_temporal_filter_lets_them_go(risingwave):
+    connection, _ = risingwave
+    connection.execute("create table clock_of_arrivals (event_id varchar, landed_at timestamptz)")
+    connection.execute(
+        "create materialized view kept as "
+        "select count(*) as num from clock_of_arrivals where landed_at > now() - interval '5 seconds'"
+    )
+    connection.execute("insert into clock_of_arrivals values ('e', now())")
+    connection.execute("flush")
+    assert connection.execute("select num from kept").fetchone() == (1,)
+    time.sleep(10)
+    connection.execute("flush")
+    assert connection.execute("select num from kept").fetchone() == (0,)
 
 
 def test_every_view_agrees_with_the_batch_side_to_the_bit(cluster):

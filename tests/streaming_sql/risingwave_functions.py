@@ -12,7 +12,9 @@ FUNCTIONS = {
     # scalars
     "md5", "substr", "strpos", "ltrim", "length",
     "coalesce", "nullif", "greatest", "least", "abs", "sqrt", "ln", "floor", "ceil", "round",
-    "date_bin", "date_trunc", "extract", "to_timestamp", "now", "jsonb_build_object", "cast",
+    "date_bin", "date_trunc", "extract", "to_timestamp", "now", "jsonb_build_object", "to_jsonb", "cast",
+    # table functions
+    "hop",
 }  # fmt: skip
 KEYWORDS = {
     "as", "and", "or", "not", "in", "from", "where", "by", "filter", "over", "when", "then", "else", "on", "select", "join",

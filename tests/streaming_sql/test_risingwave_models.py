@@ -14,11 +14,14 @@ import pytest
 import sqlglot
 from sqlglot import expressions as exp
 
-from tests.streaming_sql.generated import as_table
+from tests.streaming_sql.generated import alive as living
+from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS, OPERATORS
+from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA, RETRACTION
 from warehouse.features.declarations import load_groups
+from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.home import REPOSITORY
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, SECOND_US, closed_tick
@@ -26,15 +29,18 @@ from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US,
 GROUPS = load_groups()
 STAGING = ["stg_engagements", "stg_retractions", "stg_retracted_events"]
 VIEWS = ["arrivals", "closed_tick", *STAGING, *GROUPS, "user_sequences"]
+SLIDING = "note_engagement_sliding_1h"
+SINKS = [f"{name}_to_lake" for name in GROUPS]
+SUBSCRIPTIONS = [f"{name}_changes" for name in (*GROUPS, "closed_tick")]
 START_US = 1_651_766_400_000_000
 
 
-def compile_models(home, *more):
+def compile_models(home, *more, project=REPOSITORY):
     """`dbt compile` with no server to talk to."""
     environment = {**os.environ, "HEADRACE_HOME": str(home), "DBT_PROFILES_DIR": str(REPOSITORY), "RISINGWAVE_PORT": "1"}
     command = [str(Path(sys.executable).parent / "dbt"), "compile", "--target", "risingwave", "--no-introspect"]
     words = [*command, "--no-populate-cache", "--select", "path:streaming_sql", *more]
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -59,18 +65,18 @@ def compiled(manifest):
 
 
 def test_every_group_of_the_batch_side_has_a_view_from_the_same_declaration(compiled):
-    assert set(compiled) == {"log_events", *VIEWS}
+    assert set(compiled) == {"log_events", *VIEWS, SLIDING, *SINKS, *SUBSCRIPTIONS}
     for name, group in GROUPS.items():
         for measure in group.measures:
             assert re.search(rf"as {measure.name}(__sum)?\b", compiled[name]), (name, measure.name)
 
 
 def test_a_changed_view_is_replaced_beside_the_one_that_answers(manifest):
-    for name in (*STAGING, *GROUPS, "closed_tick", "user_sequences"):
+    for name in (*STAGING, *GROUPS, "closed_tick", "user_sequences", SLIDING, *SINKS):
         assert manifest["nodes"][f"model.headrace.{name}"]["config"]["zero_downtime"] == {"enabled": True}
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", [*VIEWS, SLIDING, *SINKS])
 def test_the_sql_parses_as_risingwave_and_uses_only_what_it_documents(compiled, name):
     tree = sqlglot.parse_one(compiled[name], dialect="risingwave")
     assert not list(tree.find_all(exp.Command, exp.Qualify))
@@ -149,10 +155,10 @@ def create_log_events(connection):
 
 
 def load_into_postgres(connection, events):
-    copied = create_log_events(connection)
+    given = create_log_events(connection)
     with connection.cursor().copy("copy log_events from stdin") as copy:
-        for row in events.select(copied).to_pylist():
-            copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in copied])
+        for row in events.select(given).to_pylist():
+            copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in given])
 
 
 def rows_of(cursor):
@@ -242,3 +248,114 @@ def test_a_silent_partition_leaves_no_tick(compiled):
         load_into_postgres(stream, as_table(records))
         create_views(stream, compiled, names=("arrivals", "closed_tick"))
         assert rows_of(stream.execute("select * from closed_tick")) == []
+
+
+def test_every_view_that_servers_look_up_by_key_has_an_index_on_it(manifest):
+    for name, group in {**GROUPS, "user_sequences": GROUPS["user_activity"]}.items():
+        assert manifest["nodes"][f"model.headrace.{name}"]["config"]["indexes"] == [{"columns": list(group.keys)}]
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+def test_a_sink_appends_to_a_table_of_its_own_in_the_lakes_catalogue(manifest, name):
+    config = manifest["nodes"][f"model.headrace.{name}_to_lake"]["config"]
+    assert (config["materialized"], config["connector"]) == ("sink", "iceberg")
+    parameters = config["connector_parameters"]
+    assert (parameters["type"], parameters["force_append_only"]) == ("append-only", "true")
+    assert (parameters["database.name"], parameters["table.name"]) == ("stream", name)
+
+
+def test_sinks_write_each_row_of_closed_ticks_once_whatever_comes_later(compiled):
+    records = a_log(6, 1200)
+    written = []
+    for size in (800, 1200):
+        with postgres("dev") as stream:
+            load_into_postgres(stream, as_table(records[:size]))
+            create_views(stream, compiled)
+            [tick] = rows_of(stream.execute("select * from closed_tick"))
+            sunk = {name: comparable(rows_of(stream.execute(compiled[f"{name}_to_lake"]))) for name in GROUPS}
+            for name in GROUPS:
+                there = stream.execute(f"select count(*) from {name} where known_at <= %s", [tick["closed_tick"]]).fetchone()
+                assert (len(sunk[name]),) == there
+            written.append(sunk)
+    for name in GROUPS:
+        assert len(written[1][name]) > len(written[0][name]) > 20
+        assert all(row in written[1][name] for row in written[0][name]), name
+
+
+def test_a_sliding_hour_is_what_a_read_at_its_end_finds_as_corrected(compiled):
+    """HOP, which RisingWave alone has, as a join with the twelve steps of each event's hour; the rest is the very text."""
+    hop = "hop(standing_events, event_ts, interval '5 minutes', interval '3600' second)"
+    assert compiled[SLIDING].count(hop) == 1
+    steps = (
+        "(select came.*, date_bin(interval '5 minutes', came.event_ts, timestamptz '1970-01-01 00:00:00+00') "
+        "+ (step * interval '5 minutes') as window_end "
+        "from standing_events as came cross join generate_series(1, 12) as steps(step)) as hops"
+    )
+    records = a_log(8, 1200)
+    with postgres("dev") as stream:
+        load_into_postgres(stream, as_table(records))
+        create_views(stream, compiled)
+        found = rows_of(stream.execute(compiled[SLIDING].replace(hop, steps)))
+    group, later_us = GROUPS["note_engagement"], records[-1]["landed_at"] + 10 * DAY_US
+    events = [typed(record) for record in living(records)]
+    for row in sorted(found, key=lambda row: (row["note_id"], row["window_end"]))[:: len(found) // 40]:
+        end_us = instant_us(row["window_end"])
+        expected = values(group, events, Read((row["note_id"],), end_us, end_us, later_us))
+        for name in ("num_views", "num_clicks", "num_long_views"):
+            assert row[name] == expected[f"note_{name}_1h"], (row, name)
+    assert len(found) > 200
+
+
+SESSIONS = """version: 2
+models:
+  - name: sessions
+    config:
+      meta:
+        features:
+          entity: user
+          events: stg_engagements
+          keys: [user_id]
+          measures:
+            - name: num
+              aggregation: count
+              where: event_type = 'click'
+              windows: [{kind: session, gap: 5m}, {kind: session, gap: 1h}, 1d]
+            - {name: ms, aggregation: sum, of: watch_ms, windows: [{kind: session, gap: 10m}]}
+            - {name: most, aggregation: max, of: watch_ms, windows: [{kind: session, gap: 15m}]}
+            - {name: mean, aggregation: avg, of: watch_ms, windows: [{kind: session, gap: 5m}]}
+"""
+
+
+def test_sessions_in_the_stream_are_those_of_a_read_while_they_are_on(copied, tmp_path):  # noqa: F811
+    (copied / "warehouse" / "models" / "blocks" / "sessions.yml").write_text(SESSIONS)
+    models = copied / "streaming_sql" / "models" / "stream"
+    (models / "sessions.sql").write_text(
+        "{{ session_windows(feature_group('sessions'), ref('stg_engagements'), ref('stg_retracted_events')) }}\n"
+    )
+    done = compile_models(tmp_path / "home", project=copied)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "home" / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
+    compiled = {path.stem: path.read_text() for path in folder.glob("*.sql")}
+    assert isinstance(sqlglot.parse_one(compiled["sessions"], dialect="risingwave"), exp.Union)
+    records = a_log(9, 900)
+    with postgres("dev") as stream:
+        load_into_postgres(stream, as_table(records))
+        create_views(stream, compiled, names=("arrivals", *STAGING))
+        found = rows_of(stream.execute(compiled["sessions"]))
+    group = load_groups(copied)["sessions"]
+    later_us = records[-1]["landed_at"] + 10 * DAY_US
+    events = [typed(record) for record in living(records)]
+    compared = 0
+    for row in found:
+        start_us, end_us = instant_us(row["session_start"]), instant_us(row["session_end"])
+        gap = int(row["session_gap"].total_seconds() // 60)
+        if end_us - start_us > DAY_US:  # further than a reader looks back
+            continue
+        key = tuple(row[name] for name in group.keys)
+        read = Read(key, end_us, end_us, later_us)
+        [name] = {f"{row['measure']}_session_{gap}m", f"{row['measure']}_session_{gap // 60}h"} & {
+            f"{measure.name}_{window.name}" for measure in group.measures for window in measure.windows
+        }
+        assert row["value"] == pytest.approx(values(group, events, read)[f"{group.entity}_{name}"], rel=1e-12), row
+        compared += 1
+    assert compared > 50

@@ -6,7 +6,7 @@ asking sqlglot whether an expression is one that every execution can evaluate.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from sqlglot import expressions as exp
 
 from warehouse.errors import HeadraceError
+from warehouse.features.attributes import STAGING_MODEL, Attributes, read_attributes
 from warehouse.features.expression_types import check_division, check_integers, check_text, column_type
 from warehouse.features.measures import AGGREGATIONS, BUCKETED, CALENDAR_PARTS, CalendarKey, Measure
 from warehouse.home import REPOSITORY
@@ -75,6 +76,8 @@ class FeatureGroup:
     source: str
     """Where it is declared: `warehouse/models/blocks/_blocks.yml:5`."""
     calendar: tuple[CalendarKey, ...] = ()
+    attributes: tuple[Attributes, ...] = ()
+    """What tables of the lake add to its events."""
 
     @property
     def entity_keys(self) -> tuple[str, ...]:
@@ -131,25 +134,51 @@ class FeatureGroup:
                 for measure in self.measures
             ],
             "derived": [{**asdict(derived), "sql": derived.sql} for derived in self.derived],
+            **({"attributes": [entry.as_meta() for entry in self.attributes]} if self.attributes else {}),
         }
 
 
 def load_groups(project_dir: Path | None = None) -> dict[str, FeatureGroup]:
     """All declared groups by name, in the order of the files. Raises HeadraceError naming file, line, rule and remedy."""
     root = project_dir or REPOSITORY
-    files = sorted((root / "warehouse" / "models").rglob("*.yml"))
-    models = [model for path in files for model in _models(path, root)]
+    models, relations = _models(root)
     columns = {model["name"]: _columns(model) for model in models}
+    attributes = _attributes(models, columns, relations)
     groups: dict[str, FeatureGroup] = {}
     for model in models:
         meta = ((model.get("config") or {}).get("meta") or {}).get("features")
         if meta is None or isinstance(meta, list) or "kind" in meta:  # the other kinds: warehouse/features/kinds
             continue
-        group = _group(model["name"], meta, columns, f"{model['__file__']}:{meta.get('__line__', model['__line__'])}")
+        source = f"{model['__file__']}:{meta.get('__line__', model['__line__'])}"
+        group = _group(model["name"], meta, columns, source, attributes)
         if group.name in groups:
             raise HeadraceError(f"{group.source}: model {group.name} is declared twice, first in {groups[group.name].source}")
         groups[group.name] = group
     return groups
+
+
+def load_attributes(project_dir: Path | None = None) -> tuple[Attributes, ...]:
+    """What tables of the lake add to the events of the staging model. Raises HeadraceError as `load_groups` does."""
+    models, relations = _models(project_dir or REPOSITORY)
+    return _attributes(models, {model["name"]: _columns(model) for model in models}, relations)
+
+
+def _attributes(
+    models: Sequence[Mapping[str, Any]], columns: Mapping[str, Columns], relations: Mapping[str, frozenset[str]]
+) -> tuple[Attributes, ...]:
+    found: tuple[Attributes, ...] = ()
+    for model in models:
+        declared = ((model.get("config") or {}).get("meta") or {}).get("attributes")
+        if declared is None:
+            continue
+        line = model["__line__"]
+        if model["name"] != STAGING_MODEL:
+            raise HeadraceError(
+                f"{model['__file__']}:{line}: attributes belong to {STAGING_MODEL}, which stages events, not to {model['name']}"
+            )
+        types = {column["name"]: column.get("data_type") for column in model.get("columns") or []}
+        found = read_attributes(declared, model["__file__"], line, types, relations)
+    return found
 
 
 def declarations_hash(groups: dict[str, FeatureGroup]) -> str:
@@ -176,21 +205,37 @@ class LineLoader(yaml.SafeLoader):
         return mapping
 
 
-def _models(path: Path, root: Path) -> Iterator[dict[str, Any]]:
-    where = path.relative_to(root)
-    try:
-        content = yaml.load(path.read_text(), Loader=LineLoader) or {}
-    except yaml.YAMLError as error:
-        raise HeadraceError(f"{where}: not valid YAML: {error}") from error
-    for model in content.get("models") or []:
-        yield {**model, "__file__": str(where)}
+def _models(root: Path) -> tuple[list[dict[str, Any]], dict[str, frozenset[str]]]:
+    """Every described model, and of every table of the lake that is described, source or model, the columns beside it."""
+    models: list[dict[str, Any]] = []
+    relations: dict[str, frozenset[str]] = {}
+    for path in sorted((root / "warehouse" / "models").rglob("*.yml")):
+        where = path.relative_to(root)
+        try:
+            content = yaml.load(path.read_text(), Loader=LineLoader) or {}
+        except yaml.YAMLError as error:
+            raise HeadraceError(f"{where}: not valid YAML: {error}") from error
+        for model in content.get("models") or []:
+            models.append({**model, "__file__": str(where)})
+            schema = (model.get("config") or {}).get("schema") or path.parent.name
+            relations[f"{ {'blocks': 'features'}.get(schema, schema) }.{model['name']}"] = _names(model)
+        for source in content.get("sources") or []:
+            for table in source.get("tables") or []:
+                relations[f"{source.get('schema') or source['name']}.{table['name']}"] = _names(table)
+    return models, relations
+
+
+def _names(node: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(column["name"] for column in node.get("columns") or [])
 
 
 def _columns(model: dict[str, Any]) -> Columns:
     return {column["name"]: column_type(column.get("data_type")) for column in model.get("columns") or []}
 
 
-def _group(name: str, meta: dict[str, Any], columns: dict[str, Columns], source: str) -> FeatureGroup:
+def _group(
+    name: str, meta: dict[str, Any], columns: dict[str, Columns], source: str, attributes: tuple[Attributes, ...]
+) -> FeatureGroup:
     def fail(problem: str, at: dict[str, Any] | None = None) -> HeadraceError:
         file = source.rpartition(":")[0]
         return HeadraceError(f"{file}:{at['__line__']}: {problem}" if at else f"{source}: {problem}")
@@ -217,7 +262,8 @@ def _group(name: str, meta: dict[str, Any], columns: dict[str, Columns], source:
     for repeated in {entry for entry in names if names.count(entry) > 1}:
         raise fail(f"{repeated} is declared twice in feature group {name}")
     keys = (*keys, *(part.name for part in calendar))
-    return FeatureGroup(name, meta["entity"], keys, meta["events"], measures, derived, source, calendar)
+    filled = attributes if meta["events"] == STAGING_MODEL else ()
+    return FeatureGroup(name, meta["entity"], keys, meta["events"], measures, derived, source, calendar, filled)
 
 
 def _calendar_key(entry: dict[str, Any], columns: Columns, fail: Any) -> CalendarKey:

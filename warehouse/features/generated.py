@@ -6,7 +6,7 @@ values come from the declared expressions, so that their conditions are met, mis
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -14,7 +14,8 @@ import pyarrow as pa
 import sqlglot
 from sqlglot import expressions as exp
 
-from warehouse.events import EVENTS_SCHEMA, RETRACTION
+from warehouse.events import EVENTS_SCHEMA, RETRACTION, TIMESTAMP
+from warehouse.features.attributes import Attributes, names_of
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.oracle import Read
 from warehouse.time_algebra import (
@@ -43,7 +44,8 @@ IDS = ("1", "12", "23", "3", "é", "a b", *(f"k{number}" for number in range(10)
 
 def generated_events(random: Random, groups: Collection[FeatureGroup], number: int) -> list[dict[str, Any]]:
     """Rows of `lake.events` with times in microseconds, in order of landing, and the typed columns that expressions read."""
-    pools = _pools(groups)
+    filled = names_of(attributes_of(groups))
+    pools = {column: pool for column, pool in _pools(groups).items() if column in EVENTS_SCHEMA.names or column not in filled}
     typed = [column for column in pools if column not in EVENTS_SCHEMA.names]
     lag_us = random.choice((0, 3 * MINUTE_US, HOUR_US))
     rows = []
@@ -69,6 +71,67 @@ def generated_events(random: Random, groups: Collection[FeatureGroup], number: i
         rows.append({**row, "event_ts": row["event_ts"] + ago_us - MINUTE_US, "landed_at": row["landed_at"] + ago_us})
     rows += _retractions(random, rows, number // 100)
     return in_log_order(rows)
+
+
+def attributes_of(groups: Collection[FeatureGroup]) -> tuple[Attributes, ...]:
+    """What tables add to the events of groups that read one staging model."""
+    return next((group.attributes for group in groups), ())
+
+
+def generated_tables(
+    random: Random, groups: Collection[FeatureGroup], rows: Sequence[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each table that adds to the events, versions of some keys: valid from and available on, just before and just after
+    what events have, changed, corrected, late, tied, and NULL in every column."""
+    pools = _pools(groups)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for entry in attributes_of(groups):
+        for _ in range(max(len(rows) // 4, 8)):
+            event = random.choice(rows)
+            valid_from = event["event_ts"] + random.choice((0, 0, 1, -1, -SECOND_US, -HOUR_US, -2 * DAY_US))
+            landed = event["landed_at"]
+            available_at = random.choice(
+                (valid_from, landed, floor_5m(landed - GRACE_US) + GRACE_US - random.choice((0, 1)), None)
+            )
+            row: dict[str, Any] = dict.fromkeys(
+                name for one in attributes_of(groups) if one.relation == entry.relation for name in one.table_columns
+            )
+            row |= {one.column: _some(random, one.type, pools.get(one.name)) for one in entry.columns}
+            own = random.random() < 0.7
+            row |= {
+                column: event[name] if own and event.get(name) is not None else random.choice((*pools.get(name, IDS), "nobody"))
+                for name, column in entry.keys
+            }
+            row |= {entry.available_at: available_at, entry.valid_from: valid_from if random.random() < 0.97 else None}
+            known = tables.setdefault(entry.relation, [])
+            if known and random.random() < 0.3:  # another value of a version that there is, at the same time or later
+                row = {**random.choice(known), **{one.column: row[one.column] for one in entry.columns}}
+            known.append(row)
+    return tables
+
+
+def _some(random: Random, kind: str, pool: list[Any] | None) -> Any:
+    fit: Any = {"varchar": str, "boolean": bool, "double": (int, float)}.get(kind, int)
+    others = {"varchar": ("1", "é", "a b"), "boolean": (True, False), "double": (0.5, -1.0)}.get(kind, (0, 1, -3, 2**31 - 1))
+    near = [value for value in pool or () if isinstance(value, fit) and (isinstance(value, str) or abs(value) < 2**31)]
+    return random.choice((*near, *others, None))
+
+
+def attribute_tables(attributes: Sequence[Attributes], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, pa.Table]:
+    """The tables that add to events, by `namespace.table`, from rows with times in microseconds; what a row lacks is NULL."""
+    types = {"bigint": pa.int64(), "integer": pa.int32(), "double": pa.float64(), "boolean": pa.bool_()}
+    kinds: dict[str, dict[str, pa.DataType]] = {}
+    for entry in attributes:
+        columns = kinds.setdefault(entry.relation, {})
+        columns |= {one.column: types.get(one.type, pa.string()) for one in entry.columns}
+        columns |= dict.fromkeys((column for _, column in entry.keys), pa.string())
+        columns |= dict.fromkeys((entry.valid_from, entry.available_at), TIMESTAMP)
+    return {
+        relation: pa.table(
+            {name: pa.array([row.get(name) for row in rows.get(relation, ())], kind) for name, kind in columns.items()}
+        )
+        for relation, columns in kinds.items()
+    }
 
 
 def in_log_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -71,10 +71,18 @@ def _columns(group: FeatureGroup, measure: Measure) -> list[str]:
 
 def _steps(group: FeatureGroup, measure: Measure, window: str, feature: str) -> list[str]:
     of, where = (f" {word} {text}" if text else "" for word, text in (("of", measure.of), ("where", measure.where)))
+    filled = [
+        f"{one.name}: {one.column} of {entry.relation} as of event_ts, known when the event landed"
+        + (", where the event has none" if one.is_carried else "")
+        for entry in group.attributes
+        for one in entry.columns
+        if one.name in _columns(group, measure)
+    ]
     per = f"per ({', '.join(group.keys)}) and 5-minute block of staging.{group.events}"
     tables = ", ".join(f"features.{name}" for name in block_tables(group.name))
     until = "the request" if measure.freshness == "event" else "the tick T"
     return [
+        *filled,
         f"{measure.name}: {measure.aggregation}{of}{where}, {per}",
         f"{tables}: the same of 5 minutes, 1 hour, 1 day",
         f"{feature}: combined over {window} before {until}, as known at K",

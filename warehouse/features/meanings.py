@@ -68,7 +68,8 @@ def _block_meaning(group: FeatureGroup, measure: Measure) -> list[Any]:
 
 def _meaning(group: FeatureGroup, measure: Measure) -> list[Any]:
     settings = {name: value for name, value in asdict(measure).items() if value is not None and name not in _PROSE}
-    return [group.events, group.keys, settings, *(asdict(part) for part in group.calendar)]
+    filled = [entry.as_meta() for entry in group.attributes]
+    return [group.events, group.keys, settings, *(asdict(part) for part in group.calendar), *([filled] if filled else [])]
 
 
 def _hash(value: Any) -> str:

@@ -4,6 +4,7 @@ The macros in `warehouse/macros/algebra/` use plain Jinja only: no adapter, no g
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import jinja2
 
 from warehouse.errors import HeadraceError
 from warehouse.events import NUM_PARTITIONS
+from warehouse.features.attributes import Attributes
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.measures import CALENDAR_PARTS, CalendarKey
 from warehouse.home import REPOSITORY
@@ -75,14 +77,19 @@ def roll_up_sql(group: FeatureGroup, child: str, minutes: int, dialect: str = "d
     return render_macro("rolled_up_rows", group.as_meta(), child, minutes, dialect=dialect)
 
 
-def staging_sql(events: str, dialect: str = "duckdb") -> str:
-    """`select` of typed first arrivals with their `known_at` from rows of `lake.events`."""
-    return render_macro("first_arrivals", events, dialect=dialect)
+def staging_sql(events: str, dialect: str = "duckdb", attributes: Sequence[Attributes] = ()) -> str:
+    """`select` of typed first arrivals with their `known_at` from rows of `lake.events`. attributes: what the tables that they
+    name add."""
+    return render_macro("first_arrivals", events, dialect=dialect, attributes=_meta(attributes))
 
 
-def admitted_sql(events: str) -> str:
+def admitted_sql(events: str, attributes: Sequence[Attributes] = ()) -> str:
     """`staging_sql` over rows of which none is a duplicate."""
-    return render_macro("admitted_arrivals", events)
+    return render_macro("admitted_arrivals", events, attributes=_meta(attributes))
+
+
+def _meta(attributes: Sequence[Attributes]) -> list[dict[str, Any]]:
+    return [entry.as_meta() for entry in attributes]
 
 
 def retractions_sql(events: str, dialect: str = "duckdb") -> str:
@@ -95,9 +102,9 @@ def retracted_sql(events: str, retractions: str, dialect: str = "duckdb") -> str
     return render_macro("retracted_rows", events, retractions, dialect=dialect)
 
 
-def shadowed_sql(events: str) -> str:
+def shadowed_sql(events: str, attributes: Sequence[Attributes] = ()) -> str:
     """`select` of duplicates that a lagging reader takes for the first, with the positions that shadow them."""
-    return render_macro("shadowed_arrivals", events)
+    return render_macro("shadowed_arrivals", events, attributes=_meta(attributes))
 
 
 def point_in_time_sql(

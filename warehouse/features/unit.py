@@ -6,7 +6,7 @@ the arrays of `compute`; both must give what is expected. Nothing of the lake is
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,8 @@ from warehouse.features.compute_plan import plan
 from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Relations
 from warehouse.features.compute_spine import REQUEST_TS, Spine
 from warehouse.features.declarations import FeatureGroup, LineLoader
+from warehouse.features.generated import attribute_tables
+from warehouse.features.verify import create_tables
 from warehouse.home import REPOSITORY
 
 STAGED = f"{STAGING}.stg_engagements"
@@ -46,6 +48,8 @@ class UnitTest:
     request: Mapping[str, Any]
     expect: Mapping[str, Any]
     source: str
+    tables: Mapping[str, tuple[Mapping[str, Any], ...]]
+    """Of tables that add to events, by `namespace.table`: the rows."""
 
 
 def load_unit_tests(groups: Mapping[str, FeatureGroup], project_dir: Path | None = None) -> list[UnitTest]:
@@ -87,10 +91,11 @@ def _build(connection: duckdb.DuckDBPyConnection, test: UnitTest, group: Feature
     connection.register("given", pa.Table.from_pylist(_landed(test.events), schema=EVENTS_SCHEMA))
     for schema in (STAGING, "features"):
         connection.execute(f"create schema {schema}")
+    create_tables(connection, attribute_tables(group.attributes, test.tables))
     relations = Relations.of(group)
     for name, sql in (
-        (STAGED, lambda: render.staging_sql("given")),
-        (SHADOWED, lambda: render.shadowed_sql("given")),
+        (STAGED, lambda: render.staging_sql("given", attributes=group.attributes)),
+        (SHADOWED, lambda: render.shadowed_sql("given", group.attributes)),
         (RETRACTIONS, lambda: render.retractions_sql("given")),
         (_RETRACTED, lambda: render.retracted_sql(STAGED, RETRACTIONS)),
         (relations.blocks, lambda: render.block_sql(group, STAGED, _RETRACTED)),
@@ -125,8 +130,8 @@ def _unit_test(entry: Any, group: FeatureGroup, file: str) -> UnitTest:
     def fail(problem: str) -> HeadraceError:
         return HeadraceError(f"{source}: test {entry['name']}: {problem}")
 
-    if unknown := sorted(set(entry) - {"name", "events", "request", "expect", "description", "__line__"}):
-        raise fail(f"unknown settings {unknown}; a test has name, events, request, expect, description")
+    if unknown := sorted(set(entry) - {"name", "events", "tables", "request", "expect", "description", "__line__"}):
+        raise fail(f"unknown settings {unknown}; a test has name, events, tables, request, expect, description")
     expect = _plain(entry["expect"])
     known = {*group.feature_names, *group.sequence_names}
     if not expect or set(expect) - known:
@@ -142,7 +147,29 @@ def _unit_test(entry: Any, group: FeatureGroup, file: str) -> UnitTest:
             raise fail(f"an event needs event_type and event_ts, got {event}")
         event |= {name: _instant(event[name], name, fail) for name in ("event_ts", "landed_at") if name in event}
     request[REQUEST_TS] = _instant(request[REQUEST_TS], REQUEST_TS, fail)
-    return UnitTest(entry["name"], group.name, tuple(events), request, expect, source)
+    tables = _given_tables(_plain(entry.get("tables") or {}), group, fail)
+    return UnitTest(entry["name"], group.name, tuple(events), request, expect, source, tables)
+
+
+def _given_tables(
+    given: Mapping[str, Any], group: FeatureGroup, fail: Callable[[str], HeadraceError]
+) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    columns: dict[str, set[str]] = {}
+    times: dict[str, set[str]] = {}
+    for entry in group.attributes:
+        columns.setdefault(entry.relation, set()).update(entry.table_columns)
+        times.setdefault(entry.relation, set()).update((entry.valid_from, entry.available_at))
+    tables: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for relation, rows in given.items():
+        if relation not in columns:
+            raise fail(f"tables names {relation}; events take attributes from {', '.join(sorted(columns)) or 'no table'}")
+        read = [_plain(row) for row in rows or []]
+        for row in read:
+            if unknown := sorted(set(row) - columns[relation]):
+                raise fail(f"{relation}: {', '.join(unknown)} is not read; {', '.join(sorted(columns[relation]))} are")
+            row |= {name: _instant(row[name], name, fail) for name in times[relation] if row.get(name) is not None}
+        tables[relation] = tuple(read)
+    return tables
 
 
 def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:

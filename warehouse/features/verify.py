@@ -21,12 +21,20 @@ from warehouse.connections import plain_connection
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features import render
+from warehouse.features.attributes_oracle import hydrated
 from warehouse.features.compute_engine import Engine
 from warehouse.features.compute_plan import plan
 from warehouse.features.compute_source import RETRACTIONS, SHADOWED, STAGING, Relations
 from warehouse.features.compute_spine import Spine
 from warehouse.features.declarations import FeatureGroup, load_groups
-from warehouse.features.generated import as_table, generated_events, generated_reads
+from warehouse.features.generated import (
+    as_table,
+    attribute_tables,
+    attributes_of,
+    generated_events,
+    generated_reads,
+    generated_tables,
+)
 from warehouse.features.oracle import Read, values
 from warehouse.time_algebra import newest_tick
 
@@ -54,8 +62,9 @@ class Verdict:
 
 Answers = Iterator[tuple[str, Read, Mapping[str, Any]]]
 """(group, question, its answer with maps as pairs)."""
-Execution = Callable[[Mapping[str, FeatureGroup], Sequence[Mapping[str, Any]], Random], Answers]
-"""A way to answer that is not of this room: it is given groups and generated rows, and puts its own questions."""
+Execution = Callable[[Mapping[str, FeatureGroup], Sequence[Mapping[str, Any]], Random, Mapping[str, pa.Table]], Answers]
+"""A way to answer that is not of this room: it is given groups, generated rows and the tables that add to events, and puts its
+own questions."""
 
 
 def main(words: Sequence[str], others: Mapping[str, Execution] | None = None) -> int:
@@ -122,13 +131,18 @@ def verify(
     """Adds one seed's comparisons to the verdicts; yields the name of each group as it is done."""
     random = Random(seed)
     ours = {name: group for name, group in groups.items() if group.events == STAGED}
-    rows = generated_events(random, list(ours.values()), num_events)
+    sent = generated_events(random, list(ours.values()), num_events)
+    attributes = attributes_of(ours.values())
+    versions = generated_tables(random, ours.values(), sent)
+    rows = hydrated(sent, attributes, versions)
+    tables = attribute_tables(attributes, versions)
     with plain_connection() as connection:
-        connection.register("generated", as_table(rows))
+        connection.register("generated", as_table(sent))
+        create_tables(connection, tables)
         for schema in (STAGING, "features"):
             connection.execute(f"create schema {schema}")
-        connection.execute(f"create table {STAGING}.{STAGED} as {render.staging_sql('generated')}")
-        connection.execute(f"create table {SHADOWED} as {render.shadowed_sql('generated')}")
+        connection.execute(f"create table {STAGING}.{STAGED} as {render.staging_sql('generated', attributes=attributes)}")
+        connection.execute(f"create table {SHADOWED} as {render.shadowed_sql('generated', attributes)}")
         connection.execute(f"create table {RETRACTIONS} as {render.retractions_sql('generated')}")
         connection.execute(f"create table {RETRACTED} as {render.retracted_sql(f'{STAGING}.{STAGED}', RETRACTIONS)}")
         for name, group in groups.items():
@@ -139,10 +153,19 @@ def verify(
                 verdict.skipped = f"not verified: it reads {group.events}, and events are generated for {STAGED}"
             yield name
     for execution, answered in (others or {}).items():
-        for name, read, answer in answered(ours, rows, random):
+        for name, read, answer in answered(ours, sent, random, tables):
             expected = values(ours[name], _related(ours[name], rows, read), read)
             held = {feature: in_float64(value) for feature, value in expected.items()}
             _compare(execution, [answer], [read], [held], verdicts[name], seed)
+
+
+def create_tables(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Table]) -> None:
+    """Tables that add to events, by `namespace.table`."""
+    for relation, rows in tables.items():
+        connection.execute(f"create schema if not exists {relation.partition('.')[0]}")
+        connection.register("rows_of_table", rows)
+        connection.execute(f"create table {relation} as select * from rows_of_table")
+        connection.unregister("rows_of_table")
 
 
 def _verify_group(

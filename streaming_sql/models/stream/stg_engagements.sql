@@ -2,4 +2,4 @@
    model of this name, from the same macro; known_at is plain SQL, no watermark on event_ts decides a value. #}
 {{ config(materialized='materialized_view') }}
 
-{{ first_arrivals(ref('arrivals')) }}
+{{ first_arrivals(ref('arrivals'), attributes=declared_attributes('stg_engagements')) }}

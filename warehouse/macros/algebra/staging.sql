@@ -3,8 +3,9 @@
 
    An arrival is a duplicate if the same event_id arrived before it within the duplicate memory H, in the order (landed_at,
    log_partition, log_offset); the first wins with its whole row, before any filter. `arrived_from` and `arrived_until` (SQL
-   expressions, optional) narrow the arrivals that are read: give H and F of room before the first row wanted. #}
-{% macro first_arrivals(events, arrived_from=none, arrived_until=none) -%}
+   expressions, optional) narrow the arrivals that are read: give H and F of room before the first row wanted. `attributes`: what tables
+   of the lake add to each row (attributes.sql). #}
+{% macro first_arrivals(events, arrived_from=none, arrived_until=none, attributes=[]) -%}
 with arrivals as (
 {{ arrivals(events, arrived_from, arrived_until) }}
 ),
@@ -21,16 +22,22 @@ typed as (
         event_type <> 'retraction'
         and {{ is_first_arrival() }}
 )
+{{- attribute_ctes(attributes, 'typed') }}
 
-select * from typed
+select * from {{ hydrated_name(attributes, 'typed') }}
 {%- endmacro %}
 
 {# The same from arrivals that are known to be first, without looking again: for a reader that remembers ids itself. #}
-{% macro admitted_arrivals(events) -%}
-select
-    {{ typed_columns() }}
-from {{ events }}
-where event_type not in ('heartbeat', 'retraction')
+{% macro admitted_arrivals(events, attributes=[]) -%}
+with typed as (
+    select
+        {{ typed_columns() }}
+    from {{ events }}
+    where event_type not in ('heartbeat', 'retraction')
+)
+{{- attribute_ctes(attributes, 'typed') }}
+
+select * from {{ hydrated_name(attributes, 'typed') }}
 {%- endmacro %}
 
 {# Retractions, each event_id once like any event: which event they retract, and the tick that first knows them. #}
@@ -94,7 +101,7 @@ inner join earliest
    log partition but not in the whole log, retractions among them. `shadowed_by` holds, per partition, the smallest offset of an earlier
    arrival of the id within the duplicate memory; the row counts at K exactly where none of those is below K. DuckDB; empty on a log
    that refuses duplicates itself. #}
-{% macro shadowed_arrivals(events, arrived_from=none, arrived_until=none) -%}
+{% macro shadowed_arrivals(events, arrived_from=none, arrived_until=none, attributes=[]) -%}
 with arrivals as (
 {{ arrivals(events, arrived_from, arrived_until) }}
 ),
@@ -133,8 +140,9 @@ typed as (
     from repeated
     inner join shadows using (log_partition, log_offset)
 )
+{{- attribute_ctes(attributes, 'typed', 'retracts,shadowed_by') }}
 
-select * from typed
+select * from {{ hydrated_name(attributes, 'typed') }}
 {%- endmacro %}
 
 {% macro is_first_arrival() -%}
@@ -172,6 +180,11 @@ event_id,
         log_offset,
         {{ known_at('event_ts', 'landed_at') }} as known_at,
         {{ json_bigint('properties', 'watch_ms') }} as watch_ms
+{%- endmacro %}
+
+{# Their names. #}
+{% macro staged_columns() -%}
+event_id,event_type,user_id,note_id,author_id,surface,request_id,impression_id,event_ts,landed_at,log_partition,log_offset,known_at,watch_ms
 {%- endmacro %}
 
 {# An integer property of a JSON object held as text; null where it is missing or not plainly an integer of at most 18 digits, in

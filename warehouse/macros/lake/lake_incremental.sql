@@ -73,7 +73,9 @@
     {%- if not node -%}{{ return('') }}{%- endif -%}
     {%- set declared = node.config.meta.get('features') -%}
     {%- set meaning = declared.items() | rejectattr(0, 'equalto', 'tests') | list if declared is mapping else declared -%}
-    {%- set parts = [node.raw_code, tojson(meaning), tojson(node.config.get('partition_by')), macros_digest()] -%}
+    {%- set parts = [
+        node.raw_code, tojson(meaning), tojson(node.config.meta.get('attributes')), tojson(node.config.get('partition_by')), macros_digest()
+    ] -%}
     {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'furthest_ahead_seconds', 'attribution_seconds', 'log_partitions') -%}
         {%- do parts.append(var(setting) | string) -%}
     {%- endfor -%}

@@ -3,5 +3,6 @@
     source('lake', 'events'),
     arrived_from="timestamp with time zone '" ~ build_range().start ~ "' - " ~ seconds(300 + var('furthest_ahead_seconds') + var('duplicate_memory_seconds')),
     arrived_until="timestamp with time zone '" ~ build_range().end ~ "' + " ~ seconds(var('grace_seconds')),
+    attributes=declared_attributes('stg_engagements'),
 ) }}
 where {{ in_build_range('known_at') }}

@@ -1,0 +1,4 @@
+{# What changes in author_engagement, for servers that read it as it happens (streaming_sql/changes.py). #}
+{{ config(materialized='subscription', retention='1 day') }}
+
+{{ ref('author_engagement') }}
