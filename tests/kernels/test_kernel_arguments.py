@@ -1,5 +1,5 @@
-"""Every tensor that an operation takes, given wrongly in every way, is refused by name; and what holds for all operations alike:
-PyTorch's own checks of a custom operator, tracing, export, tensors that lie in memory in any order."""
+"""Every tensor that an operation takes, given wrongly in every way, is refused by name; and what holds for all operations
+alike: PyTorch's own checks of a custom operator, tracing, export, tensors that lie in memory in any order."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,8 +50,9 @@ def _l1_score() -> Operation:
 
 def _sequence_block() -> Operation:
     weights = {
-        "in_weight": (24, 8), "in_bias": (24,), "out_weight": (8, 8), "out_bias": (8,), "norm1_weight": (8,), "norm1_bias": (8,),
-        "ff1_weight": (16, 8), "ff1_bias": (16,), "ff2_weight": (8, 16), "ff2_bias": (8,), "norm2_weight": (8,), "norm2_bias": (8,),
+        "in_weight": (24, 8), "in_bias": (24,), "out_weight": (8, 8), "out_bias": (8,),
+        "norm1_weight": (8,), "norm1_bias": (8,), "ff1_weight": (16, 8), "ff1_bias": (16,),
+        "ff2_weight": (8, 16), "ff2_bias": (8,), "norm2_weight": (8,), "norm2_bias": (8,),
     }  # fmt: skip
     tensors = _drawn({"tokens": (2, 5, 8), "candidates": (3, 8), **weights})
     tensors |= {"lengths": torch.tensor([5, 2]), "user_of_candidate": torch.tensor([1, 0, 1])}
@@ -151,7 +152,8 @@ def test_a_wrong_type_layout_rank_or_device_is_refused_by_name(name, argument):
 
 
 ANY_SIZE = {
-    ("user", 0), ("prefix", 1), ("lower", 1), ("slots", 0), ("run_offsets", 0), ("bag_of_row", 0), ("tokens", 1), ("weights", 1),
+    ("user", 0), ("prefix", 1), ("lower", 1), ("run_offsets", 0),
+    ("slots", 0), ("bag_of_row", 0), ("tokens", 1), ("weights", 1),
 }  # fmt: skip
 SIZES = [
     (name, argument, dim)
