@@ -3,7 +3,8 @@
     python -m bench.kernels --quick      under ten minutes on one GPU; seconds without one (small shapes on the CPU)
 
 First the roofline of every case: the bytes and operations it cannot avoid, and the time they take at an H200's ceilings. Then
-the ceilings of this machine, then each case, checked against plain PyTorch before it is timed. The table comes last, JSON
+the ceilings of this machine, then each case, checked against plain PyTorch before it is timed: ours as a CUDA graph, plain
+PyTorch as it comes ("eager"), as a CUDA graph ("graph"), and by torch.compile as a CUDA graph. The table comes last, JSON
 beside it (rewritten after every case, so an interrupted run leaves what it measured).
 """
 
@@ -64,6 +65,7 @@ class Row:
     shape: str
     ours_us: float | None = None
     eager_us: float | None = None
+    eager_graph_us: float | None = None
     compiled_us: float | None = None
     peers_us: dict[str, float] = field(default_factory=dict)
     gb_per_s: float | None = None
@@ -389,7 +391,7 @@ def ceilings(device: torch.device) -> tuple[float, float]:
     return 2 * 2 * elements / copy_us * 1e6, 2 * side**3 / product_us * 1e6
 
 
-def measure(case: Case, device: torch.device, roof: tuple[float, float]) -> Row:
+def measure(case: Case, device: torch.device, roof: tuple[float, float], quick: bool) -> Row:
     row = Row(case.operation, case.shape)
     sets = max(1, min(8, round(2 * L2_BYTES / case.bytes))) if device.type == "cuda" else 1
     made = [case.make(device, seed) for seed in range(sets)]
@@ -403,7 +405,8 @@ def measure(case: Case, device: torch.device, roof: tuple[float, float]) -> Row:
     ours_us, row.eager_us = microseconds([ours, [pair[1] for pair in made]], device)
     row.ours_us = ours_us * len(ours) / sets  # a graph is one call for all sets
     if device.type == "cuda" and case.operation != "feature_arena":
-        row.compiled_us = _compiled(made[0][1], device)
+        row.eager_graph_us = microseconds([replayed([made[0][1]], device)], device)[0]
+        row.compiled_us = _compiled(made[0][1], device, quick)
     for name, call in case.peers(device, 0).items():
         row.peers_us[name] = _on_the_clock(call)
     row.gb_per_s = case.bytes / row.ours_us / 1e3
@@ -412,9 +415,12 @@ def measure(case: Case, device: torch.device, roof: tuple[float, float]) -> Row:
     return row
 
 
-def _compiled(plain: Call, device: torch.device) -> float | None:
+def _compiled(plain: Call, device: torch.device, quick: bool) -> float | None:
+    """Replayed like ours, so that it is not the launches that are compared."""
     try:
-        return microseconds([[torch.compile(plain, mode="max-autotune-no-cudagraphs")]], device)[0]
+        call = torch.compile(plain, mode="default" if quick else "max-autotune-no-cudagraphs")
+        call()
+        return microseconds([replayed([call], device)], device)[0]
     except Exception as error:  # a compiler's failure is a result, whatever its kind
         print(f"  torch.compile: {type(error).__name__}", file=sys.stderr)
         return None
@@ -437,14 +443,15 @@ def print_table(rows: list[Row]) -> None:
         return "-" if value is None else format(value, form)
 
     print(
-        f"{'operation':<17} {'shape':<36} {'ours us':>9} {'eager us':>9} {'ratio':>6} {'compile us':>10} "
+        f"{'operation':<17} {'shape':<36} {'ours us':>9} {'eager us':>9} {'ratio':>6} {'graph us':>9} {'compile us':>10} "
         f"{'GB/s':>7} {'TFLOP/s':>8} {'of roof':>7}  others, us"
     )
     for row in rows:
         ratio = row.eager_us / row.ours_us if row.eager_us and row.ours_us else None
         print(
             f"{row.operation:<17} {row.shape:<36} {number(row.ours_us):>9} {number(row.eager_us):>9} {number(ratio):>6} "
-            f"{number(row.compiled_us):>10} {number(row.gb_per_s):>7} {number(row.tflop_per_s, '.3f'):>8} "
+            f"{number(row.eager_graph_us):>9} {number(row.compiled_us):>10} "
+            f"{number(row.gb_per_s):>7} {number(row.tflop_per_s, '.3f'):>8} "
             f"{number(row.share_of_roofline and 100 * row.share_of_roofline, '.0f'):>6}%  "
             + ", ".join(f"{name} {us:.0f}" for name, us in row.peers_us.items())
             + row.note
@@ -453,7 +460,9 @@ def print_table(rows: list[Row]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one shape or two per operation (all there is so far)")
+    parser.add_argument(
+        "--quick", action="store_true", help="torch.compile as it comes, not tuned to each shape (which takes minutes)"
+    )
     parser.add_argument("--only", metavar="OPERATION", help="cases of one operation")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where to write the JSON (default: <home>/bench/kernels.json)"
@@ -480,7 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.json or Home.from_env().path / "bench" / "kernels.json"
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
         if options.only in (None, case.operation):
-            report.rows.append(measure(case, device, roof))
+            report.rows.append(measure(case, device, roof, options.quick))
             report.write(path)
     print_table(report.rows)
     print(f"\nalso in {path}")

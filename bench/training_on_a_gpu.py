@@ -2,10 +2,11 @@
 
     python -m bench.training_on_a_gpu [--compiled] [--json FILE]      under a minute on one GPU, two with --compiled
 
-The eager loop: fp32, plain PyTorch in place of kernels, batches shuffled out of rows in memory and collated when it is their turn,
-the loss (of the last batch) read at each step. The trainer: batches made ahead and pinned, losses read late, fused losses, in fp32 and bf16. MFU
-is three times the operations of a forward pass, at the rows a second seen, over the peak of a bf16 product measured in the same
-run: also for fp32, so that rows compare. All data is made with a fixed seed; `--device cpu` tries it where there is no GPU.
+The eager loop: fp32, plain PyTorch in place of kernels, batches shuffled out of rows in memory and collated when it is their
+turn, the loss (of the last batch) read at each step. The trainer: batches made ahead and pinned, losses read late, fused
+losses, in fp32 and bf16. MFU is three times the operations of a forward pass, at the rows a second seen, over the peak of a
+bf16 product measured in the same run: also for fp32, so that rows compare. All data is made with a fixed seed; `--device cpu`
+tries it where there is no GPU.
 """
 
 import argparse

@@ -39,13 +39,12 @@ def l1_score_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch, any device and floating type."""
     user_part = linear(user, first_user, first_bias)
-    if user.shape[0] == 1:
-        hidden1 = linear(item, first_item, user_part[0])
-    else:
-        hidden1 = linear(item, first_item) + user_part[user_of_item]
-    hidden2 = linear(hidden1.relu_(), second, second_bias).relu_()
-    logits = linear(hidden2, heads, heads_bias).to(_result_dtype(item))
-    return torch.sigmoid(logits) @ mix.to(logits.dtype), logits
+    # One column per item: a product that gives but a few rows is many times faster than one that gives a few columns.
+    hidden1 = first_item @ item.T
+    hidden1 += user_part.T if user.shape[0] == 1 else user_part.T.index_select(1, user_of_item)
+    hidden2 = torch.addmm(second_bias[:, None], second, hidden1.relu_()).relu_()
+    logits = torch.addmm(heads_bias[:, None], heads, hidden2).to(_result_dtype(item))
+    return mix.to(logits.dtype) @ torch.sigmoid(logits), logits.T.contiguous()
 
 
 @Kernel
@@ -209,5 +208,8 @@ def l1_score(
     if T > MOST_HEADS or G > WIDEST_SECOND_LAYER:
         raise ValueError(f"heads must be at most {MOST_HEADS} x {WIDEST_SECOND_LAYER}, got {T} x {G}")
     arguments = (user, item, user_of_item, first_user, first_item, first_bias, second, second_bias, heads, heads_bias, mix)
-    check_same_device(user=user, item=item, user_of_item=user_of_item, first_item=first_item, second=second, heads=heads)
+    check_same_device(
+        user=user, item=item, user_of_item=user_of_item, first_user=first_user, first_item=first_item, first_bias=first_bias,
+        second=second, second_bias=second_bias, heads=heads, heads_bias=heads_bias, mix=mix,
+    )  # fmt: skip
     return (_run if eager(*arguments) else _operator)(*arguments)

@@ -1,4 +1,5 @@
-"""One transformer layer over users' sequences, in one launch: projections, attention, output, norms and feed-forward.
+"""One transformer layer over users' sequences, in one operation: a product of projections, then one kernel
+for attention, output, norms and feed-forward.
 
     attended = softmax(q @ k.T / sqrt(D / heads) + mask) @ v             (or, "silu": silu(q @ k.T / sqrt(...)) / length @ v)
     y        = norm1(x + attended @ out_weight.T + out_bias)
@@ -14,8 +15,9 @@ feed-forward instead; gelu may take the place of relu. Masks are computed from l
 Neither the extended nor the broadcast sequences ever exist in memory: a candidate names its user by row.
 
 Shape letters: U users, S positions, E token width, B candidates, C candidate width, D layer width, F feed-forward width.
-FLOP: per query 4*D*D + 4*length*D + 4*D*F; per key 4*D*D for each tile of queries, which projects keys and values again.
-Bytes: tokens once per tile (from L2 after the first), weights 4*D*D + 2*D*F values from L2, the output once.
+FLOP: per query 2*D*D + 4*length*D + 4*D*F; projections 6*E*D per token of a user and 6*C*D per candidate, once (early fusion: a
+layer's input is a token beside a candidate, so its projection is a sum, and of a key only the token's part matters to softmax).
+Bytes: 3*D projected values per token, from L2 after the first tile; weights D*D + 2*D*F from L2; the output once.
 Sources: TransAct V2 (the fused layer, weights kept on chip); HSTU (pointwise attention, here divided by the sequence's own
 length, so that padding changes nothing); In-Kernel Broadcast Optimization (candidates name their user inside the kernel).
 """
@@ -321,8 +323,9 @@ def configuration(
     """Tiles for one layer: 64 rows, one warp group, as Hopper's tensor cores want them; before it their operands sit in
     registers, which takes smaller tiles and more warps."""
     hopper = capability >= 90
-    block_n, widest_f = (64, 64) if hopper else (32, 32)
-    stages = 1 if not hopper or fusion == "late" else 3
+    block_n, widest_f, stages = (64, 64, 3) if hopper else (32, 32, 1)
+    if hopper and fusion == "late":  # few programs: the fewer steps each takes, the better
+        block_n, stages = (128, 2) if D <= 64 else (64, 1)
     return {
         "E": E, "D": D, "F": F, "HEADS": num_heads, "HEAD": D // num_heads, "EPSILON": NORM_EPSILON,
         "EARLY": fusion == "early", "LATE": fusion == "late", "CAUSAL": causal, "SOFTMAX": attention == "softmax",

@@ -34,10 +34,11 @@ WIDEST = 256
 SMALLEST_PROBLEM = 1 << 22
 """Fewest scores for which two passes are worth their launches; below, one matrix product and one selection are."""
 ITEM_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-PROGRAMS = 4
+PROGRAMS = 3
 """Per multiprocessor, of pass one; each walks the items in steps of all of them."""
 MOST_SELECTED = 1 << 15
 """Keys that one program can hold in registers; the largest of more are found by torch.topk."""
+GROUPS_A_PROGRAM = 16
 _ROWS = (1 << 32) - 1
 
 
@@ -93,8 +94,8 @@ def top_k_reference(
 
 @Kernel
 def _bucket_maxima_kernel(
-    queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, D, NUM_BUCKETS, EXCLUDED_STRIDE,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, NUM_BUCKETS, EXCLUDED_STRIDE,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
@@ -124,9 +125,43 @@ def _bucket_maxima_kernel(
 
 
 @Kernel
+def _sortable(score, row):
+    """int64 that sort like (score, then lower row), as `_keys` makes them."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - row.to(tl.int64))
+
+
+@Kernel
+def _group_keys_kernel(maxima_ptr, keys_ptr, B, NUM_GROUPS, BLOCK_B: tl.constexpr):
+    """The key of one group of 32 buckets for each query."""
+    group = tl.program_id(0)
+    bucket = group.to(tl.int64) * 32 + tl.arange(0, 32)
+    query = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_q = query < B
+    score = tl.load(maxima_ptr + bucket[:, None] * B + query[None, :], mask=in_q[None, :], other=float("-inf"))
+    best = tl.max(score, 0)
+    tl.store(keys_ptr + query.to(tl.int64) * NUM_GROUPS + group, _sortable(best, group + 0 * query), mask=in_q)
+
+
+@Kernel
+def _bucket_keys_kernel(maxima_ptr, groups_ptr, keys_ptr, B, COUNT, BLOCK: tl.constexpr):
+    """The keys of the 32 buckets of each of a query's groups, which are given by their keys."""
+    query = tl.program_id(1).to(tl.int64)
+    chosen = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_count = chosen < COUNT
+    group = 0xFFFFFFFF - (tl.load(groups_ptr + query * COUNT + chosen, mask=in_count, other=0xFFFFFFFF) & 0xFFFFFFFF)
+    i = tl.arange(0, 32)
+    bucket = group[:, None] * 32 + i[None, :]
+    score = tl.load(maxima_ptr + bucket * B + query, mask=in_count[:, None], other=float("-inf"))
+    place = query * COUNT * 32 + chosen[:, None] * 32 + i[None, :]
+    tl.store(keys_ptr + place, _sortable(score, bucket), mask=in_count[:, None])
+
+
+@Kernel
 def _score_buckets_kernel(
-    queries_ptr, items_ptr, scale_ptr, excluded_ptr, bucket_ptr, keys_ptr, N, D, CHOSEN, EXCLUDED_STRIDE,
-    BLOCK_D: tl.constexpr, INTEGER: tl.constexpr, SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, bucket_ptr, keys_ptr, N, CHOSEN, EXCLUDED_STRIDE,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, INTEGER: tl.constexpr, SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)  # query b's chosen bucket
     b = place // CHOSEN
@@ -147,19 +182,15 @@ def _score_buckets_kernel(
     if EXCLUDING:
         word = tl.load(excluded_ptr + b * EXCLUDED_STRIDE + bucket)
         usable = usable & (((word >> i) & 1) == 0)
-    score = tl.where(usable, score + 0.0, float("-inf"))
-    bits = score.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - n)
-    tl.store(keys_ptr + place * 32 + i, key)
+    tl.store(keys_ptr + place * 32 + i, _sortable(tl.where(usable, score, float("-inf")), n))
 
 
 @Kernel
-def _nth_largest(x, K):
-    """The K-th largest of uint32 [n], bit by bit from the top: are there K with the bits so far and a one?"""
+def _nth_largest(x, K, BITS):
+    """The K-th largest of uint32 [n], bit by bit from the top: are there K with the bits so far and a one? 0 for no BITS."""
     threshold = tl.zeros((), tl.uint32)
     bit = tl.full((), 1 << 31, tl.uint32)
-    for _ in range(32):
+    for _ in range(BITS):
         enough = tl.sum((x >= threshold + bit).to(tl.int32), 0) >= K
         threshold += tl.where(enough, bit, 0)
         bit = bit >> 1
@@ -172,11 +203,12 @@ def _select_kernel(keys_ptr, halves_ptr, best_ptr, COUNT, K, BLOCK: tl.constexpr
     first = tl.program_id(0).to(tl.int64) * COUNT
     i = tl.arange(0, BLOCK)
     high = tl.load(halves_ptr + 2 * (first + i) + 1, mask=i < COUNT, other=-2147483648).to(tl.uint32, bitcast=True) ^ 0x80000000
-    high_threshold = _nth_largest(high, K)
-    above = tl.sum((high > high_threshold).to(tl.int32), 0)
-    level = (high == high_threshold) & (i < COUNT)
+    high_threshold = _nth_largest(high, K, 32)
+    still = K - tl.sum((high > high_threshold).to(tl.int32), 0)
+    level = high == high_threshold
     low = tl.load(halves_ptr + 2 * (first + i), mask=level, other=0).to(tl.uint32, bitcast=True)
-    low_threshold = _nth_largest(low, K - above)
+    equal_at_the_edge = tl.sum(level.to(tl.int32), 0) > still  # only then do the lower halves decide
+    low_threshold = _nth_largest(low, still, tl.where(equal_at_the_edge, 32, 0))
     threshold = (high_threshold.to(tl.uint64) << 32) | low_threshold.to(tl.uint64)
 
     stored = tl.program_id(0).to(tl.int64) * K
@@ -193,7 +225,7 @@ def configuration(B: int, D: int, capability: int) -> dict[str, int]:
     """Tiles of pass one: 64 items against up to 64 queries. Hopper's tensor cores take no fewer."""
     return {
         "BLOCK_Q": 64 if capability >= 90 else min(64, max(16, next_power_of_2(B))),
-        "BLOCK_N": 64, "BLOCK_D": max(32, next_power_of_2(D)), "STAGES": 4, "num_warps": 4, "num_stages": 3,
+        "D": D, "BLOCK_N": 64, "BLOCK_D": max(32, next_power_of_2(D)), "STAGES": 3, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -227,9 +259,11 @@ def shipped(capability: int) -> list[Case]:
             label = f"{name} B{B} D{D}{' scaled, excluding' if on else ''}"
             one = configuration(B, D, capability)
             cases.append(Case(f"maxima {label}", _bucket_maxima_kernel, types, {**one, **switches}, uses_tensor_cores=True))
-            two = {"BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": _rescoring_warps(D), **switches}
+            two = {"D": D, "BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": _rescoring_warps(D), **switches}
             cases.append(Case(f"buckets {label}", _score_buckets_kernel, types, two))
-    keys = {"keys_ptr": "*i64", "halves_ptr": "*i32", "best_ptr": "*i64"}
+    keys = {"maxima_ptr": "*fp32", "groups_ptr": "*i64", "keys_ptr": "*i64", "halves_ptr": "*i32", "best_ptr": "*i64"}
+    cases.append(Case("group keys", _group_keys_kernel, keys, {"BLOCK_B": 64, "num_warps": 4}))
+    cases.append(Case("bucket keys", _bucket_keys_kernel, keys, {"BLOCK": GROUPS_A_PROGRAM, "num_warps": 4}))
     return cases + [Case(f"select of {n}", _select_kernel, keys, _selection(n)) for n in (1000, MOST_SELECTED)]
 
 
@@ -251,14 +285,14 @@ def launch(
     maxima[num_buckets:] = -torch.inf
     with device_of(items):
         _bucket_maxima_kernel[(tiles, ceil_div(B, config["BLOCK_Q"]))](
-            queries, items, scale_or_nothing, words, maxima, B, N, D, num_buckets, stride, **config, **switches
+            queries, items, scale_or_nothing, words, maxima, B, N, num_buckets, stride, **config, **switches
         )
         bucket = _best_buckets(maxima, min(k, num_buckets))
         chosen = bucket.shape[1]
         keys = torch.empty(B, chosen * BUCKET, dtype=torch.int64, device=items.device)
         _score_buckets_kernel[(B * chosen,)](
-            queries, items, scale_or_nothing, words, bucket, keys, N, D, chosen, stride,
-            BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=_rescoring_warps(D), **switches,
+            queries, items, scale_or_nothing, words, bucket, keys, N, chosen, stride,
+            D=D, BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=_rescoring_warps(D), **switches,
         )  # fmt: skip
         return _best(_largest(keys, min(k, chosen * BUCKET)), k)
 
@@ -269,18 +303,17 @@ def _best_buckets(maxima: Tensor, count: int) -> Tensor:
     A bucket outside the best groups has as many better or equal, lower buckets before it as there are groups: what holds for
     items and buckets holds again for buckets and groups.
     """
-    total, B = maxima.shape
-    if total // BUCKET <= count:
-        return _rows_of_best(maxima.T, torch.arange(total, device=maxima.device), count)
-    of_group = maxima.unflatten(0, (-1, BUCKET)).amax(1).T
-    group = _rows_of_best(of_group, torch.arange(total // BUCKET, device=maxima.device), count)
-    bucket = (group[:, :, None] * BUCKET + torch.arange(BUCKET, device=maxima.device)).flatten(1)
-    of_bucket = maxima.view(-1)[bucket * B + torch.arange(B, device=maxima.device)[:, None]]
-    return _rows_of_best(of_bucket, bucket, count)
-
-
-def _rows_of_best(scores: Tensor, row: Tensor, count: int) -> Tensor:
-    return _ROWS - (_largest(_keys(scores, row).contiguous(), count) & _ROWS)
+    num_groups, B = maxima.shape[0] // BUCKET, maxima.shape[1]
+    groups = torch.empty(B, num_groups, dtype=torch.int64, device=maxima.device)
+    tile = {"BLOCK_B": min(64, max(16, next_power_of_2(B))), "num_warps": 4}
+    _group_keys_kernel[(num_groups, ceil_div(B, tile["BLOCK_B"]))](maxima, groups, B, num_groups, **tile)
+    if num_groups > count:
+        groups = _largest(groups, count)
+    keys = torch.empty(B, groups.shape[1] * BUCKET, dtype=torch.int64, device=maxima.device)
+    _bucket_keys_kernel[(ceil_div(groups.shape[1], GROUPS_A_PROGRAM), B)](
+        maxima, groups, keys, B, groups.shape[1], BLOCK=GROUPS_A_PROGRAM, num_warps=4
+    )
+    return _ROWS - (_largest(keys, count) & _ROWS)
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:
@@ -333,8 +366,9 @@ def top_k(
     if scale is not None:
         check_tensor("scale", scale, torch.float32, (N,))
     if excluded is not None:
-        rows = 1 if excluded.ndim == 2 and excluded.shape[0] == 1 else queries.shape[0]
-        check_tensor("excluded", excluded, torch.int32, (rows, ceil_div(N, 32)))
+        check_tensor("excluded", excluded, torch.int32, ("B or 1", ceil_div(N, 32)))
+        if excluded.shape[0] != 1:
+            check_tensor("excluded", excluded, torch.int32, (queries.shape[0], ceil_div(N, 32)))
     check_same_device(queries=queries, items=items, scale=scale, excluded=excluded)
     arguments = (queries.detach(), items.detach(), k, scale, excluded)
     return (_run if eager(*arguments) else _operator)(*arguments)

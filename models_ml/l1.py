@@ -5,7 +5,7 @@ is computed once per request and added to every candidate; a candidate's score c
 B requests, C candidates of each (1 in training), H hidden units, T heads; U and I inputs of the reader and of a candidate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from kernels.l1_score import l1_score
 from models_ml import bundle, ranking_rows, request_rows
 from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
-from models_ml.request_inputs import FeatureRows
+from models_ml.request_inputs import READERS, FeatureRows, FewRows, filled_up
 from models_ml.request_rows import AnyRows, RequestTable
-from models_ml.scoring import check_shapes
+from models_ml.scoring import RankingRequest, check_shapes
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.settings import Plan
 
 NAME = "l1"
+
+Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,15 @@ class L1Network(nn.Module):
 
     def utility(self, weights_T: Tensor, user_1U: Tensor, surface_1: Tensor, note_NI: Tensor) -> Tensor:
         """float32 [N]: one request's candidates through the fused ranker; the weighted sum of the heads' probabilities."""
-        return self.utility_of(weights_T, self.request(user_1U, surface_1), self.note_inputs(note_NI))
-
-    def utility_of(self, weights_T: Tensor, request_1I: Tensor, inputs_NI: Tensor) -> Tensor:
-        """`utility` from the inputs of the first layer's two halves."""
+        inputs_NI = self.note_inputs(note_NI)
         place_N = torch.zeros(len(inputs_NI), dtype=torch.int64, device=inputs_NI.device)
+        first_note = self.first_note.weight
+        return l1_score(self.request(user_1U, surface_1), inputs_NI, place_N, *self.layers(first_note), weights_T)[0]
+
+    def layers(self, first_note: Tensor) -> Layers:
+        """The weights as `l1_score` takes them, with these for the inputs of a candidate."""
         first, second, last = self.first_user, self.second, self.last
-        return l1_score(
-            request_1I, inputs_NI, place_N,
-            first.weight, self.first_note.weight, first.bias, second.weight, second.bias, last.weight, last.bias, weights_T,
-        )[0]  # fmt: skip
+        return first.weight, first_note, first.bias, second.weight, second.bias, last.weight, last.bias
 
 
 class L1Objective(nn.Module):
@@ -143,10 +144,13 @@ class L1:
         self.weights_T = weights_T / weights_T.sum()
         self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
-        self._user_rows, self._note_rows = FeatureRows(network.user_inputs), FeatureRows(network.note_inputs)
-        self._surfaces = network.surface.weight.detach()
+        self._user_rows, self._note_rows = FewRows(network.user_inputs), FeatureRows(network.note_inputs)
+        self._surfaces = network.surface.weight.detach().numpy()
+        first_note = network.first_note.weight.detach()[:, self._note_rows.columns_I].contiguous()
+        self._first_user = network.first_user
+        hidden = len(first_note)
+        self._layers = torch.eye(hidden), first_note, torch.zeros(hidden), *network.layers(first_note)[3:]
 
-    @torch.inference_mode()
     def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
         """float32 [N] in [0, 1], higher is better; a row's score depends on nothing in the other rows.
 
@@ -154,9 +158,32 @@ class L1:
         surface: where the feed is shown; None or unknown takes the one seen most in training. Raises ValueError on wrong
         shapes.
         """
-        check_shapes(NAME, user, notes, self.user_features, self.note_features)
-        request_1I = torch.cat([self._user_rows.inputs(user[None]), self._surfaces[self.code_of_surface(surface)][None]], dim=1)
-        return self.network.utility_of(self.weights_T, request_1I, self._note_rows.inputs(notes)).numpy()
+        return self.score_many([RankingRequest(user, notes, surface)])[0]
+
+    @torch.inference_mode()
+    def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
+        """`score` of each, in one pass over all their candidates. A request's scores do not depend on the others': bit for bit
+        where the rows of all come to the same bucket (`request_inputs.filled_up`), else within 2e-6."""
+        if not requests:
+            return []
+        for request in requests:
+            check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)
+        sizes = [len(request.notes) for request in requests]
+        notes_NF = requests[0].notes if len(requests) == 1 else np.concatenate([request.notes for request in requests])
+        # Rows filled up, so that a reader's half is the same whoever else asks; `l1_score` takes it as it is.
+        reader_RI = np.zeros((filled_up(len(requests), READERS), self._first_user.in_features), dtype=np.float32)
+        reader_RI[: len(requests), : self._user_rows.num_inputs] = self._user_rows(np.stack([r.user for r in requests]))
+        codes = [self.code_of_surface(request.surface) for request in requests]
+        reader_RI[: len(requests), self._user_rows.num_inputs :] = self._surfaces[codes]
+        half_RH = self._first_user(torch.from_numpy(reader_RI))[: len(requests)]
+        inputs_NI = self._note_rows.inputs(notes_NF, filled_up(len(notes_NF)))
+        reader_of_N = torch.zeros(len(inputs_NI), dtype=torch.int64)
+        if len(requests) > 1:
+            reader_of_N[: len(notes_NF)] = torch.arange(len(requests)).repeat_interleave(torch.tensor(sizes))
+        utility_N = l1_score(half_RH, inputs_NI, reader_of_N, *self._layers, self.weights_T)[0].numpy()
+        if len(requests) == 1:
+            return [utility_N[: len(notes_NF)]]
+        return np.split(utility_N[: len(notes_NF)], np.cumsum(sizes)[:-1])
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

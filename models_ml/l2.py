@@ -27,10 +27,10 @@ from models_ml import bundle, ranking_rows, request_rows
 from models_ml.attributes import AttributeInputs
 from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
-from models_ml.l2_scorer import L2Scorer
+from models_ml.l2_scorer import Asked, L2Scorer
 from models_ml.notes import NoteTower, NoteWords
 from models_ml.request_rows import AnyRows, Encode, RequestTable
-from models_ml.scoring import check_shapes
+from models_ml.scoring import RankingRequest, check_shapes
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.rows import Rows
@@ -371,7 +371,7 @@ def _optimizer(network: L2Network, config: L2Config) -> torch.optim.Optimizer:
 
 
 class L2:
-    """Serving side; read-only after construction, safe for threads.
+    """Serving side; safe for threads. What changes after construction is what it keeps of the notes, which changes no score.
 
     user_features, note_features: the names, in order, of what `score` takes. heads: what it answers. table_ND: float32 [N + 1,
     D], the notes' embeddings in the order of `shape.words.note_ids`; row 0, of an unknown note, is zeros.
@@ -409,14 +409,30 @@ class L2:
         surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
         `lake.users.attributes`, or None. Raises ValueError on wrong shapes.
         """
-        check_shapes(NAME, user, notes, self.user_features, self.note_features)
-        if len(note_ids) != len(notes):
-            raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
-        history = [self._code_of.get(note_id, 0) for note_id in history_note_ids[-self.history_length :]][::-1]
-        codes = np.array([self._code_of.get(note_id, 0) for note_id in note_ids], dtype=np.int64)
-        attributes_A = self.encoded_attributes(user_attributes)
-        scores_TN = self._scorer(user, self.code_of_surface(surface), attributes_A, history, codes, notes)
-        return dict(zip(self.heads, scores_TN, strict=True))
+        return self.score_many([RankingRequest(user, notes, surface, history_note_ids, note_ids, user_attributes)])[0]
+
+    def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:
+        """`score` of each, in one pass over all their candidates. A request's scores do not depend on the others': bit for bit
+        where the rows of all come to the same bucket (`request_inputs.filled_up`), else within 2e-6."""
+        if not requests:
+            return []
+        scores_RTN = self._scorer([self._asked(request) for request in requests])
+        return [dict(zip(self.heads, scores_TN, strict=True)) for scores_TN in scores_RTN]
+
+    def forget(self) -> None:
+        """Keeps nothing of the requests so far: the next is scored as a first one is."""
+        self._scorer.forget()
+
+    def _asked(self, request: RankingRequest) -> Asked:
+        check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)
+        if len(request.note_ids) != len(request.notes):
+            raise ValueError(
+                f"note_ids and notes must have one row per candidate, got {len(request.note_ids)} and {len(request.notes)}"
+            )
+        history = self.encoded_notes(request.history_note_ids[-self.history_length :])[::-1]
+        codes = self.encoded_notes(request.note_ids)
+        attributes_A = self.encoded_attributes(request.user_attributes)
+        return Asked(request.user, self.code_of_surface(request.surface), attributes_A, history, codes, request.notes)
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

@@ -1,8 +1,22 @@
-"""What L1 and L2 share at their edge: the check of what comes in, and the surface to assume when a request names none."""
+"""What L1 and L2 share at their edge: a request, the check of what comes in, and the surface to assume when a request names
+none."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class RankingRequest:
+    """One reader and their candidates, as `L1.score` and `L2.score` take them by argument; L1 reads the first three."""
+
+    user: np.ndarray
+    notes: np.ndarray
+    surface: str | None = None
+    history_note_ids: Sequence[str] = ()
+    note_ids: Sequence[str] = ()
+    user_attributes: str | None = None
 
 
 def check_shapes(

@@ -35,6 +35,7 @@ def test_auto_never_takes_the_interpreter():
     assert fresh_python(ASSEMBLE_ON_CPU, TRITON_INTERPRET="1").splitlines() == ["[[7]]", "[]"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_triton_on_request_runs_in_the_interpreter_without_a_gpu():
     code = ASSEMBLE_ON_CPU.replace('("triton", "torch._dynamo")', '("triton",)')
     assert fresh_python(code, TRITON_INTERPRET="1", HEADRACE_KERNELS="triton").splitlines() == ["[[7]]", "['triton']"]

@@ -64,7 +64,10 @@ def test_bce_gradients_and_operator(triton_backend):
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)
     assert torch.isfinite(grads[0]).all()
-    torch.library.opcheck(torch.ops.headrace.multitask_bce.default, (logits.requires_grad_(), labels, weight))
+    torch.library.opcheck(
+        torch.ops.headrace.multitask_bce.default,
+        (logits.to(triton_backend).requires_grad_(), labels.to(triton_backend), weight.to(triton_backend)),
+    )
 
 
 # ---- sampled softmax

@@ -11,6 +11,7 @@ import torch
 from models_ml import l1, l2, metrics
 from models_ml.l1 import L1Config
 from models_ml.l2 import L2Config
+from models_ml.scoring import RankingRequest
 from warehouse.errors import HeadraceError
 
 SMALL_L1 = L1Config(hidden=16, epochs=10, batch_size=256)
@@ -221,3 +222,50 @@ def test_l2_refuses_ids_that_do_not_match_their_features(loaded, models):
     user, notes = _request(loaded, num_notes=2)
     with pytest.raises(ValueError, match="one row per candidate, got 1 and 2"):
         models["l2"].score(user, [], ["n1"], notes)
+
+
+def _asked_of_many(loaded, sizes):
+    requests = []
+    for place, num_notes in enumerate(sizes):
+        user, notes = _request(loaded, num_notes, row=3000 + 40 * place)
+        history = [f"n{(7 * place + step) % 120}" for step in range(place + 1)]
+        note_ids = [f"n{(place + step) % 130}" for step in range(num_notes)]
+        requests.append(RankingRequest(user, notes, ("tab_1", None, "tab_0")[place % 3], history, note_ids, None))
+    return requests
+
+
+def _scores_of_many(model, requests):
+    if isinstance(model, l1.L1):
+        return [scores[:, None] for scores in model.score_many(requests)]
+    return [np.column_stack([scores[head] for head in model.heads]) for scores in model.score_many(requests)]
+
+
+def test_requests_together_get_the_scores_that_each_gets_alone(name, loaded, models):
+    requests = _asked_of_many(loaded, [40, 1, 0, 33, 64, 100, 7, 30, 12])
+    together = _scores_of_many(models[name], requests)
+    assert [len(scores) for scores in together] == [40, 1, 0, 33, 64, 100, 7, 30, 12]
+    for request, scores in zip(requests, together, strict=True):
+        (alone,) = _scores_of_many(models[name], [request])
+        assert np.abs(alone - scores).max(initial=0) <= 2e-6
+    assert _scores_of_many(models[name], []) == []
+
+
+def test_in_the_same_bucket_the_scores_are_the_same_bit_for_bit(name, loaded, models):
+    """Thirty-two rows of candidates, sixteen of histories, eight readers: whoever else is in it, wherever a request stands."""
+    first, second, third, fourth = _asked_of_many(loaded, [20, 5, 4, 3])
+    (alone,) = _scores_of_many(models[name], [first])
+    for others in ([second], [third, second], [fourth, third, second]):
+        assert np.array_equal(_scores_of_many(models[name], [first, *others])[0], alone)
+        assert np.array_equal(_scores_of_many(models[name], [*others, first])[-1], alone)
+
+
+def test_what_l2_keeps_of_the_notes_changes_no_bit(loaded, models):
+    model = models["l2"]
+    requests = _asked_of_many(loaded, [40, 33, 64])
+    kept = [_scores_of_many(model, [request])[0] for request in requests]
+    changed = replace(requests[0], notes=requests[0].notes + 1)
+    assert not np.array_equal(_scores_of_many(model, [changed])[0], kept[0])
+    for request, scores in zip(requests, kept, strict=True):
+        assert np.array_equal(_scores_of_many(model, [request])[0], scores)
+        model.forget()
+        assert np.array_equal(_scores_of_many(model, [request])[0], scores)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models_ml.features import FeatureInputs
-from models_ml.request_inputs import FeatureRows, PiecewiseTable
+from models_ml.request_inputs import FeatureRows, FewRows, PiecewiseTable, part_of
 
 NAMES = ("note_num_views_1d", "note_ctr_1d", "note_num_clicks_1d", "note_age_min", "note_spread", "note_num_hides_1d")
 
@@ -32,7 +32,42 @@ def _asked():
 def test_rows_are_the_inputs_without_bins():
     inputs = _fitted(bins=0)
     expected = inputs(torch.from_numpy(_asked()))
-    torch.testing.assert_close(FeatureRows(inputs).inputs(_asked()), expected, rtol=1e-6, atol=2e-6)
+    rows = FeatureRows(inputs)
+    left_out = sorted(set(range(inputs.num_inputs)) - set(rows.columns_I.tolist()))
+    assert (expected[:, left_out] == 0).all()
+    torch.testing.assert_close(rows.inputs(_asked()), expected[:, rows.columns_I], rtol=1e-6, atol=2e-6)
+    filled = rows.inputs(_asked(), 128)
+    assert filled.shape == (128, len(rows.columns_I))
+    torch.testing.assert_close(filled[: len(expected)], expected[:, rows.columns_I], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("bins", [0, 4])
+def test_a_few_rows_are_the_inputs(bins):
+    inputs = _fitted(bins)
+    expected = inputs(torch.from_numpy(_asked()))
+    torch.testing.assert_close(torch.from_numpy(FewRows(inputs)(_asked())), expected, rtol=1e-5, atol=2e-5)
+    assert FewRows(inputs)(np.empty((0, len(NAMES)))).shape == (0, inputs.num_inputs)
+
+
+@pytest.mark.parametrize("bins", [0, 4])
+def test_parts_are_columns_of_the_whole(bins):
+    inputs = _fitted(bins)
+    whole = inputs(torch.from_numpy(_asked()))
+    parts = [part_of(inputs, columns) for columns in ([0, 2, 5], [1, 3, 4], [])]
+    assert sorted(torch.cat([places_I for _, places_I in parts]).tolist()) == list(range(inputs.num_inputs))
+    for columns, (part, places_I) in zip(([0, 2, 5], [1, 3, 4], []), parts, strict=True):
+        assert torch.equal(part(torch.from_numpy(_asked()[:, columns])), whole[:, places_I])
+    with pytest.raises(ValueError, match=r"both counts of a rate or none, got one of .*num_clicks_1d"):
+        part_of(inputs, [0, 1])
+
+
+def test_the_numbers_of_a_row_do_not_depend_on_how_many_rows_there_are():
+    inputs = _fitted(bins=8)
+    table = PiecewiseTable(inputs, torch.randn(1, inputs.num_inputs, 24, generator=torch.Generator().manual_seed(3)))
+    values = _values(200, seed=4)
+    together = table(values)[0]
+    for start, rows in ((0, 1), (7, 5), (3, 8), (11, 16), (1, 33), (60, 100)):
+        assert torch.equal(table(values[start : start + rows])[0], together[start : start + rows])
 
 
 @pytest.mark.parametrize("bins", [0, 1, 4, 8])
