@@ -193,15 +193,25 @@ class TwoTower:
         with torch.inference_mode():
             self._table_ND = network.note_table()
         self.note_vectors: np.ndarray = self._table_ND[1:].numpy()
+        self._attend_D, self._recency_L, self._mix_DD, self._mix_bias_D = (
+            weight.detach().numpy().copy()
+            for weight in (network.attend.weight[0], network.recency_L, network.mix.weight, network.mix.bias)
+        )
 
     def user_vector(self, history_note_ids: Sequence[str]) -> np.ndarray:
         """float32 [D], unit length, zeros if no note of the history is known. Oldest first; the last `history_length` known
         ones count."""
         codes = [self._code_of[note_id] for note_id in reversed(history_note_ids) if note_id in self._code_of]
-        history_1L = torch.zeros(1, self.history_length, dtype=torch.int64)
-        kept = torch.tensor(codes[: self.history_length], dtype=torch.int64)
-        history_1L[0, : len(kept)] = kept
-        return self.user_vectors(history_1L)[0]
+        kept_n = np.array(codes[: self.history_length], dtype=np.int64) - 1
+        if not len(kept_n):
+            return np.zeros(self.note_vectors.shape[1], dtype=np.float32)
+        # `TwoTowerNetwork.user_vectors` of one reader, in numpy: each operation of PyTorch gives the interpreter away
+        notes_nD = self.note_vectors.take(kept_n, axis=0)
+        weight_n = notes_nD @ self._attend_D + self._recency_L[: len(kept_n)]
+        weight_n = np.exp(weight_n - weight_n.max())
+        pooled_D = (weight_n / weight_n.sum()) @ notes_nD
+        mixed_D = pooled_D + self._mix_DD @ pooled_D + self._mix_bias_D
+        return mixed_D / max(float(np.linalg.norm(mixed_D)), 1e-6)
 
     @torch.inference_mode()
     def user_vectors(self, history_BL: Tensor) -> np.ndarray:

@@ -5,9 +5,10 @@ import sys
 
 _YOUNGER_COLLECTIONS = 1000
 """Collections of the middle generation before a full one; Python's own number is 10."""
-_TURN_S = 0.0005
-"""SQLite gives the interpreter away at each row that it reads or writes, and may wait a whole turn to get it back: at the
-default of 5 ms a post of 20 events takes 100 ms beside a busy thread."""
+_TURN_S = 0.0001
+"""SQLite gives the interpreter away at each row that it reads or writes, PyTorch at each operation, and either may wait a
+whole turn to get it back: at the default of 5 ms a post of 20 events takes 100 ms beside a busy thread, and a feed, which is
+a hundred operations, several times what it takes alone."""
 
 
 def settle() -> None:

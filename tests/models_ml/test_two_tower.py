@@ -74,6 +74,14 @@ def test_unknown_notes_of_a_history_are_skipped(model):
     assert np.array_equal(model.user_vector(["x", "n3", "y", "n4", "z"]), model.user_vector(["n3", "n4"]))
 
 
+def test_one_readers_vector_is_that_of_a_batch(model):
+    for length in (1, 3, 10):
+        history_1L = torch.zeros(1, model.history_length, dtype=torch.int64)
+        history_1L[0, :length] = torch.arange(length, 0, -1)  # codes, newest first
+        history = model.note_ids[:length]
+        np.testing.assert_allclose(model.user_vector(history), model.user_vectors(history_1L)[0], atol=1e-6)
+
+
 def test_only_the_end_of_a_long_history_counts(model):
     history = [f"n{place}" for place in range(40)]
     assert np.array_equal(model.user_vector(history), model.user_vector(history[-10:]))
