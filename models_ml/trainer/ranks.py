@@ -46,7 +46,7 @@ class Ranks:
             return objective
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, own)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=ids, **{_BUFFERS: False})
+        return DistributedDataParallel(objective, device_ids=ids, **_OWN_BUFFERS)
 
     def meet(self, what: str) -> None:
         """Waits for all ranks. Raises HeadraceError naming the ones that did not come within `timeout_s`."""
@@ -88,7 +88,7 @@ class Ranks:
 
 # buffers are each rank's own; versions of torch have two words for it
 _WORDS = inspect.signature(DistributedDataParallel.__init__).parameters
-_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _WORDS else "broadcast_buffers"
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _WORDS else "broadcast_buffers": False}
 ALONE = Ranks(0, 1, torch.device("cpu"), 0.0)
 
 
