@@ -3,8 +3,9 @@
     python -m bench.rankers [--threads 2]
 
 Networks with random weights, features fitted on drawn values, at the shape of the project's own: 20 reader features, 49 of a
-candidate. Checked against the network first (2e-6); the two take turns, and the fastest tenth counts. Where there
-is a GPU, whole requests on it follow.
+candidate. Checked against the network first (2e-6); all take turns, and the fastest tenth counts. L2 keeps what notes add to
+its first layer while their features stay the same: a request over notes seen since the tick is timed, and one over none. Four
+readers' requests in one call are timed too. Where there is a GPU, whole requests on it follow.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from models_ml.l1 import L1, L1Config, L1Network
 from models_ml.l2 import L2, L2Config, L2Network, Shape
 from models_ml.notes import NoteWords
 from models_ml.on_device import L1OnDevice, L2OnDevice
+from models_ml.scoring import RankingRequest
 
 WINDOWS = ("1h", "6h", "1d", "7d")
 USER_FEATURES = tuple(
@@ -34,7 +36,7 @@ NOTE_FEATURES = (
 )  # fmt: skip
 TOLERANCE = 2e-6
 
-Pair = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
+Scores = Callable[[], np.ndarray]
 
 
 def values(rows: int, names: tuple[str, ...], seed: int) -> np.ndarray:
@@ -57,8 +59,8 @@ def l1_model() -> L1:
     return L1(network, settings)
 
 
-def l1_pair(candidates: int = 2000) -> Pair:
-    """(`L1.score`, the same by the network)."""
+def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
+    """One request, the same by the network, and as the first of four."""
     model = l1_model()
     network = model.network
     user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
@@ -69,7 +71,13 @@ def l1_pair(candidates: int = 2000) -> Pair:
         logits_NT = network(user_1U, torch.tensor([1]), notes_1NI)[0]
         return (torch.sigmoid(logits_NT) @ model.weights_T).numpy()
 
-    return lambda: model.score(user, notes, surface="home"), plain
+    others = [RankingRequest(values(1, USER_FEATURES, 5 + place)[0], notes, "home") for place in range(3)]
+    four = [RankingRequest(user, notes, "home"), *others]
+    return {
+        "ours": lambda: model.score(user, notes, surface="home"),
+        "the network": plain,
+        "four together": lambda: model.score_many(four)[0],
+    }
 
 
 def l2_model(history: int = 100, width: int = 64) -> L2:
@@ -86,8 +94,8 @@ def l2_model(history: int = 100, width: int = 64) -> L2:
     )
 
 
-def l2_pair(candidates: int = 500, history: int = 100) -> Pair:
-    """(`L2.score` of the first head, the same by the network)."""
+def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
+    """The first head of one request, of one whose notes were never seen, the same by the network, and as the first of four."""
     model = l2_model(history)
     network, note_ids = model.network, model.shape.words.note_ids
     user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
@@ -102,7 +110,23 @@ def l2_pair(candidates: int = 500, history: int = 100) -> Pair:
         logits_KNT = network.logits(reader, codes_1N, notes_1NI, model.table_ND)[:, 0]
         return torch.sigmoid(logits_KNT).mean(0)[:, 0].numpy()
 
-    return lambda: model.score(user, watched, asked, notes, surface="home")[model.heads[0]], plain
+    def ours() -> np.ndarray:
+        return model.score(user, watched, asked, notes, surface="home")[model.heads[0]]
+
+    def never_seen() -> np.ndarray:
+        model.forget()
+        return ours()
+
+    four = [RankingRequest(user, notes, "home", watched, asked)]
+    for place in range(1, 4):
+        other_history = note_ids[place * history : (place + 1) * history]
+        four.append(RankingRequest(values(1, USER_FEATURES, 5 + place)[0], notes, "home", other_history, asked))
+    return {
+        "ours": ours,
+        "the network": plain,
+        "notes never seen": never_seen,
+        "four together": lambda: model.score_many(four)[0][model.heads[0]],
+    }
 
 
 def main() -> int:
@@ -110,15 +134,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name, goal_ms, (ours, plain) in (("L1, 2,000 candidates", 1, l1_pair()), ("L2, 500 x 100 x d64", 2, l2_pair())):
-        off = float(np.abs(ours() - plain()).max())
+    for name, goal_ms, scores in (("L1, 2,000 candidates", 1, l1_scores()), ("L2, 500 x 100 x d64", 2, l2_scores())):
+        expected = scores["the network"]()
+        off = max(float(np.abs(score() - expected).max()) for score in scores.values())
         if off > TOLERANCE:
             print(f"{name}: WRONG, off by {off:.1e}")
             return 1
-        ours_us, plain_us = microseconds([[ours], [plain]], torch.device("cpu"))
+        times = zip(scores, microseconds([[score] for score in scores.values()], torch.device("cpu")), strict=True)
         print(
-            f"{name}: {ours_us / 1e3:.2f} ms, network {plain_us / 1e3:.2f} ms, {plain_us / ours_us:.1f} times; "
-            f"goal {goal_ms} ms; off by {off:.0e}"
+            f"{name}, goal {goal_ms} ms: "
+            + ", ".join(f"{what} {us / 1e3:.2f} ms" for what, us in times)
+            + f"; off by {off:.0e}"
         )
     if torch.cuda.is_available():
         on_a_gpu(torch.device("cuda"))

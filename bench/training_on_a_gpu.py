@@ -77,7 +77,7 @@ def retrieval(config: TwoTowerConfig, num_notes: int, num_pairs: int) -> Work:
     """A two-tower on pairs of a history and the note that came next."""
     rng = np.random.default_rng(0)
     target = 1 + (rng.zipf(1.2, num_pairs) - 1) % num_notes
-    history = rng.integers(0, num_notes + 1, (num_pairs, config.history_length))
+    history = rng.integers(0, num_notes + 1, (num_pairs, config.history_length), dtype=np.int32)
     words = NoteWords(
         [f"note_{number}" for number in range(num_notes)], [f"author_{number}" for number in range(1000)], ["topic"]
     )

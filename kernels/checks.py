@@ -16,6 +16,8 @@ def check_tensor(name: str, value: Tensor, dtype: torch.dtype | tuple[torch.dtyp
     if value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor {wanted}, got one of layout {str(value.layout).removeprefix('torch.')}")
     fits = value.ndim == len(shape) and all(
         isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
     )

@@ -261,12 +261,22 @@ def _check_contents(ids: Tensor, feature: Tensor, offsets: Tensor | None, bag_of
             raise ValueError(f"offsets must rise from 0 to {n}, the number of ids, got {int(offsets[0])} .. {int(offsets[-1])}")
 
 
+def _check_tables(slots: Tensor, slot_base: Tensor, slot_mask: Tensor, row_base: Tensor, weights: Tensor) -> None:
+    check_indices("slot_base", slot_base, 0, slots.shape[0])
+    check_indices("slot_mask", slot_mask, 0, slots.shape[0])
+    check_indices("slot_base + slot_mask", slot_base + slot_mask, 0, slots.shape[0])
+    check_indices("row_base", row_base, 0, weights.shape[0])
+    check_indices("rows in slots", slots[:, 1], 0, weights.shape[0])
+
+
 def _run(
     ids: Tensor, feature: Tensor, offsets: Tensor | None, bag_of_row: Tensor | None, slots: Tensor, slot_base: Tensor,
     slot_mask: Tensor, row_base: Tensor, weights: Tensor, scale: Tensor | None, longest_probe: int, pooling: str,
 ) -> Tensor:  # fmt: skip
     if debug() or not ids.is_cuda:
         _check_contents(ids, feature, offsets, bag_of_row, slot_base.shape[0])
+    if debug():
+        _check_tables(slots, slot_base, slot_mask, row_base, weights)
     if weights.dtype not in KERNEL_TYPES or weights.shape[1] > WIDEST or not use_triton(ids):
         return embedding_lookup_reference(
             ids, feature, offsets, bag_of_row, slots, slot_base, slot_mask, row_base, weights, scale, longest_probe, pooling
@@ -330,8 +340,11 @@ def embedding_lookup(
         raise ValueError(f"scale must be given with int8 weights and with no others, got weights of {tables.weights.dtype}")
     if tables.scale is not None:
         check_tensor("scale", tables.scale, (torch.float32, torch.bfloat16, torch.float16), (tables.weights.shape[0],))
-    check_same_device(
-        ids=ids, feature=feature, offsets=offsets, bag_of_row=bag_of_row, slots=tables.slots, weights=tables.weights
-    )
+    check_tensor("slots", tables.slots, torch.int64, ("P", 2))
+    check_tensor("slot_base", tables.slot_base, torch.int64, ("F",))
+    for name in ("slot_mask", "row_base"):
+        check_tensor(name, getattr(tables, name), torch.int64, (tables.slot_base.shape[0],))
+    tensors = {name: value for name, value in tables._asdict().items() if name != "longest_probe"}
+    check_same_device(ids=ids, feature=feature, offsets=offsets, bag_of_row=bag_of_row, **tensors)
     arguments = (ids, feature, offsets, bag_of_row, *tables, pooling)
     return (_run if eager(*arguments) else _operator)(*arguments)

@@ -208,5 +208,8 @@ def l1_score(
     if T > MOST_HEADS or G > WIDEST_SECOND_LAYER:
         raise ValueError(f"heads must be at most {MOST_HEADS} x {WIDEST_SECOND_LAYER}, got {T} x {G}")
     arguments = (user, item, user_of_item, first_user, first_item, first_bias, second, second_bias, heads, heads_bias, mix)
-    check_same_device(user=user, item=item, user_of_item=user_of_item, first_item=first_item, second=second, heads=heads)
+    check_same_device(
+        user=user, item=item, user_of_item=user_of_item, first_user=first_user, first_item=first_item, first_bias=first_bias,
+        second=second, second_bias=second_bias, heads=heads, heads_bias=heads_bias, mix=mix,
+    )  # fmt: skip
     return (_run if eager(*arguments) else _operator)(*arguments)

@@ -288,5 +288,8 @@ def sampled_softmax(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     arguments = (query, positive, negative, log_q_positive, log_q_negative, positive_id, negative_id)
-    check_same_device(query=query, positive=positive, negative=negative, log_q_positive=log_q_positive, negative_id=negative_id)
+    check_same_device(
+        query=query, positive=positive, negative=negative, log_q_positive=log_q_positive, log_q_negative=log_q_negative,
+        positive_id=positive_id, negative_id=negative_id,
+    )  # fmt: skip
     return (_run if eager(*arguments) else _operator)(*arguments, temperature)[0]

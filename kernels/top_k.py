@@ -366,8 +366,9 @@ def top_k(
     if scale is not None:
         check_tensor("scale", scale, torch.float32, (N,))
     if excluded is not None:
-        rows = 1 if excluded.ndim == 2 and excluded.shape[0] == 1 else queries.shape[0]
-        check_tensor("excluded", excluded, torch.int32, (rows, ceil_div(N, 32)))
+        check_tensor("excluded", excluded, torch.int32, ("B or 1", ceil_div(N, 32)))
+        if excluded.shape[0] != 1:
+            check_tensor("excluded", excluded, torch.int32, (queries.shape[0], ceil_div(N, 32)))
     check_same_device(queries=queries, items=items, scale=scale, excluded=excluded)
     arguments = (queries.detach(), items.detach(), k, scale, excluded)
     return (_run if eager(*arguments) else _operator)(*arguments)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from models_ml.distillation import DistillationConfig
 from models_ml.floor import FloorConfig
 from models_ml.item_to_item import ItemToItemConfig
 from models_ml.l1 import L1Config
@@ -30,6 +31,7 @@ class Configs:
     l1: L1Config = field(default_factory=L1Config)
     l2: L2Config = field(default_factory=L2Config)
     floor: FloorConfig = field(default_factory=FloorConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     seed: int = 0
 

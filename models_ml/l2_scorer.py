@@ -151,13 +151,14 @@ class L2Scorer:
     def _made_of_notes(self, known_NF: np.ndarray) -> Tensor:
         """[N, K * H]: what notes add by themselves. Their codes, as bits, stand before their features."""
         codes_N = torch.from_numpy(known_NF[:, 0].view(np.int32))
-        rows_NW = torch.cat(self._of_notes_features(known_NF[:, 1:]), dim=1)
         # one shape of product whatever the number of rows, so that a row's bits are its own
-        for codes_B, rows_BW in zip(codes_N.split(BLOCK), rows_NW.split(BLOCK), strict=True):
-            block_BD = torch.zeros(BLOCK, self._width)
-            block_BD[: len(codes_B)] = self._table_ND.index_select(0, codes_B)
-            rows_BW += (block_BD @ self._of_embedding_DW)[: len(codes_B)]
-        return rows_NW
+        rows_NW = torch.zeros(filled_up(len(codes_N), BLOCK), self._of_embedding_DW.shape[1])
+        torch.cat(self._of_notes_features(known_NF[:, 1:]), dim=1, out=rows_NW[: len(codes_N)])
+        notes_ND = torch.zeros(len(rows_NW), self._width)
+        torch.index_select(self._table_ND, 0, codes_N, out=notes_ND[: len(codes_N)])
+        for rows_BW, notes_BD in zip(rows_NW.split(BLOCK), notes_ND.split(BLOCK), strict=True):
+            rows_BW.addmm_(notes_BD, self._of_embedding_DW)
+        return rows_NW[: len(codes_N)]
 
     def _histories(self, histories: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each request: [n, D + 1], what a note is multiplied by and what is added to give its match; [n, D], what it reads;

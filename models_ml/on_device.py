@@ -23,7 +23,7 @@ from kernels.graphed import Graphed, Recording, record_cuda_graph
 from kernels.top_k import SMALLEST_PROBLEM, top_k
 from models_ml.l1 import L1
 from models_ml.l2 import L2
-from models_ml.scoring import check_shapes
+from models_ml.scoring import RankingRequest, check_shapes
 from warehouse.errors import HeadraceError
 
 Record = Callable[..., Recording]
@@ -99,6 +99,10 @@ class L1OnDevice:
         check_shapes("l1", user, notes, self.user_features, self.note_features)
         return self.ranker(user=user, surface=np.array([self._model.code_of_surface(surface)]), notes=notes)
 
+    def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
+        """As `L1.score_many`, one graph after the other."""
+        return [self.score(request.user, request.notes, surface=request.surface) for request in requests]
+
 
 class L2OnDevice:
     """`L2` with its network and note table on a device; the same `score`. Raises ValueError above `most_candidates`.
@@ -158,6 +162,16 @@ class L2OnDevice:
             raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
         scores_NT = self.ranker(**self._values(user, history_note_ids, note_ids, notes, surface, user_attributes))
         return {head: scores_NT[:, column] for column, head in enumerate(self.heads)}
+
+    def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:
+        """As `L2.score_many`, one graph after the other."""
+        return [
+            self.score(
+                request.user, request.history_note_ids, request.note_ids, request.notes,
+                surface=request.surface, user_attributes=request.user_attributes,
+            )
+            for request in requests
+        ]  # fmt: skip
 
     def _values(
         self,

@@ -75,7 +75,9 @@ def requests_of(examples: Examples, rows: np.ndarray) -> pa.Table:
         columns[name] = nested(_numbers(note_RF[:, column]))
     for name, label_R in examples.labels.items():
         label = label_R[rows]
-        columns[f"label_{name}"] = nested(pa.array(np.nan_to_num(label).astype(np.int8), mask=np.isnan(label)))
+        is_certain = np.isin(np.nan_to_num(label), (0, 1)).all()  # a teacher's are probabilities
+        known = np.nan_to_num(label).astype(np.int8 if is_certain else np.float32)
+        columns[f"label_{name}"] = nested(pa.array(known, mask=np.isnan(label)))
     return pa.table(columns)
 
 

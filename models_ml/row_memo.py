@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PLACES, WAYS = 8192, 4
+PLACES, WAYS = 16384, 4
 """Powers of two. With 4 members of 96 units a place is 1.5 KB, and 4 bytes a feature; places never used cost no memory."""
 
 
@@ -53,6 +53,7 @@ class RowMemo:
         """Empties all places."""
         with self._lock:
             self._hash_S[:] = 0
+            self._oldest_of_set[:] = 0
 
     def _keep(self, hash_M: np.ndarray, bits_MF: np.ndarray, made_MW: Tensor) -> None:
         hashes, row = np.unique(hash_M, return_index=True)
@@ -67,4 +68,9 @@ class RowMemo:
             np.add.at(self._oldest_of_set, sets, 1)
             place = sets * WAYS + way
             self._hash_S[sets, way], self._bits_SF[place] = hashes, bits_MF[row]
-            self._rows_SW.index_copy_(0, torch.from_numpy(place), made_MW.index_select(0, torch.from_numpy(row)))
+            if len(row) == len(made_MW):
+                place_of_M = np.empty_like(place)
+                place_of_M[row] = place
+                self._rows_SW.index_copy_(0, torch.from_numpy(place_of_M), made_MW)
+            else:
+                self._rows_SW.index_copy_(0, torch.from_numpy(place), made_MW.index_select(0, torch.from_numpy(row)))

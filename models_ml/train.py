@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from models_ml import calibration, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
+from models_ml import calibration, distillation, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
 from models_ml.configuration import Configs
 from models_ml.examples import Examples
 from models_ml.registry import Registry
@@ -28,7 +28,7 @@ from models_ml.trainer.ranks import ALONE, Ranks
 from warehouse.durable import replace_file
 from warehouse.home import REPOSITORY
 
-MODELS = ("item_to_item", "two_tower", "l1", "l2", "floor")
+MODELS = ("item_to_item", "two_tower", "l2", "l1", "floor")
 REPORT = "report.json"
 
 Progress = Callable[[str, int, int], None]
@@ -108,11 +108,21 @@ class _Run:
         self._publish("two_tower", model.to_files(), recall)
 
     def l1(self) -> None:
-        model = l1.train(self.examples, self.configs.l1, self.seed, self._progress_of("l1"), self.rows, self._run_of("l1"))
+        rows, about = self.rows, {}
+        if self.configs.distillation.share:
+            # the L2 of this run, or else the one in production; the first rank's, which alone is calibrated
+            said = None
+            if self.options.ranks.is_first:
+                teacher = self.versions.get("l2") or self.registry.resolve("l2")
+                about = {"teacher": f"l2@{teacher}", "distillation": asdict(self.configs.distillation)}
+                said = l2.load(self.registry.path("l2", teacher)).score_rows(self.examples, self.examples.train_rows)
+            said = self.options.ranks.share(said)
+            rows = distillation.taught_rows(self.examples, said, self.configs.distillation)
+        model = l1.train(self.examples, self.configs.l1, self.seed, self._progress_of("l1"), rows, self._run_of("l1"))
         if not self.options.ranks.is_first:
             return
         self._rank("l1", model.score_rows(self.examples, self.examples.test_rows))
-        self._publish("l1", model.to_files(), self.ranking["l1"], model)
+        self._publish("l1", model.to_files(), self.ranking["l1"], model, about)
 
     def l2(self) -> None:
         model = l2.train(self.examples, self.configs.l2, self.seed, self._progress_of("l2"), self.rows, self._run_of("l2"))
@@ -137,7 +147,14 @@ class _Run:
         self.predictions[name] = predictions
         self.ranking[name] = evaluation.ranking(self.examples, predictions)
 
-    def _publish(self, name: str, files: Mapping[str, bytes], metrics: Mapping[str, Any], model: Any = None) -> None:
+    def _publish(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        metrics: Mapping[str, Any],
+        model: Any = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         features = {"user_features": model.user_features, "note_features": model.note_features} if model else {}
         manifest = {
             "config": asdict(getattr(self.configs, name)),
@@ -150,6 +167,7 @@ class _Run:
             "declarations_hash": self.examples.manifest.get("declarations_hash"),
             "code_revision": code_revision(),
             **features,
+            **(about or {}),
         }
         published = self.registry.publish(name, files, manifest)
         self.registry.set_alias(name, "candidate", published)
@@ -179,7 +197,7 @@ def train(
         raise ValueError(f"models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
     run = _Run(examples, configs, seed, registry, progress, options)
     if not options.ranks.is_first:
-        for name in ("two_tower", "l1", "l2"):
+        for name in ("two_tower", "l2", "l1"):
             if name in names:
                 getattr(run, name)()
         return {}

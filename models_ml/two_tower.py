@@ -150,6 +150,7 @@ def train(
     if len(targets) < 2:
         raise HeadraceError(f"two_tower needs at least 2 clicks with a history before them, the export has {len(targets)}")
     # a pair is a request with one candidate, the note that came next
+    histories = histories.astype(np.int32)  # copied at each step
     pairs = Rows(np.arange(len(targets)), {"history": histories}, {"target": targets}, np.arange(len(targets) + 1))
     counts_N = torch.bincount(torch.from_numpy(targets), minlength=len(words.note_ids) + 1)
     log_q_N = (counts_N.clamp(min=1) / len(targets)).log()
@@ -165,7 +166,7 @@ def train(
 
 
 def tensors_of(rows: Rows) -> dict[str, Tensor]:
-    """history int64 [B, L], target [B], and how many pairs these are (none: one pair that does not count)."""
+    """history int32 [B, L], target int64 [B], and how many pairs these are (none: one pair that does not count)."""
     pairs = rows.or_empty_row()
     target_B = pairs.per_candidate["target"] if len(rows) else np.zeros(1, dtype=np.int64)
     return {

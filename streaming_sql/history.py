@@ -18,6 +18,8 @@ from warehouse.landing import EVENTS, landed_position
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US
 
 _READ_LIMIT = 50_000
+_FEW = 1000
+"""Instants that a condition lists."""
 
 
 class History(Protocol):
@@ -31,29 +33,64 @@ class History(Protocol):
         """
 
 
-def around_sql(keys: Sequence[tuple[str, ...]]) -> str:
-    """DuckDB `select` of `History.around` from the relations `history` (EVENTS_SCHEMA) and `asked` (event_id)."""
-    names = "".join(f", {column}" for column in sorted({column for columns in keys for column in columns}))
+def around(connection: duckdb.DuckDBPyConnection, keys: Sequence[tuple[str, ...]]) -> pa.Table:
+    """`History.around` on a DuckDB that has the relations `history` (EVENTS_SCHEMA) and `asked` (event_id).
+
+    Each look at `history` is bounded by landing times, so that of a lake it opens few files: an event of a block landed at most
+    F before its start and H after its end (others are dead letters), and H before a landing nothing decides about it.
+    """
+    columns = sorted({column for columns in keys for column in columns})
+    names = "".join(f", {column}" for column in columns)
+    block = f"epoch_us(event_ts) // {FIVE_MINUTES_US}"
+    connection.execute(
+        f"create or replace temp table targets as select {block} as block{names} from history "
+        "where event_type <> 'retraction' and event_id in (select event_id from asked)"
+    )
+    first, last = connection.execute("select min(block), max(block) from targets").fetchall()[0]
+    if first is None:
+        return EVENTS_SCHEMA.empty_table()
+    from_us, until_us = first * FIVE_MINUTES_US - FURTHEST_AHEAD_US, (last + 1) * FIVE_MINUTES_US + DUPLICATE_MEMORY_US
+    connection.execute(
+        f"create or replace temp table near as select event_id, landed_at, {block} as block{names} from history "
+        f"where {_landed(from_us, until_us)} and {block} in (select block from targets)"
+    )
     neighbours = [
-        "select near.event_id from near inner join targets on "
+        "select near.event_id, near.landed_at from near inner join targets on "
         + "".join(f"near.{key} = targets.{key} and " for key in columns)
         + "near.block = targets.block"
         for columns in sorted(set(keys))
     ]
-    return f"""
-        with targets as materialized (
-            select epoch_us(event_ts) // {FIVE_MINUTES_US} as block{names} from history
-            where event_id in (select event_id from asked)
-        ),
-        near as materialized (
-            select event_id, event_type, retracts, epoch_us(event_ts) // {FIVE_MINUTES_US} as block{names} from history
-            where event_type = 'retraction' or epoch_us(event_ts) // {FIVE_MINUTES_US} in (select block from targets)
-        ),
-        wanted as materialized (select event_id from asked union {" union ".join(neighbours)}),
-        retracting as (select event_id from near where event_type = 'retraction' and retracts in (select event_id from wanted))
-        select {", ".join(EVENTS_SCHEMA.names)} from history
-        where event_id in (select event_id from wanted union select event_id from retracting)
-    """
+    connection.execute(
+        "create or replace temp table wanted as select event_id, landed_at from near "
+        f"where event_id in (select event_id from asked) union {' union '.join(neighbours)}"
+    )
+    oldest_us = _oldest_wanted_us(connection)
+    if oldest_us is None:
+        return EVENTS_SCHEMA.empty_table()
+    connection.execute(
+        "insert into wanted select event_id, landed_at from history where event_type = 'retraction' "
+        f"and {_landed(oldest_us)} and retracts in (select event_id from wanted)"
+    )
+    ids = "select event_id from wanted"
+    recent = _landed(_oldest_wanted_us(connection) or 0)
+    landings = connection.execute(
+        f"select distinct epoch_us(landed_at) from history where {recent} and event_id in ({ids})"
+    ).fetchall()
+    rows = f"select {', '.join(EVENTS_SCHEMA.names)} from history where event_id in ({ids})"
+    if len(landings) <= _FEW:  # then the other columns are read of few files
+        rows += f" and landed_at in ({', '.join(f'make_timestamptz({landed_us})' for (landed_us,) in landings)})"
+    return connection.execute(rows).to_arrow_table().cast(EVENTS_SCHEMA)
+
+
+def _oldest_wanted_us(connection: duckdb.DuckDBPyConnection) -> int | None:
+    """Before this instant nothing decides about what is wanted; None where nothing is."""
+    (oldest_us,) = connection.execute("select min(epoch_us(landed_at)) from wanted").fetchall()[0]
+    return None if oldest_us is None else oldest_us - DUPLICATE_MEMORY_US
+
+
+def _landed(from_us: int, until_us: int | None = None) -> str:
+    bound = f"landed_at >= make_timestamptz({max(from_us, 0)})"
+    return bound if until_us is None else f"{bound} and landed_at <= make_timestamptz({max(until_us, 0)})"
 
 
 def asked(event_ids: Iterable[str]) -> pa.Table:
@@ -81,6 +118,7 @@ class LakeAndLog:
     def around(self, event_ids: Iterable[str], keys: Sequence[tuple[str, ...]], position: Position, since_us: int) -> pa.Table:
         if self._connection is None:
             self._connection = duckdb_connection()
+            self._connection.execute("set parquet_metadata_cache = true; set threads = 1")  # files of the lake never change
         connection = self._connection
         landed = landed_position(self._lake)
         in_lake = tuple(min(pair) for pair in zip(landed, position, strict=True))
@@ -92,11 +130,11 @@ class LakeAndLog:
         names = ", ".join(EVENTS_SCHEMA.names)
         connection.execute(
             f"create or replace temp view history as "
-            f"select {names} from ({self._lake.view_sql(EVENTS)}) as landed "
+            f"select {names} from ({self._lake.files_sql(EVENTS) or self._lake.view_sql(EVENTS)}) as landed "
             f"where landed_at >= make_timestamptz({oldest_landing_us(since_us)}) and ({below_sql(in_lake)}) "
             f"union all select {names} from in_log where {below_sql(position)}"
         )
-        return connection.execute(around_sql(keys)).to_arrow_table().cast(EVENTS_SCHEMA)
+        return around(connection, keys)
 
     def _not_landed(self, landed: Position, position: Position) -> pa.Table:
         """The log's records from the landed position to at least `position`."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from streaming_sql.event_log import Position
 from streaming_sql.feed import Feed
-from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
+from streaming_sql.history import around, asked, below_sql, oldest_landing_us
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import OnlineStore, StoreView
 from warehouse.connections import duckdb_connection
@@ -129,7 +129,7 @@ class _Taken:
             f"create or replace temp table history as select * from taken "
             f"where landed_at >= make_timestamptz({oldest_landing_us(since_us)}) and ({below_sql(position)})"
         )
-        return connection.execute(around_sql(keys)).to_arrow_table().cast(EVENTS_SCHEMA)
+        return around(connection, keys)
 
 
 def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

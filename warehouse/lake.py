@@ -184,14 +184,14 @@ class Lake:
         """An in-memory DuckDB with a view of each of these tables at its current snapshot. Loads the Iceberg extension (a third
         of a second, to check 80 MB of signatures) only where a table is not just its Parquet files, or `more` views follow."""
         connection = plain_connection()
-        views = {name: self._files_sql(name) for name in names}
+        views = {name: self.files_sql(name) for name in names}
         if more or not all(views.values()):
             prepare_connection(connection)
         for name, sql in views.items():
             _create_view(connection, name, sql or self.view_sql(name))
         return connection
 
-    def _files_sql(self, name: str) -> str | None:
+    def files_sql(self, name: str) -> str | None:
         """`select` of the table's Parquet files; None where they are not the table: rows deleted apart, changed columns."""
         table = self.table(name)
         if table.current_snapshot() is None:

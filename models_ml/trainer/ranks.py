@@ -4,6 +4,7 @@
 otherwise. What ranks tell each other always goes over gloo, so that a rank that hangs can be named.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Ranks:
             return objective
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, own)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=ids, forward_sync_buffers=False)
+        return DistributedDataParallel(objective, device_ids=ids, **_OWN_BUFFERS)
 
     def meet(self, what: str) -> None:
         """Waits for all ranks. Raises HeadraceError naming the ones that did not come within `timeout_s`."""
@@ -85,6 +86,9 @@ class Ranks:
                 dist.broadcast(tensor.detach(), src=0)  # the graph must not know of it
 
 
+# buffers are each rank's own; versions of torch have two words for it
+_WORDS = inspect.signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _WORDS else "broadcast_buffers": False}
 ALONE = Ranks(0, 1, torch.device("cpu"), 0.0)
 
 

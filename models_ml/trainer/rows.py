@@ -38,12 +38,23 @@ class Rows:
         """The rows at these places, in this order."""
         starts, counts = self.offsets[places], self.offsets[places + 1] - self.offsets[places]
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        candidates = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
+        is_one_each = self.num_candidates == len(self) and (counts == 1).all()
+        candidates = starts if is_one_each else np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
         return Rows(
             self.row_id[places],
             {name: part[places] for name, part in self.per_row.items()},
             {name: part[candidates] for name, part in self.per_candidate.items()},
             offsets,
+        )
+
+    def part(self, start: int, end: int) -> "Rows":
+        """The rows from one place to another, nothing copied."""
+        first, last = self.offsets[start], self.offsets[end]
+        return Rows(
+            self.row_id[start:end],
+            {name: part[start:end] for name, part in self.per_row.items()},
+            {name: part[first:last] for name, part in self.per_candidate.items()},
+            self.offsets[start : end + 1] - first,
         )
 
     def or_empty_row(self) -> "Rows":
@@ -91,7 +102,7 @@ class ArraySource:
 
     def read(self, group: int) -> Rows:
         start = group * self._group_size
-        return self._rows.take(np.arange(start, start + self.group_sizes[group]))
+        return self._rows.part(start, start + self.group_sizes[group])
 
 
 class PartOf:

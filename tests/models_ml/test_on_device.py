@@ -11,6 +11,7 @@ from models_ml import l1, l2, two_tower
 from models_ml.l1 import L1Config
 from models_ml.l2 import L2Config
 from models_ml.on_device import L1OnDevice, L2OnDevice, VectorsOnDevice, device_from_env, moved
+from models_ml.scoring import RankingRequest
 from models_ml.two_tower import TwoTowerConfig
 from warehouse.errors import HeadraceError
 
@@ -77,6 +78,19 @@ def test_replays_at_bucketed_sizes_score_the_same_whatever_was_there_before(devi
         expected = scores(model, loaded, num_notes, row=row)
         assert np.abs(scores(on_device, loaded, num_notes, row=row) - expected).max() <= 1e-6
     assert record.captured == [256, 64]
+
+
+@pytest.mark.parametrize("device_class", [L1OnDevice, L2OnDevice])
+def test_several_requests_get_what_each_gets_from_the_model(device_class, loaded, models):
+    model = models["l1" if device_class is L1OnDevice else "l2"]
+    asked = []
+    for history, num_notes in zip(HISTORIES, (40, 0, 7, 33), strict=True):
+        user, note_ids, notes = values(loaded, num_notes, 3000 + num_notes)
+        asked.append(RankingRequest(user, notes, "tab_0", history, note_ids, '{"keen": "true"}'))
+    expected, found = model.score_many(asked), device_class(model, CPU, 200).score_many(asked)
+    for wanted, got in zip(expected, found, strict=True):
+        for head in model.heads if isinstance(model, l2.L2) else (slice(None),):
+            assert np.abs(wanted[head] - got[head]).max(initial=0.0) <= 1e-6
 
 
 def test_a_ranker_that_cannot_be_captured_is_called_plainly(loaded, models, caplog):

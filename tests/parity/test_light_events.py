@@ -22,6 +22,7 @@ from tests.parity.generated_events import event_log, heartbeats, some_reads
 from tests.parity.test_batch_equals_oracle import assert_equal, build, read_batch
 from tests.parity.test_dbt_equals_oracle import land
 from tests.streaming_sql.postgres import postgres
+from tests.streaming_sql.test_risingwave_models import compile_models
 from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
@@ -351,3 +352,29 @@ def project_with(folder: Path, entries: list[dict], model: str = "stg_engagement
         "{name: at, data_type: timestamptz}, {name: author_id, data_type: bigint}]\n"
     )
     return folder
+
+
+def test_on_risingwave_the_staging_view_joins_models_over_the_lakes_tables(copied, tmp_path):  # noqa: F811
+    declare(copied)
+    stream = copied / "streaming_sql" / "models" / "stream"
+    tables = ("note_versions", "author_versions")
+    for name in tables:
+        (stream / f"{name}.sql").write_text(
+            f"{{{{ config(materialized='source') }}}}\n\n{{{{ lake_source('outside', '{name}') }}}}\n"
+        )
+    staging = stream / "stg_engagements.sql"
+    staging.write_text("".join(f"-- depends_on: {{{{ ref('{name}') }}}}\n" for name in tables) + staging.read_text())
+    (stream / "light_authors.sql").write_text(
+        "{{ block_rows(feature_group('light_authors'), ref('stg_engagements'), ref('stg_retracted_events')) }}\n"
+    )
+    done = compile_models(tmp_path / "home", project=copied)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "home" / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
+    compiled = {path.stem: path.read_text() for path in folder.glob("*.sql")}
+    assert "connector = 'iceberg'" in compiled["note_versions"]
+    assert "table.name = 'note_versions'" in compiled["note_versions"]
+    expected = render.staging_sql('"dev"."public"."arrivals"', "risingwave", ATTRIBUTES)
+    for name in tables:
+        expected = expected.replace(f"outside.{name}", f'"dev"."public"."{name}"')
+    assert "".join(compiled["stg_engagements"].partition("with arrivals")[1:]).split() == expected.split()
+    assert "note_length_ms" in compiled["light_authors"]

@@ -8,7 +8,7 @@ import orjson
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from streaming_sql.history import around_sql, asked, below_sql, oldest_landing_us
+from streaming_sql.history import around, asked, below_sql, oldest_landing_us
 from streaming_sql.records import to_table
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import load_groups
@@ -92,7 +92,7 @@ class ListHistory:
                 f"create temp table history as select * from records "
                 f"where landed_at >= make_timestamptz({oldest}) and ({below_sql(position)})"
             )
-            return connection.execute(around_sql(keys)).to_arrow_table().cast(EVENTS_SCHEMA)
+            return around(connection, keys)
 
 
 def as_table(records: list[dict]) -> pa.Table:
