@@ -7,7 +7,7 @@ keeps a store of its own up to date from the log, and the one that leads lands, 
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,7 @@ class Engine:
         assert self.runner is not None
         assert self.world is not None
         positions = self.log.append(events)
+        self._note(self.world, self.world.readers.note_events(events))  # the stream's thread, which tells it too, may be busy
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
@@ -247,14 +248,19 @@ class Engine:
 
         def hear(records: pa.Table) -> None:
             current = self.world or world
-            for user_id in current.readers.note_records(records):
-                current.last_pages.forget(user_id)
+            self._note(current, current.readers.note_records(records))
 
         runner.start(hear)
         world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
+
+    @staticmethod
+    def _note(world: World, user_ids: Iterable[str]) -> None:
+        """What is kept of a reader is stale once there are new events of theirs."""
+        for user_id in user_ids:
+            world.last_pages.forget(user_id)
 
     def _readers(self, lake: Lake, event_log: Log) -> Readers:
         """What the lake knows, and the log's records that had not landed when the lake was read."""

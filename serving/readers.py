@@ -91,17 +91,18 @@ class Readers:
     def note_records(self, records: pa.Table) -> list[str]:
         """`note_events` of records of the log (EVENTS_SCHEMA); the readers that are among them."""
         events = records.select(_NOTED).filter(pc.is_valid(records["user_id"])).to_pylist()
-        self.note_events(events)
-        return list(dict.fromkeys(event["user_id"] for event in events))
+        return self.note_events(events)
 
-    def note_events(self, events: Iterable[Mapping]) -> None:
+    def note_events(self, events: Iterable[Mapping]) -> list[str]:
         """Events that the log has; noting one again changes nothing but `num_events`. Looked at are `user_id`, `note_id`,
-        `author_id`, `event_type`, `event_id` and `retracts`."""
+        `author_id`, `event_type`, `event_id` and `retracts`. Returns the readers."""
+        user_ids: dict[str, None] = {}
         with self._lock:
             for event in events:
                 user_id, note_id, author_id = event.get("user_id"), event.get("note_id"), event.get("author_id")
                 if user_id is None:
                     continue
+                user_ids[user_id] = None
                 self._num_events[user_id] = self._num_events.get(user_id, 0) + 1
                 if note_id is not None and event.get("event_type") != RETRACTION:
                     seen = self._seen.setdefault(user_id, {})
@@ -116,6 +117,7 @@ class Readers:
                 if event.get("event_type") == RETRACTION:
                     self._hidden.get(user_id, {}).pop(event.get("retracts", ""), None)
                     self._unfollow(user_id, event.get("retracts", ""))
+        return list(user_ids)
 
     def _unfollow(self, user_id: str, event_id: str) -> None:
         follows = self._follows.get(user_id, {})

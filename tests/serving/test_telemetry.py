@@ -52,10 +52,18 @@ def lines():
     logs.access.setLevel(level)
 
 
+def until(is_so, timeout_s=10.0):
+    """A client has its answer a moment before the server ends the span and writes the line."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_a_feed_is_one_trace_of_its_stages_with_their_candidates(server, readers, exporter):
     exporter.clear()
     sent = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     answer = server.post("/v1/feed", {"userId": readers[28]}, headers=sent).json()
+    until(lambda: "POST /v1/feed" in [span.name for span in exporter.get_finished_spans()])
     spans = {span.name.removeprefix("headrace."): span for span in exporter.get_finished_spans()}
     request, feed = spans.pop("POST /v1/feed"), spans["feed"]
     assert [name for name in spans if name != "feed"] == STAGES
@@ -77,6 +85,7 @@ def test_log_lines_of_a_failing_stage_carry_the_request_and_not_the_reader(serve
     monkeypatch.setattr(server.engine.world.models.l1, "score", torn)
     answer = server.feed(READER, context={"surface": "tab1"})
     assert "l1" in answer["degraded"]
+    until(lambda: any(line["logger"] == "headrace.access" for line in lines()))
     told = [line for line in lines() if line["request_id"] == answer["requestId"]]
     assert [(line["logger"], line["level"]) for line in told] == [("serving.rank", "ERROR"), ("headrace.access", "INFO")]
     assert "scores torn" in told[0]["exception"]
@@ -87,6 +96,7 @@ def test_log_lines_of_a_failing_stage_carry_the_request_and_not_the_reader(serve
 
 def test_requests_at_once_keep_their_ids_apart(server, readers, lines):
     ids = [server.feed(reader)["requestId"] for reader in readers[:5]]
+    until(lambda: len(lines()) >= len(ids))
     assert [line["request_id"] for line in lines()] == ids
     assert logs.request_id.get() == logs.NONE
 
