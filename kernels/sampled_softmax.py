@@ -163,10 +163,11 @@ def _negative_gradient_kernel(
     tl.store(of_negative_ptr + place, of_negative, mask=in_n[:, None] & (d < D)[None, :])
 
 
-def configuration(D: int) -> dict[str, int]:
-    """Tiles: 64 queries against 32 negatives."""
+def configuration(D: int, of_negatives: bool = False) -> dict[str, int]:
+    """Tiles: 64 queries stay while 32 negatives at a time pass; for the gradient of negatives, 64 negatives and 32 queries."""
+    block_b, block_n = (32, 64) if of_negatives else (64, 32)
     return {
-        "D": D, "BLOCK_B": 64, "BLOCK_N": 32, "BLOCK_D": max(16, next_power_of_2(D)),
+        "D": D, "BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_D": max(16, next_power_of_2(D)),
         "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
@@ -183,8 +184,9 @@ def shipped(capability: int) -> list[Case]:
         types = {name: "*bf16" if name in vectors else "*fp32" for name, kind in kernel.parameters.items() if kind == "pointer"}
         types |= {"positive_id_ptr": "*i64", "negative_id_ptr": "*i64", "inverse_temperature": "fp32"}
         for D in (64, 128):
+            tiles = configuration(D, of_negatives=kernel is _negative_gradient_kernel)
             label = f"{kernel.__name__.strip('_').removesuffix('_kernel')} D{D}"
-            cases.append(Case(label, kernel, types, configuration(D), uses_tensor_cores=True))
+            cases.append(Case(label, kernel, types, tiles, uses_tensor_cores=True))
     return cases
 
 
@@ -222,6 +224,7 @@ def _run_backward(
             of_query, of_positive, B, N, 1 / temperature, **config,
         )  # fmt: skip
         if N:
+            config = configuration(query.shape[1], of_negatives=True)
             _negative_gradient_kernel[(ceil_div(N, config["BLOCK_N"]),)](
                 query, negative, log_q_negative, positive_id, negative_id, log_sum, gradient, of_negative,
                 B, N, 1 / temperature, **config,
