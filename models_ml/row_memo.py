@@ -16,6 +16,10 @@ from torch import Tensor
 PLACES, WAYS = 16384, 4
 """Powers of two. With 4 members of 96 units a place is 1.5 KB, and 4 bytes a feature; places never used cost no memory."""
 
+WORTHWHILE, PATIENCE, PAUSE = 0.25, 4, 28
+"""Looking costs about half of what making a row does: where less than this share is found PATIENCE times in turn, the next
+PAUSE requests are made without looking."""
+
 
 class RowMemo:
     """Safe for threads. make: features float32 [N, F] -> float32 [N, W], each row from its own features alone."""
@@ -28,9 +32,14 @@ class RowMemo:
         self._oldest_of_set = np.zeros(self._num_sets, dtype=np.int64)
         self._bits_SF = np.empty((places, num_features), dtype=np.int32)
         self._rows_SW = torch.empty(places, width)
+        self._num_poor, self._pause = 0, 0
 
     def fill(self, rows_NW: Tensor, features_NF: np.ndarray) -> None:
         """Writes the row of each row of features, float32 and contiguous."""
+        if self._pause > 0:  # a count that threads may get a little wrong
+            self._pause -= 1
+            rows_NW.copy_(self._make(features_NF))
+            return
         bits_NF = features_NF.view(np.int32)  # as bits NULL equals NULL
         hash_N = (bits_NF @ self._factors_F) | 1
         set_N = (hash_N >> 32) & (self._num_sets - 1)
@@ -41,6 +50,9 @@ class RowMemo:
             if is_known_N.any():
                 torch.index_select(self._rows_SW, 0, torch.from_numpy(place_N), out=rows_NW)
         missing_M = np.flatnonzero(~is_known_N)
+        self._num_poor = self._num_poor + 1 if len(missing_M) > (1 - WORTHWHILE) * len(rows_NW) else 0
+        if self._num_poor == PATIENCE:
+            self._num_poor, self._pause = 0, PAUSE
         if len(missing_M) == len(rows_NW):
             rows_NW.copy_(self._make(features_NF))
             self._keep(hash_N, bits_NF, rows_NW)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from models_ml.row_memo import WAYS, RowMemo
+from models_ml.row_memo import PATIENCE, PAUSE, WAYS, RowMemo
 
 
 def _features(rows, seed=0):
@@ -44,6 +44,21 @@ def test_a_row_is_made_once_and_again_when_a_feature_changes():
     memo.forget()
     assert torch.equal(_filled(memo, features), _Maker()(features))
     assert make.asked > made + 1
+
+
+def test_where_little_is_found_again_it_is_not_looked_for_a_while():
+    make = _Maker()
+    memo, kept = RowMemo(3, 2, make, places=4096), _features(5)
+    _filled(memo, kept)  # the first that finds nothing
+    for seed in range(1, PATIENCE):
+        _filled(memo, _features(20, 100 + seed) + 1000)
+    for _ in range(PAUSE):
+        made = make.asked
+        assert torch.equal(_filled(memo, kept), _Maker()(kept))
+        assert make.asked == made + len(kept)
+    made = make.asked
+    assert torch.equal(_filled(memo, kept), _Maker()(kept))
+    assert make.asked == made
 
 
 def test_rows_of_no_features_and_no_rows_are_filled():
