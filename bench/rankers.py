@@ -18,7 +18,8 @@ import torch
 
 from bench.kernels import microseconds
 from models_ml.l1 import L1, L1Config, L1Network
-from models_ml.l2 import L2, L2Config, L2Network, Shape
+from models_ml.l2 import L2
+from models_ml.l2_network import L2Config, L2Network, Shape
 from models_ml.notes import NoteWords
 from models_ml.on_device import L1OnDevice, L2OnDevice
 from models_ml.scoring import RankingRequest

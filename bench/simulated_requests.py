@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models_ml import request_rows
-from models_ml.l2 import Shape
+from models_ml.l2_network import Shape
 from models_ml.notes import NoteWords
 from models_ml.request_rows import HISTORY, HISTORY_PLACES
 from warehouse.datasets.simulator import simulate

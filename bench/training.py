@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.simulated_requests import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, impressions, requests, shape
 from models_ml import l2, ranking_rows, request_rows
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config, L2Network
 from models_ml.request_rows import RequestRows
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
@@ -41,7 +41,7 @@ def train(rows: RequestRows, batch_size: int, config: L2Config) -> dict[str, flo
     words = shape()
     facts = ranking_rows.Facts(rows, USER_FEATURES, NOTE_FEATURES, config.heads)
     with seeded(0):
-        network = l2.L2Network(config, words)
+        network = L2Network(config, words)
         facts.fit(network.user_inputs, network.note_inputs)
         ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
     source = rows.encoded(l2.encoder_of(words, config))

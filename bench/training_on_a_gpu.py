@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bench.training import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
 from models_ml import l2, ranking_rows, two_tower
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config, L2Network
 from models_ml.notes import NoteWords
 from models_ml.request_rows import RequestTable
 from models_ml.seeding import seeded
@@ -62,7 +62,7 @@ def ranking(name: str, config: L2Config, made: pa.Table, epochs: int) -> Work:
 
     def objective() -> nn.Module:
         with seeded(0):
-            network = l2.L2Network(config, shape())
+            network = L2Network(config, shape())
             facts.fit(network.user_inputs, network.note_inputs)
             ranking_rows.set_bias(network.last_bias_KT, facts.base_rate_T)
         return l2.L2Objective(network)

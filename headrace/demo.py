@@ -27,6 +27,7 @@ from rich.table import Table
 from warehouse.errors import HeadraceError
 from warehouse.home import REPOSITORY, Home, data_root
 from warehouse.lake import Lake
+from warehouse.locks import try_lock
 from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
 
 SMALLEST_DISK_BYTES = 2 * 2**30
@@ -318,16 +319,11 @@ def _wait_until_ready(process: subprocess.Popen, url: str) -> None:
 
 @contextmanager
 def _only_demo(home: Home) -> Iterator[None]:
-    import fcntl
-
     home.path.mkdir(parents=True, exist_ok=True)
-    with open(home.path / "demo.lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise HeadraceError(
-                f"another demo runs on {home.path}; wait for it, or give this one a HEADRACE_HOME of its own"
-            ) from None
+    handle = try_lock(home.path / "demo.lock")
+    if handle is None:
+        raise HeadraceError(f"another demo runs on {home.path}; wait for it, or give this one a HEADRACE_HOME of its own")
+    with handle:
         yield
 
 

@@ -59,10 +59,8 @@ class Resources:
     uses_tensor_cores: bool
 
 
-def compile_case(operation: str, case: Case, capability: int) -> Resources:
-    """Down to machine code with the assembler in Triton's wheel, and what it says of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(case: Case) -> tuple[Any, dict[str, Any]]:
+    """(what Triton compiles, options of the compiler). Pointers are aligned to 16 bytes, as PyTorch's allocations are."""
     from triton.compiler import ASTSource
 
     options = {name: value for name, value in case.configuration.items() if name in ("num_warps", "num_stages")}
@@ -70,7 +68,15 @@ def compile_case(operation: str, case: Case, capability: int) -> Resources:
     kinds = case.kernel.parameters
     signature = {name: "constexpr" if kind == "constexpr" else case.types.get(name, "i32") for name, kind in kinds.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind == "pointer"}
-    source = ASTSource(fn=case.kernel.jit, signature=signature, constexprs=constants, attrs=aligned)
+    return ASTSource(fn=case.kernel.jit, signature=signature, constexprs=constants, attrs=aligned), options
+
+
+def compile_case(operation: str, case: Case, capability: int) -> Resources:
+    """Down to machine code with the assembler in Triton's wheel, and what it says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = source_of(case)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -15,7 +15,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from kernels.ahead_of_time import OPERATIONS, SHARED_MEMORY_BYTES, Case
+from kernels.ahead_of_time import OPERATIONS, SHARED_MEMORY_BYTES, Case, source_of
 
 _RESULT = re.compile(r"^(?:(%[\w#:]+) = )?([a-z_]+\.[a-z_]+|scf\.for)\s*(.*)$")
 _NAME = re.compile(r"%[\w]+(?:#\d+)?")
@@ -36,14 +36,9 @@ def intermediate_form(case: Case, capability: int) -> str:
     """Triton's IR of a kernel, functions inlined, without places in the source."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    options = {name: value for name, value in case.configuration.items() if name in ("num_warps", "num_stages")}
-    constants = {name: value for name, value in case.configuration.items() if name not in options}
-    kinds = case.kernel.parameters
-    signature = {name: "constexpr" if kind == "constexpr" else case.types.get(name, "i32") for name, kind in kinds.items()}
-    source = ASTSource(fn=case.kernel.jit, signature=signature, constexprs=constants, attrs={})
+    source, options = source_of(case)
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     parsed = backend.parse_options({**options, **source.parse_options()})

@@ -16,7 +16,7 @@ from models_ml.distillation import DistillationConfig
 from models_ml.floor import FloorConfig
 from models_ml.item_to_item import ItemToItemConfig
 from models_ml.l1 import L1Config
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 from models_ml.trainer.settings import TrainerSettings
 from models_ml.two_tower import TwoTowerConfig
 from warehouse.errors import HeadraceError

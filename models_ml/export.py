@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from models_ml import l1, l2, two_tower
 from models_ml.examples import Examples
 from models_ml.l1 import L1, L1Network
-from models_ml.l2 import L2, L2Network
+from models_ml.l2 import L2
+from models_ml.l2_network import L2Network
 from models_ml.two_tower import TwoTower, TwoTowerNetwork
 from warehouse.durable import replace_file
 from warehouse.errors import HeadraceError

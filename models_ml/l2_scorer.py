@@ -14,18 +14,16 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models_ml.l2_network import HistoryLayer, L2Network, MemberLinear
 from models_ml.request_inputs import READERS, FewRows, PiecewiseTable, filled_up, part_of
 from models_ml.row_memo import RowMemo
-
-if TYPE_CHECKING:
-    from models_ml.l2 import HistoryLayer, L2Network, MemberLinear
 
 BLOCK = 64
 _OF_READER = re.compile(r"^user_")

@@ -103,7 +103,7 @@ def rank_l1_alone(
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, world.catalogue.rows(note_ids), note_ids)
+    features_CF = hydrate(request, world.catalogue.rows(note_ids), note_ids)
     scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
     return author_ids, scores_C, order, request.steps.degraded
 
@@ -114,7 +114,7 @@ def rank_l2_alone(
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = _hydrate(request, world.catalogue.rows(note_ids), note_ids)
+    features_CF = hydrate(request, world.catalogue.rows(note_ids), note_ids)
     predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
@@ -128,7 +128,7 @@ class _Hydrated:
 
     @classmethod
     def of(cls, request: Request, candidates: Candidates, places: np.ndarray) -> "_Hydrated":
-        return cls(places, _hydrate(request, candidates.row_C[places]))
+        return cls(places, hydrate(request, candidates.row_C[places]))
 
     def at(self, candidates: np.ndarray) -> CandidateFeatures:
         """Of these candidates, in this order; all of them must be among the places."""
@@ -160,7 +160,8 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
     return scored.l1_score_C, made
 
 
-def _hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None = None) -> CandidateFeatures:
+def hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None = None) -> CandidateFeatures:
+    """The features of these rows of the catalogue; `note_ids` names them where a row may be -1, an unknown note."""
     world = request.world
     return hydrate_candidates(
         request.view,

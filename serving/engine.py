@@ -34,7 +34,7 @@ from streaming_sql.event_log import Log
 from streaming_sql.open_log import open_log
 from streaming_sql.pauses import settle
 from streaming_sql.published import Publisher
-from streaming_sql.records import DeadLetter
+from streaming_sql.records import DeadLetter, position_after
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
 from streaming_sql.runner_report import RUNNER_FILE
@@ -268,13 +268,5 @@ class Engine:
         readers = Readers.from_lake(lake, self.settings.seen_per_user, self.clock.now_us())
         while (records := event_log.read(position, READ_AT_ONCE)).num_rows:
             readers.note_records(records)
-            position = _after(position, records)
+            position = position_after(position, records)
         return readers
-
-
-def _after(position: tuple[int, ...], records: pa.Table) -> tuple[int, ...]:
-    """The position behind these records."""
-    ends = list(position)
-    for partition, offset in zip(records["log_partition"].to_pylist(), records["log_offset"].to_pylist(), strict=True):
-        ends[partition] = max(ends[partition], offset + 1)
-    return tuple(ends)

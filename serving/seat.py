@@ -6,8 +6,6 @@ says which server the leader belongs to (its parent process), so that a second s
 of what leading means.
 """
 
-import contextlib
-import fcntl
 import multiprocessing
 import os
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from warehouse.errors import HeadraceError
+from warehouse.locks import try_lock
 
 LEADER_LOCK, FOLLOWERS_LOCK = "server.lock", "followers.lock"
 _MOST_WORKERS = 256
@@ -59,14 +58,14 @@ def take_seat(folder: Path, server: str | None, is_stopping: Callable[[], bool] 
     name = server or str(os.getpid())
     refused_at = time.monotonic() + (0.0 if server is None else _STALE_FOR_S)
     while not is_stopping():
-        leading = _locked(folder / LEADER_LOCK, fcntl.LOCK_EX)
+        leading = try_lock(folder / LEADER_LOCK)
         if leading is not None:
             _write(leading, f"{name}\n")
             number, handle = _number(folder)
             return Seat(True, number, name, [leading, handle])
         told = (folder / LEADER_LOCK).read_text().split()
         if server is not None and told == [server, _READY]:
-            following = _locked(folder / FOLLOWERS_LOCK, fcntl.LOCK_SH)
+            following = try_lock(folder / FOLLOWERS_LOCK, shared=True)
             number, handle = _number(folder)
             return Seat(False, number, name, [handle, *([following] if following else [])])
         if told[:1] != [server] and time.monotonic() >= refused_at:
@@ -79,21 +78,10 @@ def take_seat(folder: Path, server: str | None, is_stopping: Callable[[], bool] 
 
 def _number(folder: Path) -> tuple[int, IO[str]]:
     for number in range(_MOST_WORKERS):
-        handle = _locked(folder / f"worker-{number}.lock", fcntl.LOCK_EX)
+        handle = try_lock(folder / f"worker-{number}.lock")
         if handle is not None:
             return number, handle
     raise HeadraceError(f"more than {_MOST_WORKERS} workers run on {folder.parent}")
-
-
-def _locked(path: Path, kind: int) -> IO[str] | None:
-    handle = open(path, "a+")  # noqa: SIM115  held until the process ends
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError:
-        with contextlib.suppress(OSError):
-            handle.close()
-        return None
-    return handle
 
 
 def _write(handle: IO[str], text: str) -> None:

@@ -18,6 +18,7 @@ from streaming_sql.history import History
 from streaming_sql.key_index import Key
 from streaming_sql.micro_batch import MicroBatch
 from streaming_sql.online_store import OnlineStore
+from streaming_sql.records import position_after
 from streaming_sql.retractions import Place, Retraction, Retractions, split
 from warehouse.errors import HeadraceError
 from warehouse.features.attributes import names_of
@@ -172,13 +173,11 @@ class Feed:
         return self._batch.stage_with_retractions(arrivals)
 
     def _read_past(self, records: pa.Table) -> None:
-        position = list(self.position)
-        ends = records.group_by("log_partition").aggregate([("log_offset", "max"), ("landed_at", "max")])
-        for end in ends.set_column(2, "landed_us", ends["landed_at_max"].cast(pa.int64())).to_pylist():
-            partition = end["log_partition"]
-            position[partition] = max(position[partition], end["log_offset_max"] + 1)
-            self.read_through_us[partition] = max(self.read_through_us[partition], end["landed_us"])
-        self.position = tuple(position)
+        self.position = position_after(self.position, records)
+        ends = records.group_by("log_partition").aggregate([("landed_at", "max")])
+        landed = ends["landed_at_max"].cast(pa.int64()).to_pylist()
+        for partition, landed_us in zip(ends["log_partition"].to_pylist(), landed, strict=True):
+            self.read_through_us[partition] = max(self.read_through_us[partition], landed_us)
 
     def _due(self, tick_us: int) -> pa.Table:
         """Takes the pending events that the tick knows, less superseded ones."""

@@ -34,6 +34,15 @@ class DeadLetter:
     payload: str
 
 
+def position_after(position: Sequence[int], records: pa.Table) -> tuple[int, ...]:
+    """The position behind these records of the log, of all partitions."""
+    ends = records.group_by("log_partition").aggregate([("log_offset", "max")])
+    after = list(position)
+    for partition, offset in zip(ends["log_partition"].to_pylist(), ends["log_offset_max"].to_pylist(), strict=True):
+        after[partition] = max(after[partition], offset + 1)
+    return tuple(after)
+
+
 def to_us(instant: Any) -> int:
     """Microseconds of an int (already microseconds), an aware datetime, or ISO-8601 text with a zone.
 

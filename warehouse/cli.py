@@ -1,7 +1,6 @@
 """`headrace land | sql | features | export-training`."""
 
 import argparse
-import fcntl
 import importlib
 import json
 import re
@@ -23,6 +22,7 @@ from warehouse.features.lineage import lineage
 from warehouse.features.measures import Measure
 from warehouse.home import Home, data_root
 from warehouse.lake import Lake
+from warehouse.locks import try_lock
 
 
 def main(words: list[str]) -> int:
@@ -96,13 +96,12 @@ def _land(words: list[str]) -> int:
 def _refuse_beside_a_server(home: Home) -> None:
     """A running server owns the offsets of the log: what lands beside it would take them."""
     for name in ("server.lock", "followers.lock"):  # of the worker that leads, and of the others, which outlive it
-        with open(home.log / name, "a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise HeadraceError(
-                    f"a server runs on {home.path} and owns the event log; stop it first, or send events to its /v1/events"
-                ) from None
+        handle = try_lock(home.log / name)
+        if handle is None:
+            raise HeadraceError(
+                f"a server runs on {home.path} and owns the event log; stop it first, or send events to its /v1/events"
+            )
+        handle.close()
 
 
 def _simulated(given: argparse.Namespace) -> Dataset:

@@ -6,7 +6,6 @@ stroke, a folder is not. Random state is not among them: it is a function of (se
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import torch
 
 from warehouse.durable import sync_folder, write_durably
 from warehouse.errors import HeadraceError
+from warehouse.locks import try_lock
 
 BEST = "best"
 TENSORS, SCALARS = "state.pt", "state.json"
@@ -53,14 +53,12 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / ".lock").open("w")
+            lock = try_lock(folder / ".lock")
         except OSError as error:
             raise HeadraceError(f"cannot keep checkpoints in {folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise HeadraceError(f"another process trains in {folder}; wait for it, or train into another folder") from None
+        if lock is None:
+            raise HeadraceError(f"another process trains in {folder}; wait for it, or train into another folder")
+        self._lock = lock
         for draft in folder.glob(".draft-*"):
             if draft.is_symlink():
                 draft.unlink()

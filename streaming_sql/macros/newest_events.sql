@@ -19,22 +19,13 @@ from (
         cast({{ measure.of }} as varchar) as item,
         row_number() over (partition by {{ keys }} order by event_ts desc, event_id desc) as place
     from (
-        select came.*
-        from {{ events }} as came
-        left join {{ retracted }} as retracted
-            on
-                came.log_partition = retracted.log_partition
-                and came.log_offset = retracted.log_offset
-        where retracted.retracted_at is null
+        {{ standing_events(events, retracted, features['keys']) }}
     ) as standing_events
     where
         ({{ measure.of }}) is not null
         {%- if measure.where %}
         and ({{ measure.where }})
         {%- endif %}
-        {%- for key in features['keys'] %}
-        and {{ key }} is not null
-        {%- endfor %}
 ) as newest
 where place <= {{ measure.n }}
 group by {{ keys }}

@@ -13,18 +13,9 @@
 {%- endif -%}
 with standing_events as (
     select
-        came.*,
-        {{ floor_minutes('came.event_ts', 5) }} as block_start
-    from {{ with_calendar(features, events, 'event_ts') }} as came
-    left join {{ retracted }} as retracted
-        on
-            came.log_partition = retracted.log_partition
-            and came.log_offset = retracted.log_offset
-    where
-        retracted.retracted_at is null
-        {%- for key in features['keys'] %}
-        and came.{{ key }} is not null
-        {%- endfor %}
+        standing.*,
+        {{ floor_minutes('standing.event_ts', 5) }} as block_start
+    from ({{ standing_events(with_calendar(features, events, 'event_ts'), retracted, features['keys']) }}) as standing
 )
 {% for measure, window in found %}
 select

@@ -12,17 +12,7 @@
 {%- endif -%}
 {%- set keys = features['keys'] -%}
 with standing_events as (
-    select came.*
-    from {{ with_calendar(features, events, 'event_ts') }} as came
-    left join {{ retracted }} as retracted
-        on
-            came.log_partition = retracted.log_partition
-            and came.log_offset = retracted.log_offset
-    where
-        retracted.retracted_at is null
-        {%- for key in keys %}
-        and came.{{ key }} is not null
-        {%- endfor %}
+    {{ standing_events(with_calendar(features, events, 'event_ts'), retracted, keys) }}
 )
 
 select

@@ -166,6 +166,13 @@ def test_kernel_with_norms_first_or_gelu_is_as_accurate_as_torch(
     assert_as_accurate(out, plain, exact, torch.bfloat16)
 
 
+def test_early_fusion_with_norms_first_takes_the_reference(triton_backend, monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda *arguments: pytest.fail("launched"))
+    arguments = mapped(problem(**SHAPES[4][0], dtype=torch.bfloat16), lambda t: t.to(triton_backend))
+    out = sequence_block(**arguments, num_heads=2, norm_first=True)
+    assert torch.equal(out, reference(arguments, 2, False, "softmax", (True, "relu")))
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("shape", "num_heads", "causal"), [SHAPES[1], SHAPES[4], SHAPES[6]], ids=lambda value: str(value))
 def test_kernel_in_full_precision_writes_its_output_and_nothing_else(

@@ -11,7 +11,7 @@ from torch import nn
 
 from models_ml import artefacts_cli, export, l1, l2, two_tower
 from models_ml.l1 import L1Config
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 from models_ml.registry import Registry
 from models_ml.two_tower import TwoTowerConfig
 from warehouse.errors import HeadraceError

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from models_ml import calibration, l2, metrics
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 
 
 def drawn(slope: float, intercept: float, members: int = 3, rows: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

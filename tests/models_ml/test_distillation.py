@@ -6,6 +6,7 @@ import pytest
 
 from models_ml import configuration, distillation, l1, l2, train
 from models_ml.distillation import DistillationConfig
+from models_ml.l2_network import L2Config
 from models_ml.registry import Registry
 from models_ml.request_rows import RequestTable
 from warehouse.errors import HeadraceError
@@ -40,7 +41,7 @@ def test_labels_are_mixed_by_hand_and_unseen_ones_stay_unseen(loaded):
 
 
 def test_a_student_of_l2_alone_is_nearer_to_it_than_one_of_labels(loaded, tmp_path):
-    configs = configuration.Configs(l1=l1.L1Config(epochs=6), l2=l2.L2Config(epochs=2, width=8, hidden=16))
+    configs = configuration.Configs(l1=l1.L1Config(epochs=6), l2=L2Config(epochs=2, width=8, hidden=16))
     registry = Registry(tmp_path)
     train.train(loaded, ["l2", "l1"], configs, 0, registry, quiet)
     teacher = l2.load(registry.path("l2")).score_rows(loaded, loaded.test_rows)["click"]

@@ -9,7 +9,7 @@ import torch
 from kernels.graphed import Recording
 from models_ml import l1, l2, two_tower
 from models_ml.l1 import L1Config
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 from models_ml.on_device import L1OnDevice, L2OnDevice, VectorsOnDevice, device_from_env, moved
 from models_ml.scoring import RankingRequest
 from models_ml.two_tower import TwoTowerConfig

@@ -6,7 +6,7 @@ from models_ml import quality
 from models_ml.benchmark.published import SETS
 from models_ml.configuration import Configs
 from models_ml.floor import FloorConfig
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 

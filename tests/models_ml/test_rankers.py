@@ -10,7 +10,7 @@ import torch
 
 from models_ml import l1, l2, metrics
 from models_ml.l1 import L1Config
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config
 from models_ml.scoring import RankingRequest
 from warehouse.errors import HeadraceError
 

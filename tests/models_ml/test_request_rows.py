@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models_ml import l2, request_rows
-from models_ml.l2 import L2Config
+from models_ml.l2_network import L2Config, L2Network, Shape
 from models_ml.notes import NoteWords
 from models_ml.request_rows import RequestRows, RequestTable
 from warehouse.errors import HeadraceError
@@ -57,7 +57,7 @@ def test_other_features_of_the_reader_are_another_request(of_four):
 
 def test_a_model_reads_from_files_what_it_reads_of_the_export(loaded, written):
     config = L2Config(history_length=10)
-    shape = l2.Shape(NoteWords.of(loaded), loaded.user_features, loaded.note_features, ("tab_0", "tab_1"), ("keen=true",))
+    shape = Shape(NoteWords.of(loaded), loaded.user_features, loaded.note_features, ("tab_0", "tab_1"), ("keen=true",))
     source = written.encoded(l2.encoder_of(shape, config))
     groups = [source.read(group) for group in range(len(source.group_sizes))]
     inputs = l2.inputs_of(loaded, shape, config.history_length)
@@ -80,8 +80,8 @@ def test_a_model_reads_from_files_what_it_reads_of_the_export(loaded, written):
 @torch.no_grad()
 def test_rows_with_several_candidates_train_as_their_impressions_would(of_four):
     config = L2Config(history_length=5, width=8, hidden=16, members=1, bins=0, dropout=0, id_dropout=0, attribute_dropout=0)
-    shape = l2.Shape(NoteWords.of(of_four), of_four.user_features, of_four.note_features, ("tab_0", "tab_1"), ("keen=true",))
-    network = l2.L2Network(config, shape)
+    shape = Shape(NoteWords.of(of_four), of_four.user_features, of_four.note_features, ("tab_0", "tab_1"), ("keen=true",))
+    network = L2Network(config, shape)
     objective = l2.L2Objective(network)
     source = RequestTable.of_examples(of_four).encoded(l2.encoder_of(shape, config))
     some = source.read(0).take(np.arange(40))

@@ -22,7 +22,7 @@ from tests.parity.generated_events import event_log, heartbeats, some_reads
 from tests.parity.test_batch_equals_oracle import assert_equal, build, read_batch
 from tests.parity.test_dbt_equals_oracle import land
 from tests.streaming_sql.postgres import postgres
-from tests.streaming_sql.test_risingwave_models import compile_models
+from tests.streaming_sql.test_risingwave_models import compiled_texts
 from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
@@ -367,10 +367,7 @@ def test_on_risingwave_the_staging_view_joins_models_over_the_lakes_tables(copie
     (stream / "light_authors.sql").write_text(
         "{{ block_rows(feature_group('light_authors'), ref('stg_engagements'), ref('stg_retracted_events')) }}\n"
     )
-    done = compile_models(tmp_path / "home", project=copied)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "home" / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
-    compiled = {path.stem: path.read_text() for path in folder.glob("*.sql")}
+    compiled = compiled_texts(tmp_path / "home", copied)
     assert "connector = 'iceberg'" in compiled["note_versions"]
     assert "table.name = 'note_versions'" in compiled["note_versions"]
     expected = render.staging_sql('"dev"."public"."arrivals"', "risingwave", ATTRIBUTES)

@@ -6,24 +6,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from serving.hydrate import hydrate_candidates
+from serving.cascade import hydrate
 from serving.request import begin
 from streaming_sql.assembled import Assembled
 
 
-def hydrated(request, row_C, assembled=None, note_ids=None):
-    world = request.world
-    return hydrate_candidates(
-        request.view,
-        world.groups,
-        world.catalogue,
-        request.user_id,
-        row_C,
-        request.t_us,
-        world.tables,
-        assembled or world.assembled,
-        note_ids,
-    )
+def one_by_one(request):
+    """The request where no tick has been assembled."""
+    world = dataclasses.replace(request.world, assembled=Assembled(request.world.store.plans, {}))
+    return dataclasses.replace(request, world=world)
 
 
 @pytest.fixture
@@ -34,10 +25,10 @@ def request_of(server, readers):
 def test_a_candidates_values_are_copied_twice_and_the_readers_never(request_of):
     request = request_of()
     row_C = np.random.default_rng(0).integers(0, len(request.world.catalogue), 4_000)
-    hydrated(request, row_C)  # what is made once per server is made
+    hydrate(request, row_C)  # what is made once per server is made
     tracemalloc.start()
     try:
-        features = hydrated(request, row_C)
+        features = hydrate(request, row_C)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -53,17 +44,17 @@ def test_gathered_assembled_and_named_candidates_have_the_same_values(request_of
         request = request_of(user_id)
         row_C = np.random.default_rng(1).permutation(len(request.world.catalogue))[:300]
         note_ids = [request.world.catalogue.note_ids[row] for row in row_C.tolist()]
-        gathered = hydrated(request, row_C)
-        with_strangers = hydrated(request, np.append(row_C, -1), note_ids=[*note_ids, "unheard-of"])
-        one_by_one = hydrated(request, row_C, Assembled(request.world.store.plans, {}))
-        for other in (one_by_one, with_strangers.take(np.arange(300))):
+        gathered = hydrate(request, row_C)
+        with_strangers = hydrate(request, np.append(row_C, -1), note_ids=[*note_ids, "unheard-of"])
+        apart = hydrate(one_by_one(request), row_C)
+        for other in (apart, with_strangers.take(np.arange(300))):
             assert other.names == gathered.names
             np.testing.assert_array_equal(other.values_CF, gathered.values_CF)
 
 
 def test_authors_that_the_reader_met_are_found_among_all(request_of):
     request = request_of()
-    affinity = hydrated(request, np.arange(len(request.world.catalogue))).pick(["user_author_num_clicks_7d"])[:, 0]
+    affinity = hydrate(request, np.arange(len(request.world.catalogue))).pick(["user_author_num_clicks_7d"])[:, 0]
     by_key = request.view.assemble(
         "user_author_affinity",
         [(request.user_id, author_id) for author_id in request.world.catalogue.author_ids],

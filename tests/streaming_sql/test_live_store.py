@@ -69,17 +69,21 @@ def times_to_ask(draw, view, events, seen):
     return [t for t in candidates if t >= view.tick_us]
 
 
-@settings(max_examples=40)
-@given(deliveries(), st.data())
-def test_every_value_equals_the_oracle_whatever_the_order_of_delivery(delivery, data):
+def begun(delivery, groups):
+    """(events that count, pieces of the log, store, history, feed): nothing has been read yet."""
     records, pieces = delivery
     events = [typed(record) for record in alive(records)]
     starts = tuple(min((r["log_offset"] for r in records if r["log_partition"] == p), default=0) for p in (0, 1))
+    store, history = OnlineStore(groups, position=starts), ListHistory()
+    return events, pieces, store, history, Feed(store, groups, starts, history)
+
+
+@settings(max_examples=40)
+@given(deliveries(), st.data())
+def test_every_value_equals_the_oracle_whatever_the_order_of_delivery(delivery, data):
     some = data.draw(st.lists(st.sampled_from(list(GROUPS)), min_size=1, max_size=3, unique=True))
     groups = {name: GROUPS[name] for name in some}
-    store = OnlineStore(groups, position=starts)
-    history = ListHistory()
-    feed = Feed(store, groups, starts, history)
+    events, pieces, store, history, feed = begun(delivery, groups)
     held, seen = [], []
     for piece in pieces:
         history.records += piece

@@ -11,8 +11,8 @@ from streaming_sql.key_index import KeyIndex
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.published import PublishedStore, Publisher
 from streaming_sql.text_codes import TextCodes
-from tests.streaming_sql.generated import GROUPS, START_US, ListHistory, alive, as_table, typed
-from tests.streaming_sql.test_live_store import assert_equals_oracle, deliveries, times_to_ask
+from tests.streaming_sql.generated import GROUPS, START_US, ListHistory, as_table
+from tests.streaming_sql.test_live_store import assert_equals_oracle, begun, deliveries, times_to_ask
 from warehouse.features.declarations import load_groups
 from warehouse.time_algebra import FIVE_MINUTES_US, SECOND_US
 
@@ -106,13 +106,10 @@ def test_a_growing_key_space_is_held_by_what_windows_reach(groups, tmp_path):
 @settings(max_examples=12)
 @given(deliveries(), st.data())
 def test_whatever_is_forgotten_as_soon_as_it_can_be_values_stay_the_oracles(tmp_path_factory, delivery, data):
-    records, pieces = delivery
-    events = [typed(record) for record in alive(records)]
-    starts = tuple(min((r["log_offset"] for r in records if r["log_partition"] == p), default=0) for p in (0, 1))
     some = data.draw(st.lists(st.sampled_from(list(GROUPS)), min_size=1, max_size=3, unique=True))
     groups = {name: GROUPS[name] for name in some}
-    store, history = OnlineStore(groups, position=starts), ListHistory()
-    feed, seen, held = Feed(store, groups, starts, history), [], []
+    events, pieces, store, history, feed = begun(delivery, groups)
+    seen, held = [], []
     folder = tmp_path_factory.mktemp("store")
     publisher = Publisher(folder, groups)
     with pytest.MonkeyPatch.context() as patched:

@@ -12,13 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_sql.array_file import map_arrays, text_arrays, texts_of, write_arrays
-from streaming_sql.feed import Feed
-from streaming_sql.online_store import OnlineStore
 from streaming_sql.published import PublishedStore, Publisher
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner, RunnerSettings
-from tests.streaming_sql.generated import GROUPS, ListHistory, alive, as_table, typed
-from tests.streaming_sql.test_live_store import assert_equals_oracle, deliveries, times_to_ask
+from tests.streaming_sql.generated import GROUPS, as_table
+from tests.streaming_sql.test_live_store import assert_equals_oracle, begun, deliveries, times_to_ask
 from tests.streaming_sql.test_runner import GROUPS as PROJECT_GROUPS
 from tests.streaming_sql.test_runner import START_US, World
 from warehouse.clock import ManualClock
@@ -30,13 +28,9 @@ from warehouse.time_algebra import FIVE_MINUTES_US, MINUTE_US
 @settings(max_examples=25)
 @given(deliveries(), st.data())
 def test_every_published_tick_answers_as_the_oracle_does(tmp_path_factory, delivery, data):
-    records, pieces = delivery
-    events = [typed(record) for record in alive(records)]
-    starts = tuple(min((r["log_offset"] for r in records if r["log_partition"] == p), default=0) for p in (0, 1))
     some = data.draw(st.lists(st.sampled_from(list(GROUPS)), min_size=1, max_size=3, unique=True))
     groups = {name: GROUPS[name] for name in some}
-    store, history = OnlineStore(groups, position=starts), ListHistory()
-    feed = Feed(store, groups, starts, history)
+    events, pieces, store, history, feed = begun(delivery, groups)
     folder = tmp_path_factory.mktemp("store")
     publisher, reader, seen, held = Publisher(folder, groups), None, [], []
     for piece in pieces:

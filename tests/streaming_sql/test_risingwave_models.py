@@ -43,6 +43,14 @@ def compile_models(home, *more, project=REPOSITORY):
     return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
 
 
+def compiled_texts(home, project):
+    """Model's name -> its text, of a project that compiles."""
+    done = compile_models(home, project=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = home / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
+    return {path.stem: path.read_text() for path in folder.glob("*.sql")}
+
+
 @pytest.fixture
 def compiled_with(tmp_path):
     return lambda variables: compile_models(tmp_path, "--vars", variables)
@@ -332,10 +340,7 @@ def test_sessions_in_the_stream_are_those_of_a_read_while_they_are_on(copied, tm
     (models / "sessions.sql").write_text(
         "{{ session_windows(feature_group('sessions'), ref('stg_engagements'), ref('stg_retracted_events')) }}\n"
     )
-    done = compile_models(tmp_path / "home", project=copied)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "home" / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
-    compiled = {path.stem: path.read_text() for path in folder.glob("*.sql")}
+    compiled = compiled_texts(tmp_path / "home", copied)
     assert isinstance(sqlglot.parse_one(compiled["sessions"], dialect="risingwave"), exp.Union)
     records = a_log(9, 900)
     with postgres("dev") as stream:

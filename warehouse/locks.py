@@ -1,0 +1,19 @@
+"""Files that one process at a time may hold. A lock ends with the process that has it, however it ends."""
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+
+def try_lock(path: Path, shared: bool = False) -> IO[str] | None:
+    """The file, held until it is closed; None where another holds it. shared: any number may hold it together.
+
+    What the file says is left as it is, to read and to add to. Raises OSError where it cannot be opened.
+    """
+    handle = open(path, "a+")  # noqa: SIM115  its life is the caller's
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return None
+    return handle
