@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from streaming_sql.attribute_tables import LakeTables
 from streaming_sql.event_log import Log
-from streaming_sql.feed import REMEMBERED, Feed, Taken
+from streaming_sql.feed import REMEMBERED, Feed, Taken, TickBlocks
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
@@ -80,13 +80,15 @@ class Runner:
         status_path: Path | None = None,
         only_reads: bool = False,
         publisher: Publisher | None = None,
+        elsewhere: TickBlocks | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
         only_reads: it follows the log beside a runner that lands, in another process, and writes neither lake nor log.
-        publisher: what writes each tick for other processes and the next start; none by default."""
+        publisher: what writes each tick for other processes and the next start; none by default. elsewhere: as in `Feed`."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log), LakeTables(lake, groups))
+        history, tables = LakeAndLog(lake, log), LakeTables(lake, groups)
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, history, tables, elsewhere)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
