@@ -34,6 +34,10 @@ class BlockViews:
         self._connection.execute("set TimeZone = 'UTC'")
         self._lock = threading.Lock()
 
+    def columns(self, name: str) -> dict[str, str]:
+        """The columns of a group's view and their types there."""
+        return {field.name: _sql_type(field.type) for field in self._schemas[name]}
+
     def closed_tick(self, reader: PostgresReader) -> int:
         """The cluster's closed tick, microseconds; 0 while a partition is silent. Raises HeadraceError as `reader` does."""
         found = reader.rows(f"select {_TICK} from {_TICK}")

@@ -4,7 +4,7 @@ takes out what was retracted.
 Deterministic: the same records in any batching lead to the same store. Knows nothing of where records come from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,24 +104,31 @@ class Feed:
                 self._pending.append(staged)
             self._superseded.update(loser for loser, _ in admission.superseded)
         if (closed := self._next_tick()) is not None:
-            tick_us, blocks = closed
-            self.store.advance(
-                self.position,
-                self._heads(staged.filter(pa.array(instants(staged["known_at"]) > tick_us))),
-                admission.superseded,
-                retractions,
-                self._withdrawn(tick_us),
-                tick_us,
-                blocks,
-            )
-            self.arrivals.forget_before(min(self.read_through_us))
-            self.retractions.forget_before(min(self.read_through_us))
-            taken.closed_tick_us = tick_us
+            heads = self._heads(staged.filter(pa.array(instants(staged["known_at"]) > closed[0])))
+            taken.closed_tick_us = self._close(closed, heads, admission.superseded, retractions)
         elif records.num_rows:
             changed = bool(retractions or admission.superseded)
             withdrawn = self._withdrawn(due_from_us) if changed else None
             self.store.advance(self.position, self._heads(staged), admission.superseded, retractions, withdrawn)
         return taken
+
+    def move(self) -> Taken:
+        """Moves the store to a tick whose blocks have come from elsewhere since the last records."""
+        closed = self._next_tick()
+        return Taken() if closed is None else Taken(closed_tick_us=self._close(closed, {}, (), ()))
+
+    def _close(
+        self,
+        closed: tuple[int, dict[str, pa.Table]],
+        heads: dict[str, list[tuple[Key, HeadEvent]]],
+        superseded: Sequence[tuple[Place, Place]],
+        retractions: Sequence[Retraction],
+    ) -> int:
+        tick_us, blocks = closed
+        self.store.advance(self.position, heads, superseded, retractions, self._withdrawn(tick_us), tick_us, blocks)
+        self.arrivals.forget_before(min(self.read_through_us))
+        self.retractions.forget_before(min(self.read_through_us))
+        return tick_us
 
     def _next_tick(self) -> tuple[int, dict[str, pa.Table]] | None:
         """A tick that the log has closed and the store does not hold, and its rows."""

@@ -188,7 +188,7 @@ class Runner:
         records = self._log.read(self._feed.position, limit)
         if self._hear is not None and records.num_rows:
             self._hear(records)
-        taken = self._feed.take(records, is_history) if records.num_rows else Taken()
+        taken = self._feed.take(records, is_history) if records.num_rows else self._feed.move()
         self._count(taken)
         if records.num_rows:
             self._tell_waiting()
