@@ -87,8 +87,8 @@ class Runner:
         publisher: what writes each tick for other processes and the next start; none by default. elsewhere: as in `Feed`."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        history, tables = LakeAndLog(lake, log), LakeTables(lake, groups)
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, history, tables, elsewhere)
+        self._history, tables = LakeAndLog(lake, log), LakeTables(lake, groups)
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
@@ -252,6 +252,8 @@ class Runner:
 
     def _land_once(self) -> int:
         landed = self._lander.step()
+        if landed or not self._history.is_prepared:
+            self._history.prepare()
         self.publish()
         self.report()
         if not landed:
