@@ -5,12 +5,14 @@ nothing of stores.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from streaming_sql.micro_batch import MicroBatch
 from streaming_sql.postgres_reader import PostgresReader
@@ -21,6 +23,8 @@ from warehouse.features.render import standing_sql
 
 READER = "user_id"
 _TICK = "closed_tick"
+_BEFORE = ("of_view", _TICK)
+"""What stands before the columns of groups in a statement that reads several."""
 
 
 class BlockViews:
@@ -46,7 +50,7 @@ class BlockViews:
     def rows(self, reader: PostgresReader, name: str, after_us: int, tick_us: int, from_us: int) -> pa.Table:
         """The block rows from from_us on that the ticks after after_us and up to tick_us bring, as they stand at tick_us."""
         columns = ", ".join(self._schemas[name].names)
-        found = reader.rows(
+        _, found = reader.fetch(
             f"select {columns} from {name} where known_at > %s and known_at <= %s and block_start >= %s",
             [_instant(after_us), _instant(tick_us), _instant(from_us)],
         )
@@ -58,21 +62,33 @@ class BlockViews:
         """The same of the rows that begin with one reader, of the groups in from_us by one statement that reads the tick, too:
         so that all come from one checkpoint. Raises HeadraceError if the cluster has not closed tick_us."""
         names = tuple(from_us)
-        parts = [f"select '{_TICK}' as of_view, {_TICK} as closed_tick, {self._nulls(names)} from {_TICK}"]
         given: list[Any] = []
         for name in names:
-            parts.append(
-                f"select '{name}' as of_view, cast(null as timestamptz) as closed_tick, {self._nulls(names, name)} from {name} "
-                f"where {READER} = %s and known_at > %s and known_at <= %s and block_start >= %s"
-            )
             given += [user_id, _instant(after_us), _instant(tick_us), _instant(from_us[name])]
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in (_TICK, *names)}
-        for row in reader.rows(" union all ".join(parts), given):
-            found[row["of_view"]].append(row)
-        closed_us = max((to_us(row["closed_tick"]) for row in found[_TICK] if row["closed_tick"] is not None), default=0)
+        found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in (_TICK, *names)}
+        for row in reader.fetch(self.of_reader_sql(names), given)[1]:
+            found[row[0]].append(row)
+        closed_us = max((to_us(tick) for _, tick, *_ in found[_TICK] if tick is not None), default=0)
         if closed_us < tick_us:
             raise HeadraceError(f"the cluster's closed tick is {_instant(closed_us)}, before {_instant(tick_us)} of the store")
-        return {name: self._standing(name, found[name], tick_us, f"{name}__") for name in names}
+        rows, at = {}, len(_BEFORE)
+        for name in names:
+            end = at + len(self._schemas[name])
+            rows[name] = self._standing(name, [row[at:end] for row in found[name]], tick_us)
+            at = end
+        return rows
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def of_reader_sql(self, names: tuple[str, ...]) -> str:
+        """The statement of `rows_of`: it takes of each group the reader, the ticks after and up to, the first block."""
+        view, tick = _BEFORE
+        parts = [f"select '{_TICK}' as {view}, {_TICK} as {tick}, {self._nulls(names)} from {_TICK}"]
+        parts += [
+            f"select '{name}' as {view}, cast(null as timestamptz) as {tick}, {self._nulls(names, name)} from {name} "
+            f"where {READER} = %s and known_at > %s and known_at <= %s and block_start >= %s"
+            for name in names
+        ]
+        return " union all ".join(parts)
 
     def _nulls(self, names: Sequence[str], own: str | None = None) -> str:
         """The columns of all these groups, NULL but for those of `own`."""
@@ -82,12 +98,11 @@ class BlockViews:
             for field in self._schemas[name]
         )
 
-    def _standing(self, name: str, found: Iterable[Mapping[str, Any]], tick_us: int, prefix: str = "") -> pa.Table:
+    def _standing(self, name: str, found: Sequence[tuple[Any, ...]], tick_us: int) -> pa.Table:
         schema = self._schemas[name]
-        table = pa.Table.from_pylist(
-            [{field.name: _as(field.type, row[prefix + field.name]) for field in schema} for row in found], schema
-        )
-        if not any(table["is_rebuilt"].to_pylist()):  # then none replaces another
+        columns = zip(*found, strict=True) if found else [()] * len(schema)
+        table = pa.table([_column(field.type, values) for field, values in zip(schema, columns, strict=True)], schema)
+        if not pc.any(table["is_rebuilt"]).as_py():  # then none replaces another
             return table
         with self._lock:
             self._connection.register("fetched", table)
@@ -107,13 +122,12 @@ def _sql_type(kind: pa.DataType) -> str:
     return "timestamptz" if pa.types.is_timestamp(kind) else names[kind]
 
 
-def _as(kind: pa.DataType, value: Any) -> Any:
-    """A value of PostgreSQL as one of the block column's type: lists are JSON there, newest first."""
-    if isinstance(value, datetime):
-        return value.astimezone(UTC)
-    if not isinstance(value, list):
-        return value
-    names = [kind.value_type.field(place).name for place in range(kind.value_type.num_fields)]
-    if "event_ts" not in names:
-        return value
-    return [{**entry, "event_ts": datetime.fromisoformat(entry["event_ts"])} for entry in reversed(value)]
+def _column(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
+    """Values of PostgreSQL as a column of blocks: lists are JSON there, of events the newest first."""
+    if pa.types.is_list(kind) and kind.value_type.get_field_index("event_ts") >= 0:
+        values = [value and [_event(entry) for entry in reversed(value)] for value in values]
+    return pa.array(values, kind)
+
+
+def _event(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**entry, "event_ts": datetime.fromisoformat(entry["event_ts"])}

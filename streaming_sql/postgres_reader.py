@@ -59,8 +59,13 @@ class PostgresReader:
         """Attempts that came after a failed one."""
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """All rows of one statement, all of one snapshot. Raises HeadraceError, saying where and why, when every attempt
-        failed, and at once where the statement itself is wrong."""
+        """`fetch`, each row by the names of its columns."""
+        names, rows = self.fetch(sql, parameters)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """The names of its columns and all rows of one statement, all of one snapshot. Raises HeadraceError, saying where and
+        why, when every attempt failed, and at once where the statement itself is wrong."""
         pause_s = self._settings.first_pause_s
         for attempt in range(1, self._settings.attempts + 1):
             try:
@@ -77,14 +82,13 @@ class PostgresReader:
                 raise HeadraceError(f"{self._where} refuses the statement: {' '.join(str(error).split())}") from error
         raise AssertionError("unreachable")
 
-    def _once(self, sql: str, parameters: Sequence[Any]) -> list[dict[str, Any]]:
+    def _once(self, sql: str, parameters: Sequence[Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         connection = self._idle.get(timeout=self._settings.statement_timeout_s)
         try:
             if connection is None or connection.closed:
                 connection = self._connected()
             cursor = connection.execute(sql, parameters)
-            names = [column.name for column in cursor.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            return [column.name for column in cursor.description or ()], cursor.fetchall()
         except BaseException:
             if connection is not None:
                 connection.close()
