@@ -8,6 +8,7 @@ keeps a store of its own up to date from the log, and the one that leads lands, 
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from operator import ge
 from typing import Any
 
 import pyarrow as pa
@@ -95,6 +96,9 @@ class Engine:
         self._missing: list[str] = ["not started"]
         self._loader: threading.Thread | None = None
         self._server, self._stopping = server, threading.Event()
+        self.told_position: tuple[int, ...] = ()
+        """After the newest event that was answered here."""
+        self._told_lock = threading.Lock()
         self.seat: Seat | None = None
 
     def start(self) -> None:
@@ -129,9 +133,16 @@ class Engine:
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
+        with self._told_lock:
+            told = self.told_position or (0,) * len(wanted)
+            self.told_position = tuple(map(max, told, wanted))
         if not self.runner.wait_until(tuple(wanted), ABSORBED_WITHIN_S):
             log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
+
+    def counts(self, position: Sequence[int]) -> bool:
+        """Whether features here hold every event below this position of the log."""
+        return self.runner is not None and all(map(ge, self.runner.store.position, position))
 
     def bury(self, letters: Sequence[DeadLetter]) -> None:
         """Keeps refused events, with the reason, for lake.dead_letters; durable when it returns."""
