@@ -27,6 +27,7 @@ REMEDY = "run `headrace train all`"
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
     model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
+    codes_of_rows: int64 [N], how L2 encodes the note of each row.
     vectors: the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors
     for a search on the CPU."""
 
@@ -37,6 +38,7 @@ class Models:
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
     rows_of_neighbours: np.ndarray
+    codes_of_rows: np.ndarray
     num_notes: int  # rows of the catalogue
     shards: ShardedVectors
     vectors: VectorsOnDevice | None = None
@@ -47,6 +49,10 @@ class Models:
         vectors_SD = self.two_tower.note_vectors.take(places_S, axis=0)
         vectors_SD[places_S < 0] = 0.0
         return vectors_SD
+
+    def codes_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """int64 [S]: how L2 encodes these rows of the catalogue; None where one is of an unknown note."""
+        return None if (rows < 0).any() else self.codes_of_rows[rows]
 
     @cached_property
     def _vector_of_row(self) -> np.ndarray:
@@ -92,12 +98,14 @@ def load_models(
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
     shards = ShardedVectors(loaded["two_tower"].note_vectors, settings.vector_shards, settings.hnsw_from)
+    codes_of_rows = loaded["l2"].encoded_notes(catalogue.note_ids)
     loaded, vectors = moved(loaded, device, settings.most_candidates)
     return Models(
         **loaded,
         versions=versions,
         rows_of_vectors=catalogue.rows(loaded["two_tower"].note_ids),
         rows_of_neighbours=catalogue.rows(loaded["item_to_item"].names),
+        codes_of_rows=codes_of_rows,
         num_notes=len(catalogue),
         shards=shards,
         vectors=vectors,
