@@ -32,7 +32,7 @@ class FeatureRows:
         """Copies columns of the features to columns of out_CW, float64 or float32, contiguous. Columns: int64."""
         own = self.held if self.own is None else self.own
         values, own_values = (np.ascontiguousarray(matrix.values) for matrix in (self.held, own))
-        _write(values, own_values, self.place_C, from_columns, to_columns, out_CW)
+        _write(values, own_values, np.ascontiguousarray(self.place_C), from_columns, to_columns, out_CW)
 
     def matrix(self) -> FeatureMatrix:
         """A copy of the rows."""
