@@ -43,19 +43,12 @@ class Models:
     shards: ShardedVectors
     vectors: VectorsOnDevice | None = None
 
-    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [S, D]: the two-tower vectors of rows of the catalogue, zeros where a note has none. rows: int64 [S]."""
-        places_S = self._vector_of_row[rows]
-        vectors_SD = self.two_tower.note_vectors.take(places_S, axis=0)
-        vectors_SD[places_S < 0] = 0.0
-        return vectors_SD
-
     def codes_of(self, rows: np.ndarray) -> np.ndarray | None:
         """int64 [S]: how L2 encodes these rows of the catalogue; None where one is of an unknown note."""
         return None if (rows < 0).any() else self.codes_of_rows[rows]
 
     @cached_property
-    def _vector_of_row(self) -> np.ndarray:
+    def vector_of_row(self) -> np.ndarray:
         """int64 [N]: the vector of each row of the catalogue, -1 for none. The rows of no vector are beyond the last or -1."""
         known = np.flatnonzero(self.rows_of_vectors >= 0)
         vector_of_row = np.full(self.num_notes, -1, dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from serving.diversity import METHODS
+from serving.placing import METHODS
 from serving.policy import COLD_START, EXPLORATION, PROMOTED, Rules
 from serving.retrieve import GENERATORS
 from warehouse.errors import HeadraceError

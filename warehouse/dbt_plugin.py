@@ -24,9 +24,8 @@ from dbt.adapters.duckdb.utils import TargetConfig
 from dbt.flags import get_flags
 from dbt_common.events.base_types import EventLevel
 from dbt_common.events.event_manager_client import add_logger_to_manager
-from dbt_common.events.functions import env_scrubber
 from dbt_common.events.logger import LineFormat, LoggerConfig
-from dbt_common.exceptions import DbtRuntimeError
+from dbt_common.exceptions import DbtRuntimeError, env_secrets, scrub_secrets
 from dbt_common.invocation import get_invocation_id
 from pyiceberg.expressions import AlwaysTrue, And, BooleanExpression, GreaterThanOrEqual, LessThan
 from pyiceberg.table import Table, Transaction
@@ -193,12 +192,13 @@ def _log_to(path: Path) -> None:
     """dbt's debug log, rotated by dbt: `log-path` of dbt_project.yml cannot depend on the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.raiseExceptions = False  # on a full disk every line of the log would print a stack trace over the one that matters
+    secrets = env_secrets()  # read once: dbt's own scrubber goes through the whole environment for every line
     add_logger_to_manager(
         LoggerConfig(
             name="headrace_file_log",
             level=EventLevel.DEBUG,
             line_format=LineFormat.DebugText,
-            scrubber=env_scrubber,
+            scrubber=lambda message: scrub_secrets(message, secrets),
             invocation_id=get_invocation_id(),
             output_file_name=str(path),
         )

@@ -67,22 +67,27 @@
     {{ return({'start': found[0], 'end': found[1], 'is_empty': found[2]}) }}
 {%- endmacro %}
 
-{# A hash of what a table means: its code, its declaration, the algebra, and the same of every table it reads. #}
-{% macro definition_of(unique_id) -%}
+{# A hash of what a table means: its code, its declaration, the algebra, and the same of every table it reads. `known`: the hashes
+   found so far of one question, by unique_id, since most tables are read by several. #}
+{% macro definition_of(unique_id, known=none) -%}
     {%- set node = graph.nodes.get(unique_id) -%}
     {%- if not node -%}{{ return('') }}{%- endif -%}
-    {%- set declared = node.config.meta.get('features') -%}
-    {%- set meaning = declared.items() | rejectattr(0, 'equalto', 'tests') | list if declared is mapping else declared -%}
-    {%- set parts = [
-        node.raw_code, tojson(meaning), tojson(node.config.meta.get('attributes')), tojson(node.config.get('partition_by')), macros_digest()
-    ] -%}
-    {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'furthest_ahead_seconds', 'attribution_seconds', 'log_partitions') -%}
-        {%- do parts.append(var(setting) | string) -%}
-    {%- endfor -%}
-    {%- for input in node.depends_on.nodes -%}
-        {%- do parts.append(definition_of(input)) -%}
-    {%- endfor -%}
-    {{ return(local_md5(parts | join('|'))) }}
+    {%- set known = {'macros': macros_digest()} if known is none else known -%}
+    {%- if unique_id not in known -%}
+        {%- set declared = node.config.meta.get('features') -%}
+        {%- set meaning = declared.items() | rejectattr(0, 'equalto', 'tests') | list if declared is mapping else declared -%}
+        {%- set parts = [
+            node.raw_code, tojson(meaning), tojson(node.config.meta.get('attributes')), tojson(node.config.get('partition_by')), known.macros
+        ] -%}
+        {%- for setting in ('grace_seconds', 'duplicate_memory_seconds', 'furthest_ahead_seconds', 'attribution_seconds', 'log_partitions') -%}
+            {%- do parts.append(var(setting) | string) -%}
+        {%- endfor -%}
+        {%- for input in node.depends_on.nodes -%}
+            {%- do parts.append(definition_of(input, known)) -%}
+        {%- endfor -%}
+        {%- do known.update({unique_id: local_md5(parts | join('|'))}) -%}
+    {%- endif -%}
+    {{ return(known[unique_id]) }}
 {%- endmacro %}
 
 {% macro macros_digest() -%}
