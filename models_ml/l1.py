@@ -21,6 +21,7 @@ from models_ml.features import FeatureInputs
 from models_ml.first_layer import FirstLayer
 from models_ml.request_inputs import LinearShare, filled_up
 from models_ml.request_rows import AnyRows, RequestTable
+from models_ml.row_memo import RowMemo
 from models_ml.scoring import RankingRequest, check_shapes, rows_of, together
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
@@ -149,7 +150,7 @@ class L1:
         of_user, of_surface = first_user.split([network.user_inputs.num_inputs, network.surface.embedding_dim], dim=1)
         self._of_surface_SH = (network.surface.weight.detach() @ of_surface.T + network.first_user.bias.detach()).numpy()
         self._of_user = LinearShare(network.user_inputs, of_user)
-        self.first = FirstLayer(
+        self._first = FirstLayer(
             network.note_inputs,
             len(first_note),
             lambda part, places_I, columns: LinearShare(part, first_note[:, places_I], columns),
@@ -183,7 +184,7 @@ class L1:
         half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
         self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
         no_code_N, reader_of_N = np.zeros(N, dtype=np.int64), np.repeat(np.arange(len(requests)), sizes)
-        self.first.fill(hidden_NH.numpy()[:N], notes_NF, row_N, no_code_N, half_RH, reader_of_N)
+        self._first.fill(hidden_NH.numpy()[:N], notes_NF, row_N, no_code_N, half_RH, reader_of_N)
         second, last = self.network.second, self.network.last
         hidden_NG = torch.addmm(second.bias, hidden_NH.relu_(), second.weight.T).relu_()
         # One column per candidate: a product that gives but a few rows is many times faster than one that gives a few columns.
@@ -191,9 +192,14 @@ class L1:
         utility_N = (self.weights_T @ probability_TN)[:N].numpy()
         return np.split(utility_N, np.cumsum(sizes)[:-1]) if len(requests) > 1 else [utility_N]
 
+    @property
+    def memo(self) -> RowMemo:
+        """What it keeps of the notes."""
+        return self._first.memo
+
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""
-        self.first.memo.forget()
+        self.memo.forget()
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

@@ -22,6 +22,7 @@ from models_ml.l2_network import L2Config, L2Network, Shape
 from models_ml.l2_scorer import Asked, L2Scorer
 from models_ml.notes import NoteWords
 from models_ml.request_rows import AnyRows, Encode, RequestTable
+from models_ml.row_memo import RowMemo
 from models_ml.scoring import RankingRequest, check_shapes
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
@@ -218,9 +219,14 @@ class L2:
         scores_RTN = self._scorer([self._asked(request) for request in requests])
         return [dict(zip(self.heads, scores_TN, strict=True)) for scores_TN in scores_RTN]
 
+    @property
+    def memo(self) -> RowMemo:
+        """What it keeps of the notes."""
+        return self._scorer.memo
+
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""
-        self._scorer.first.memo.forget()
+        self.memo.forget()
 
     def _asked(self, request: RankingRequest) -> Asked:
         check_shapes(NAME, request, self.user_features, self.note_features)

@@ -23,6 +23,7 @@ from torch import Tensor
 from models_ml.first_layer import FirstLayer
 from models_ml.l2_network import HistoryLayer, L2Network, MemberLinear
 from models_ml.request_inputs import PiecewiseTable, add_products, filled_up
+from models_ml.row_memo import RowMemo
 from models_ml.scoring import together
 
 
@@ -74,7 +75,7 @@ class L2Scorer:
         self._of_embedding_DW = _side_by_side(of_embedding).numpy()
         # what a note reads and its product with the note; likeness to the mean
         self._of_read_EW, self._of_likeness_1W = _side_by_side(of_read), _side_by_side(of_likeness).numpy()
-        self.first = FirstLayer(
+        self._first = FirstLayer(
             network.note_inputs,
             self._members * hidden,
             lambda part, places_I, columns: PiecewiseTable(part, of_features[:, places_I], columns),
@@ -117,7 +118,7 @@ class L2Scorer:
             np.concatenate([request.rows for request in asked]),
             np.repeat(np.arange(len(asked)), np.diff(ends)),
         )
-        self.first.fill(of_candidates_NW, notes_NF, row_N, codes_N, self._of_users(asked, histories), reader_of_N)
+        self._first.fill(of_candidates_NW, notes_NF, row_N, codes_N, self._of_users(asked, histories), reader_of_N)
         add_products(likeness_N1.numpy(), self._of_likeness_1W, of_candidates_NW)
         hidden_NW.addmm_(inputs_NE, self._of_read_EW).relu_()
         hidden_KNH = hidden_NW.unflatten(1, (self._members, -1)).transpose(0, 1)
@@ -125,6 +126,11 @@ class L2Scorer:
         logits_KTN = torch.baddbmm(self._last_bias_KT1, self._last_KTH, hidden_KNH.transpose(1, 2))
         probability_TN = logits_KTN.sigmoid_().mean(0).numpy()
         return [probability_TN[:, span] for span in spans]
+
+    @property
+    def memo(self) -> RowMemo:
+        """What it keeps of the notes."""
+        return self._first.memo
 
     def _add_of_notes(self, rows_MW: np.ndarray, code_M: np.ndarray) -> None:
         add_products(self._table_ND.index_select(0, torch.from_numpy(code_M)).numpy(), self._of_embedding_DW, rows_MW)

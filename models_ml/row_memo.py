@@ -22,7 +22,7 @@ _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 class RowMemo:
     """Safe for threads. make: (features float32 [M, F], tags int64 [M]) -> float32 [M, W], each row from its own alone.
 
-    columns: those of the features that a row is made of. asked, made: rows since the start.
+    columns: those of the features that a row is made of. num_hits, num_misses: rows found and made since the start.
     """
 
     def __init__(
@@ -40,7 +40,11 @@ class RowMemo:
         # side, so that memory is asked once
         self._kept_SR = np.zeros((self._places, num_numbers), dtype=np.int32)
         self._since = 1
-        self.asked = self.made = 0
+        self._num_kept = self.num_hits = self.num_misses = 0
+
+    def __len__(self) -> int:
+        """The rows that are kept."""
+        return self._num_kept
 
     @property
     def num_bytes(self) -> int:
@@ -59,19 +63,22 @@ class RowMemo:
         with self._lock:
             since = self._since
             num_missing = _find(since, number_N, tag_N, bits_NF, *kept, rows_NW, missing_N)
-            self.asked += len(rows_NW)
-            self.made += num_missing
+            self.num_hits += len(rows_NW) - num_missing
+            self.num_misses += num_missing
         if not num_missing:
             return
         missing_M = missing_N[:num_missing]
         made_MW = self._make(features_NF[missing_M], tag_N[missing_M])
         with self._lock:
-            _keep(since, missing_M, made_MW, number_N, tag_N, bits_NF, *kept, rows_NW)
+            num_new = _keep(since, missing_M, made_MW, number_N, tag_N, bits_NF, *kept, rows_NW)
+            if since == self._since:
+                self._num_kept += num_new
 
     def forget(self) -> None:
         """Empties all places."""
         with self._lock:
             self._since += 1
+            self._num_kept = 0
 
 
 @njit(
@@ -114,7 +121,7 @@ def _find(
 
 
 @njit(
-    types.void(
+    types.int64(
         types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _BITS, _NUMBERS, types.int32[:, ::1],
         types.float32[:, ::1], types.float32[:, ::1],
     ),
@@ -132,14 +139,17 @@ def _keep(
     kept_SR: np.ndarray,
     kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
-) -> None:
-    """Writes the rows that were made, and keeps them."""
+) -> int:
+    """Writes the rows that were made, and keeps them; says how many places had none."""
+    num_new = 0
     for m in range(len(missing_M)):
         n = missing_M[m]
         rows_NW[n] = made_MW[m]
         if number_N[n] >= 0:
             place = number_N[n] % len(kept_SR)
+            num_new += kept_SR[place, 0] != since
             kept_SR[place, 0], kept_SR[place, 1] = since, tag_N[n]
             for b in range(len(columns_B)):
                 kept_SR[place, 2 + b] = bits_NF[n, columns_B[b]]
             kept_as_floats_SR[place, 2 + len(columns_B) :] = made_MW[m]
+    return num_new

@@ -10,6 +10,7 @@ import numpy as np
 
 from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
+from models_ml.row_memo import RowMemo
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from serving.settings import Settings
@@ -20,6 +21,7 @@ from warehouse.features.kinds.declared import Kinds
 from warehouse.home import Home
 
 NAMES = ("item_to_item", "two_tower", "l1", "l2")
+MEMOS = ("l1_notes", "l2_notes")
 REMEDY = "run `headrace train all`"
 
 
@@ -46,6 +48,11 @@ class Models:
     def codes_of(self, rows: np.ndarray) -> np.ndarray | None:
         """int64 [S]: how L2 encodes these rows of the catalogue; None where one is of an unknown note."""
         return None if (rows < 0).any() else self.codes_of_rows[rows]
+
+    def memos(self) -> dict[str, RowMemo]:
+        """What L1 and L2 keep of notes from request to request; on a device they keep nothing."""
+        named = zip(MEMOS, (self.l1, self.l2), strict=True)
+        return {name: model.memo for name, model in named if hasattr(model, "memo")}
 
     @cached_property
     def vector_of_row(self) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_a_row_is_made_once_and_again_when_a_feature_of_its_columns_or_its_tag_c
     assert np.array_equal(_filled(memo, numbers[::-1], features[::-1].copy()), _made(features[::-1]))
     features[:, 1] += 1  # of no column
     assert np.array_equal(_filled(memo, numbers, features), _made(features))
-    assert (make.asked, memo.asked, memo.made) == (20, 60, 20)
+    assert (make.asked, len(memo), memo.num_hits, memo.num_misses) == (20, 20, 40, 20)
     features[3, 2] += 100
     assert np.array_equal(_filled(memo, numbers, features), _made(features))
     assert make.asked == 21
@@ -60,8 +60,9 @@ def test_a_row_is_made_once_and_again_when_a_feature_of_its_columns_or_its_tag_c
         assert np.array_equal(_filled(memo, numbers, features, tags), _made(features, tags))
         assert make.asked == 22
     memo.forget()
+    assert len(memo) == 0
     assert np.array_equal(_filled(memo, numbers, features, tags), _made(features, tags))
-    assert make.asked == 42
+    assert (make.asked, len(memo)) == (42, 20)
 
 
 def test_a_row_of_zeros_that_was_never_made_is_not_taken_for_one_that_is_kept():
