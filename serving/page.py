@@ -4,6 +4,8 @@ Shape letters: C candidates in order of recall, S survivors of L1, N notes of th
 """
 
 import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from random import Random
 
 import numpy as np
@@ -76,12 +78,12 @@ def lay_out(
     return [Placed(int(order_C[item.candidate]), item.slot, item.propensity) for item in placed]
 
 
-def showable(request: Request) -> np.ndarray:
-    """bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not."""
+def showable(request: Request, seen: Sequence[str] = ()) -> AbstractContextManager[np.ndarray]:
+    """Lends bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not;
+    without those that are named as seen."""
     world = request.world
-    may_N = world.catalogue.exists_at(request.t_us) & world.allowed_N
-    may_N[_hidden(request)] = False
-    return may_N
+    rows = world.catalogue.rows([*world.readers.hidden(request.user_id), *seen])
+    return world.showable.without(request.t_us, rows[rows >= 0])
 
 
 def _may_show(request: Request, row_S: np.ndarray) -> np.ndarray:

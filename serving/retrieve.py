@@ -13,11 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from serving.catalogue import Catalogue
+from serving.union import Union
 
 log = logging.getLogger(__name__)
-
-RANK_DAMPING = 60
-"""Of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009): scores of generators do not compare, ranks do."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Retrieval:
 
     catalogue: Catalogue
     models: object  # with `.item_to_item`, `.rows_of_neighbours`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`
-    eligible_N: np.ndarray
+    eligible_N: np.ndarray  # only lent, for the time of the request
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
     seeds: Sequence[str]  # the newest part of it
@@ -188,11 +186,11 @@ def retrieve(
     A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
-    union = _Union(request.catalogue)
+    union = Union(sum(max(int(limit), 0) for limit in limits.values()), len(limits))
     failed: list[str] = request.failed
     is_cut = False
     for name, limit in limits.items():
-        if union.found and is_late(union.num_notes):
+        if union.generators and is_late(union.num_notes):
             is_cut = True
             break
         try:
@@ -200,44 +198,7 @@ def retrieve(
         except Exception:  # one generator's failure costs its notes, never the page
             log.exception("generator %s failed; the feed goes on without it", name)
             failed.append(name)
-    return union.candidates(), failed, is_cut
-
-
-class _Union:
-    """What the generators have found so far. Rows are small numbers, so what was found is looked up, not sorted."""
-
-    def __init__(self, catalogue: Catalogue):
-        self._catalogue = catalogue
-        self._place_N = np.full(len(catalogue), -1, dtype=np.int32)
-        self._rows = [np.empty(0, dtype=np.int64)]  # each note once
-        self.found: dict[str, np.ndarray] = {}
-        self.num_notes = 0
-
-    def add(self, name: str, rows: np.ndarray) -> None:
-        rows = _first_of_each(rows)
-        new = rows[self._place_N[rows] < 0]
-        self._place_N[new] = 0
-        self._rows.append(new)
-        self.num_notes += len(new)
-        self.found[name] = rows
-
-    def candidates(self) -> Candidates:
-        row_C = np.sort(np.concatenate(self._rows))  # ties of the scores stand in the order of rows
-        self._place_N[row_C] = np.arange(len(row_C))
-        share_CG = np.zeros((len(row_C), len(self.found)))
-        score_C = np.zeros(len(row_C))
-        for generator, rows in enumerate(self.found.values()):
-            place, share = self._place_N[rows], 1.0 / (RANK_DAMPING + 1 + np.arange(len(rows)))
-            share_CG[place, generator] = share
-            score_C[place] += share
-        order = np.argsort(-score_C, kind="stable")
-        return Candidates(self._catalogue, tuple(self.found), row_C[order], score_C[order], share_CG[order])
-
-
-def _first_of_each(rows: np.ndarray) -> np.ndarray:
-    """The rows, each where it comes first."""
-    first = np.unique(rows, return_index=True)[1]
-    return rows if len(first) == len(rows) else rows[np.sort(first)]
+    return Candidates(request.catalogue, tuple(union.generators), *union.ranked()), failed, is_cut
 
 
 def _first_eligible(rows: np.ndarray, eligible_N: np.ndarray, limit: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from serving.fetch import Fetcher
 from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
+from serving.showable import Showable
 from streaming_sql.assembled import Assembled
 from streaming_sql.online_store import OnlineStore, StoreView
 from streaming_sql.table_store import TableStore
@@ -48,6 +50,10 @@ class World:
     fetcher: Fetcher | None = None
     pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())
+
+    @cached_property
+    def showable(self) -> Showable:
+        return Showable(self.catalogue.created_us_N, self.allowed_N)
 
 
 class Trending:
