@@ -95,12 +95,13 @@ class ItemToItem:
         self.names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
         self._code_of = {name: code for code, name in enumerate(self.names)}
         note_ids = neighbours["note_id"].to_pylist()
-        of_note = np.array(list(map({note_id: code for code, note_id in enumerate(dict.fromkeys(note_ids))}.get, note_ids)), np.int64)
-        order = np.argsort(of_note, kind="stable")  # a note's neighbours together
+        place_of = {note_id: place for place, note_id in enumerate(dict.fromkeys(note_ids))}
+        place_E = np.array([place_of[note_id] for note_id in note_ids], np.int64)
+        order = np.argsort(place_E, kind="stable")  # a note's neighbours together
         self._code_E = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], np.int64)[order]
         self._score_E = neighbours["score"].to_numpy().astype(np.float64)[order]
-        ends = np.cumsum(np.bincount(of_note)).tolist()
-        self._range_of = dict(zip(dict.fromkeys(note_ids), zip([0, *ends], ends, strict=False), strict=True))
+        ends = np.cumsum(np.bincount(place_E)).tolist()
+        self._range_of = dict(zip(place_of, zip([0, *ends], ends, strict=False), strict=True))
 
     def neighbours(self, note_ids: Sequence[str], k: int) -> list[tuple[str, float]]:
         """The k best neighbours of all `note_ids` together, best first, as (note_id, score); ties by note_id.

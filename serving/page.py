@@ -79,8 +79,8 @@ def lay_out(
 
 
 def showable(request: Request, seen: Sequence[str] = ()) -> AbstractContextManager[np.ndarray]:
-    """Lends bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not;
-    without those that are named as seen."""
+    """Lends bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or
+    not; without those that are named as seen."""
     world = request.world
     rows = world.catalogue.rows([*world.readers.hidden(request.user_id), *seen])
     return world.showable.without(request.t_us, rows[rows >= 0])
