@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bench.kernels import microseconds
+from models_ml.examples import LABELS
 from models_ml.l1 import L1, L1Config, L1Network
 from models_ml.l2 import L2
 from models_ml.l2_network import L2Config, L2Network, Shape
@@ -83,7 +84,7 @@ def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
 
 def l2_model(history: int = 100, width: int = 64) -> L2:
     torch.manual_seed(0)
-    config = L2Config(width=width, history_length=history)
+    config = L2Config(heads=LABELS, width=width, history_length=history)
     words = NoteWords([f"n{i}" for i in range(8000)], ["a"], ["t"])
     shape = Shape(words, USER_FEATURES, NOTE_FEATURES, ("home",), ("age=20s",))
     network = L2Network(config, shape)

@@ -129,6 +129,7 @@ def train(
     rows: the request rows of the export, in files; without them they are made in memory.
     """
     rows = rows or RequestTable.of_examples(examples)
+    config = replace(config, heads=config.heads or request_rows.labels_of(rows))
     request_rows.require_labels(rows, config.heads, NAME)
     if config.history_length > request_rows.HISTORY_PLACES:
         most = request_rows.HISTORY_PLACES

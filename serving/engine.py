@@ -8,7 +8,7 @@ keeps a store of its own up to date from the log, and the one that leads lands, 
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from operator import ge
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
 from serving.last_pages import LastPages
 from serving.log_table import as_table
+from serving.log_writer import LogWriter
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
@@ -89,11 +90,15 @@ class Engine:
         self.lake: Lake | None = None
         self.log: Log | None = None
         self.runner: Runner | None = None
-        self.forward_log: ForwardLog | None = None
+        self.forward_log: ForwardLog[Served] | None = None
+        self._log_writer: LogWriter | None = None
         self.recent = Recent(settings.recent_requests)
         self._missing: list[str] = ["not started"]
         self._loader: threading.Thread | None = None
         self._server, self._stopping = server, threading.Event()
+        self.told_position: tuple[int, ...] = ()
+        """After the newest event that was answered here."""
+        self._told_lock = threading.Lock()
         self.seat: Seat | None = None
 
     def start(self) -> None:
@@ -128,9 +133,16 @@ class Engine:
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
+        with self._told_lock:
+            told = self.told_position or (0,) * len(wanted)
+            self.told_position = tuple(map(max, told, wanted))
         if not self.runner.wait_until(tuple(wanted), ABSORBED_WITHIN_S):
             log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
+
+    def counts(self, position: Sequence[int]) -> bool:
+        """Whether features here hold every event below this position of the log."""
+        return self.runner is not None and all(map(ge, self.runner.store.position, position))
 
     def bury(self, letters: Sequence[DeadLetter]) -> None:
         """Keeps refused events, with the reason, for lake.dead_letters; durable when it returns."""
@@ -142,7 +154,7 @@ class Engine:
         self.recent.add(served)
         if self.world is not None and CACHED_PAGE not in served.steps.degraded:
             self.world.last_pages.keep(served)
-        self.forward_log.offer(partial(as_table, served))
+        self.forward_log.offer(served)
 
     def stop(self) -> None:
         """Waits for loading to end, then writes what waits and closes everything."""
@@ -152,6 +164,8 @@ class Engine:
         self._missing = ["the server is stopping"]
         if self.forward_log is not None:
             self.forward_log.close()
+        if self._log_writer is not None:
+            self._log_writer.close()
         if self.runner is not None:
             try:
                 self.runner.stop()
@@ -237,12 +251,16 @@ class Engine:
             assembled=Assembled(store.plans, {("note_id",): notes, ("author_id",): authors}),
         )
         world.assembled.assemble(store.view())
+        lock = self.home.log / "forward-log.lock"
+        self._log_writer = LogWriter(self.home, lock)
         self.forward_log = ForwardLog(
             lake,
             self.settings.forward_log_queue,
             self.settings.forward_log_rows,
             self.settings.forward_log_age_s,
-            self.home.log / "forward-log.lock",
+            as_table,
+            lock,
+            self._log_writer.write,
         )
         self.forward_log.start()
 

@@ -31,6 +31,7 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
 from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.update import TableUpdate
 from pyiceberg.transforms import parse_transform
 from sqlalchemy.exc import IntegrityError
 
@@ -133,7 +134,7 @@ class Lake:
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         table = self.table(name)
-        with table.transaction() as transaction:
+        with _Transaction(table) as transaction:
             append_files(transaction, write_chunks(transaction, table, [rows]), properties or {})
 
     def replace(self, name: str, rows: pa.Table) -> None:
@@ -147,7 +148,7 @@ class Lake:
     @contextlib.contextmanager
     def transaction(self, name: str) -> Iterator[Transaction]:
         """One commit of several steps; nothing is kept if the block raises."""
-        with self.table(name).transaction() as transaction:
+        with _Transaction(self.table(name)) as transaction:
             yield transaction
 
     def scan(self, name: str, row_filter: str | BooleanExpression | None = None, columns: tuple[str, ...] = ("*",)) -> pa.Table:
@@ -214,6 +215,20 @@ class Lake:
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
         return connection
+
+
+class _Transaction(Transaction):
+    """One that copies the table's metadata once per change instead of at each look: pyiceberg looks fifteen times in a commit,
+    and a copy holds every snapshot that the table ever had."""
+
+    _seen: tuple[TableMetadata, tuple[TableUpdate, ...], TableMetadata] | None = None
+
+    @property
+    def table_metadata(self) -> TableMetadata:
+        base, updates = self._table.metadata, self._updates
+        if self._seen is None or self._seen[0] is not base or self._seen[1] is not updates:
+            self._seen = (base, updates, super().table_metadata)
+        return self._seen[2]
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, name: str, sql: str) -> None:
