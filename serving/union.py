@@ -40,7 +40,8 @@ class Union:
         """(rows int64 [C], recall scores float64 [C], each generator's share of them [C, G]), best first, ties by row."""
         row_K, score_K = self._row_K[: self.num_notes], self._score_K[: self.num_notes]
         order_C = largest_first(score_K, row_K)
-        return row_K[order_C], score_K[order_C], self._share_KG.take(order_C, axis=0)[:, : len(self.generators)]
+        share_CG = np.ascontiguousarray(self._share_KG.take(order_C, axis=0)[:, : len(self.generators)])
+        return row_K[order_C], score_K[order_C], share_CG
 
 
 @njit(

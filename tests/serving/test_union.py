@@ -30,6 +30,14 @@ def test_the_union_is_reciprocal_rank_fusion(found, apart):
     assert share_CG.tolist() == [[shares[row, generator] for generator in range(len(found))] for row in best]
 
 
+def test_generators_that_were_not_asked_have_no_column():
+    union = Union(4, 3)
+    union.add("fresh", np.array([5, 2]))
+    share_CG = union.ranked()[2]
+    assert share_CG.tolist() == [[1 / 61], [1 / 62]]
+    assert share_CG.flags.c_contiguous  # as compiled readers of it want
+
+
 def test_a_generator_above_its_limit_is_refused():
     union = Union(3, 2)
     union.add("trending", np.array([1, 2]))
