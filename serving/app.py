@@ -29,6 +29,7 @@ from serving.explain import row_in_lake
 from serving.http import Edge, install_error_bodies, json_response, sentence
 from serving.intake import Intake
 from serving.metrics import Metrics, of_workers
+from serving.models import MEMOS
 from serving.outside import said
 from serving.peers import Peers, folder_of
 from serving.seat import own_server
@@ -448,6 +449,10 @@ def _status(engine: Engine) -> dict[str, Any]:
         "caches": {
             name: {"entries": len(cache), "hits": cache.num_hits, "shared": cache.num_shared, "misses": cache.num_misses}
             for name, cache in world.caches.by_name().items()
+        }
+        | {
+            name: {"entries": len(memo), "hits": memo.num_hits, "misses": memo.num_misses}
+            for name, memo in world.models.memos().items()
         },
         "forwardLog": {
             "written": forward_log.num_written,
@@ -468,9 +473,10 @@ def _watch(metrics: Metrics, engine: Engine) -> None:
 
     def of_cache(name: str, result: str) -> float:
         world = engine.world
-        return float(getattr(world.caches.by_name()[name], f"num_{result}")) if world else 0.0
+        kept = (world.caches.by_name() | world.models.memos()).get(name) if world else None
+        return float(getattr(kept, f"num_{result}", 0))
 
-    for name in CACHES:
+    for name in (*CACHES, *MEMOS):
         metrics.cache(name, functools.partial(of_cache, name))
     metrics.versions(lambda: engine.world.models.versions if engine.world else {})
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
