@@ -3,9 +3,10 @@
     python -m bench.rankers [--threads 2]
 
 Networks with random weights, features fitted on drawn values, at the shape of the project's own: 20 reader features, 49 of a
-candidate. Checked against the network first (2e-6); all take turns, and the fastest tenth counts. L2 keeps what notes add to
-its first layer while their features stay the same: a request over notes seen since the tick is timed, and one over none. Four
-readers' requests in one call are timed too. Where there is a GPU, whole requests on it follow.
+candidate. Checked against the network first (2e-6); all take turns, and the fastest tenth counts. Both keep what notes add to
+their first layer while the notes' features stay the same: a request over notes seen since the tick is timed, with rows and
+codes as the server gives them, and one over none. The reader has met the authors of one candidate in thirty. Four readers'
+requests in one call are timed too. Where there is a GPU, whole requests on it follow.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from bench.kernels import microseconds
+from models_ml.examples import LABELS
 from models_ml.l1 import L1, L1Config, L1Network
 from models_ml.l2 import L2
 from models_ml.l2_network import L2Config, L2Network, Shape
@@ -48,6 +50,16 @@ def values(rows: int, names: tuple[str, ...], seed: int) -> np.ndarray:
     return drawn
 
 
+def candidates_of(reader: int, rows: int) -> np.ndarray:
+    """float64 [rows, NOTE_FEATURES]: the same notes for all readers, each of whom met other authors."""
+    drawn = values(rows, NOTE_FEATURES, 2)
+    of_reader = [column for column, name in enumerate(NOTE_FEATURES) if name.startswith("user_")]
+    drawn[:, of_reader] = 0
+    met = np.random.default_rng(reader).permutation(rows)[: max(1, rows // 30)]
+    drawn[met[:, None], of_reader] = values(len(met), tuple(NOTE_FEATURES[column] for column in of_reader), 20 + reader)
+    return drawn
+
+
 def l1_model() -> L1:
     torch.manual_seed(0)
     config = L1Config()
@@ -61,10 +73,10 @@ def l1_model() -> L1:
 
 
 def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
-    """One request, the same by the network, and as the first of four."""
+    """One request, one whose notes were never seen, the same by the network, and as the first of four."""
     model = l1_model()
     network = model.network
-    user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
+    user, notes, rows = values(1, USER_FEATURES, 1)[0], candidates_of(0, candidates), np.arange(candidates)
 
     @torch.inference_mode()
     def plain() -> np.ndarray:
@@ -72,18 +84,28 @@ def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
         logits_NT = network(user_1U, torch.tensor([1]), notes_1NI)[0]
         return (torch.sigmoid(logits_NT) @ model.weights_T).numpy()
 
-    others = [RankingRequest(values(1, USER_FEATURES, 5 + place)[0], notes, "home") for place in range(3)]
-    four = [RankingRequest(user, notes, "home"), *others]
+    def ours() -> np.ndarray:
+        return model.score(user, notes, surface="home", rows=rows)
+
+    def never_seen() -> np.ndarray:
+        model.forget()
+        return ours()
+
+    four = [RankingRequest(user, notes, "home", rows=rows)]
+    for place in range(1, 4):
+        other = values(1, USER_FEATURES, 4 + place)[0]
+        four.append(RankingRequest(other, candidates_of(place, candidates), "home", rows=rows))
     return {
-        "ours": lambda: model.score(user, notes, surface="home"),
+        "ours": ours,
         "the network": plain,
+        "notes never seen": never_seen,
         "four together": lambda: model.score_many(four)[0],
     }
 
 
 def l2_model(history: int = 100, width: int = 64) -> L2:
     torch.manual_seed(0)
-    config = L2Config(width=width, history_length=history)
+    config = L2Config(heads=LABELS, width=width, history_length=history)
     words = NoteWords([f"n{i}" for i in range(8000)], ["a"], ["t"])
     shape = Shape(words, USER_FEATURES, NOTE_FEATURES, ("home",), ("age=20s",))
     network = L2Network(config, shape)
@@ -99,8 +121,9 @@ def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
     """The first head of one request, of one whose notes were never seen, the same by the network, and as the first of four."""
     model = l2_model(history)
     network, note_ids = model.network, model.shape.words.note_ids
-    user, notes = values(1, USER_FEATURES, 1)[0], values(candidates, NOTE_FEATURES, 2)
-    watched, asked = note_ids[:history], note_ids[-candidates:]
+    user, notes = values(1, USER_FEATURES, 1)[0], candidates_of(0, candidates)
+    watched, asked, rows = note_ids[:history], note_ids[-candidates:], np.arange(candidates)
+    codes = model.encoded_notes(asked)
     codes_1L = torch.arange(history, 0, -1)[None]
     codes_1N = torch.arange(8001 - candidates, 8001)[None]
 
@@ -112,16 +135,18 @@ def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
         return torch.sigmoid(logits_KNT).mean(0)[:, 0].numpy()
 
     def ours() -> np.ndarray:
-        return model.score(user, watched, asked, notes, surface="home")[model.heads[0]]
+        return model.score(user, watched, asked, notes, surface="home", rows=rows, codes=codes)[model.heads[0]]
 
     def never_seen() -> np.ndarray:
         model.forget()
         return ours()
 
-    four = [RankingRequest(user, notes, "home", watched, asked)]
+    four = [RankingRequest(user, notes, "home", watched, asked, None, rows, codes)]
     for place in range(1, 4):
         other_history = note_ids[place * history : (place + 1) * history]
-        four.append(RankingRequest(values(1, USER_FEATURES, 5 + place)[0], notes, "home", other_history, asked))
+        other = values(1, USER_FEATURES, 4 + place)[0]
+        features = candidates_of(place, candidates)
+        four.append(RankingRequest(other, features, "home", other_history, asked, None, rows, codes))
     return {
         "ours": ours,
         "the network": plain,

@@ -20,6 +20,7 @@ from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, HOUR_US
 
 WINDOWS = {"1h": HOUR_US, "1d": DAY_US, "7d": 7 * DAY_US}
 USER_FEATURES = tuple(f"user_{what}_{window}" for what in ("num_views", "num_clicks", "num_likes") for window in WINDOWS)
+HEADS = ("click", "long_view")
 NOTE_FEATURES = tuple(
     f"{entity}_{what}_{window}"
     for entity in ("note", "author", "user_author")
@@ -65,7 +66,7 @@ def requests(num: int, seed: int = 0) -> pa.Table:
     entities = {"note": note_N, "author": author_N, "user_author": user_N * NUM_AUTHORS + author_N}
     for name in NOTE_FEATURES:
         columns[name] = nested(pa.array(_counts(events, name, entities, tick_N)))
-    for head in ("click", "long_view"):
+    for head in HEADS:
         done = events.filter(pc.equal(events["event_type"], head))["impression_id"].combine_chunks()
         columns[f"label_{head}"] = nested(pc.is_in(views["impression_id"], done).cast(pa.int8()))
     return pa.table(columns)

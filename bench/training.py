@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.simulated_requests import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, impressions, requests, shape
+from bench.simulated_requests import ATTRIBUTES, HEADS, NOTE_FEATURES, USER_FEATURES, impressions, requests, shape
 from models_ml import l2, ranking_rows, request_rows
 from models_ml.l2_network import L2Config, L2Network
 from models_ml.request_rows import RequestRows
@@ -109,7 +109,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
     folder = Home.from_env().tmp / "bench_training"
-    config = L2Config()
+    config = L2Config(heads=HEADS)
     table = requests(given.requests)
     layouts = {"request rows": table, "impression rows": impressions(table)}
     mean = len(layouts["impression rows"]) / len(table)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.training import ATTRIBUTES, NOTE_FEATURES, USER_FEATURES, requests, shape
+from bench.training import ATTRIBUTES, HEADS, NOTE_FEATURES, USER_FEATURES, requests, shape
 from models_ml import l2, ranking_rows, two_tower
 from models_ml.l2_network import L2Config, L2Network
 from models_ml.notes import NoteWords
@@ -142,10 +142,10 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device(given.device)
-    wide = L2Config(history_length=100, width=128, layers=4, attention_heads=4, hidden=512, members=8)
+    wide = L2Config(heads=HEADS, history_length=100, width=128, layers=4, attention_heads=4, hidden=512, members=8)
     made = requests(given.requests)
     works = [
-        ranking("l2", L2Config(), made, given.epochs),
+        ranking("l2", L2Config(heads=HEADS), made, given.epochs),
         ranking("l2, wide", replace(wide, batch_size=512), made, given.epochs),
         retrieval(TwoTowerConfig(epochs=given.epochs, batch_size=8192), 50_000, given.pairs),
     ]

@@ -18,9 +18,11 @@ from kernels.l1_score import l1_score
 from models_ml import bundle, ranking_rows, request_rows
 from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
-from models_ml.request_inputs import READERS, FeatureRows, FewRows, filled_up
+from models_ml.first_layer import FirstLayer
+from models_ml.request_inputs import LinearShare, filled_up
 from models_ml.request_rows import AnyRows, RequestTable
-from models_ml.scoring import RankingRequest, check_shapes
+from models_ml.row_memo import RowMemo
+from models_ml.scoring import RankingRequest, check_shapes, rows_of, together
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.settings import Plan
@@ -131,7 +133,7 @@ def train(
 
 
 class L1:
-    """Serving side; read-only after construction, safe for threads.
+    """Serving side; safe for threads. What changes after construction is what it keeps of the notes, which changes no score.
 
     user_features, note_features: the names, in order, of what `score` takes. weights_T: of the heads, adding up to 1.
     """
@@ -144,21 +146,27 @@ class L1:
         self.weights_T = weights_T / weights_T.sum()
         self._surface_of = {surface: row + 1 for row, surface in enumerate(settings["surfaces"])}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
-        self._user_rows, self._note_rows = FewRows(network.user_inputs), FeatureRows(network.note_inputs)
-        self._surfaces = network.surface.weight.detach().numpy()
-        first_note = network.first_note.weight.detach()[:, self._note_rows.columns_I].contiguous()
-        self._first_user = network.first_user
-        hidden = len(first_note)
-        self._layers = torch.eye(hidden), first_note, torch.zeros(hidden), *network.layers(first_note)[3:]
+        first_user, first_note = network.first_user.weight.detach(), network.first_note.weight.detach()
+        of_user, of_surface = first_user.split([network.user_inputs.num_inputs, network.surface.embedding_dim], dim=1)
+        self._of_surface_SH = (network.surface.weight.detach() @ of_surface.T + network.first_user.bias.detach()).numpy()
+        self._of_user = LinearShare(network.user_inputs, of_user)
+        self._first = FirstLayer(
+            network.note_inputs,
+            len(first_note),
+            lambda part, places_I, columns: LinearShare(part, first_note[:, places_I], columns),
+        )
 
-    def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
+    def score(
+        self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
         """float32 [N] in [0, 1], higher is better; a row's score depends on nothing in the other rows.
 
         user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
-        surface: where the feed is shown; None or unknown takes the one seen most in training. Raises ValueError on wrong
-        shapes.
+        surface: where the feed is shown; None or unknown takes the one seen most in training. rows: int64 [N], a number of each
+        note, small and its own, so that what notes add by themselves can be kept; -1 where it has none. Raises ValueError on
+        wrong shapes.
         """
-        return self.score_many([RankingRequest(user, notes, surface)])[0]
+        return self.score_many([RankingRequest(user, notes, surface, rows=rows)])[0]
 
     @torch.inference_mode()
     def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
@@ -167,23 +175,31 @@ class L1:
         if not requests:
             return []
         for request in requests:
-            check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)
+            check_shapes(NAME, request, self.user_features, self.note_features)
         sizes = [len(request.notes) for request in requests]
-        notes_NF = requests[0].notes if len(requests) == 1 else np.concatenate([request.notes for request in requests])
-        # Rows filled up, so that a reader's half is the same whoever else asks; `l1_score` takes it as it is.
-        reader_RI = np.zeros((filled_up(len(requests), READERS), self._first_user.in_features), dtype=np.float32)
-        reader_RI[: len(requests), : self._user_rows.num_inputs] = self._user_rows(np.stack([r.user for r in requests]))
-        codes = [self.code_of_surface(request.surface) for request in requests]
-        reader_RI[: len(requests), self._user_rows.num_inputs :] = self._surfaces[codes]
-        half_RH = self._first_user(torch.from_numpy(reader_RI))[: len(requests)]
-        inputs_NI = self._note_rows.inputs(notes_NF, filled_up(len(notes_NF)))
-        reader_of_N = torch.zeros(len(inputs_NI), dtype=torch.int64)
-        if len(requests) > 1:
-            reader_of_N[: len(notes_NF)] = torch.arange(len(requests)).repeat_interleave(torch.tensor(sizes))
-        utility_N = l1_score(half_RH, inputs_NI, reader_of_N, *self._layers, self.weights_T)[0].numpy()
-        if len(requests) == 1:
-            return [utility_N[: len(notes_NF)]]
-        return np.split(utility_N[: len(notes_NF)], np.cumsum(sizes)[:-1])
+        notes_NF, row_N = together([request.notes for request in requests]), rows_of(requests)
+        N = len(notes_NF)
+        hidden_NH = torch.empty(filled_up(N), self.network.second.in_features)
+        hidden_NH[N:] = 0
+        half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
+        self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
+        no_code_N, reader_of_N = np.zeros(N, dtype=np.int64), np.repeat(np.arange(len(requests)), sizes)
+        self._first.fill(hidden_NH.numpy()[:N], notes_NF, row_N, no_code_N, half_RH, reader_of_N)
+        second, last = self.network.second, self.network.last
+        hidden_NG = torch.addmm(second.bias, hidden_NH.relu_(), second.weight.T).relu_()
+        # One column per candidate: a product that gives but a few rows is many times faster than one that gives a few columns.
+        probability_TN = torch.addmm(last.bias[:, None], last.weight, hidden_NG.T).sigmoid_()
+        utility_N = (self.weights_T @ probability_TN)[:N].numpy()
+        return np.split(utility_N, np.cumsum(sizes)[:-1]) if len(requests) > 1 else [utility_N]
+
+    @property
+    def memo(self) -> RowMemo:
+        """What it keeps of the notes."""
+        return self._first.memo
+
+    def forget(self) -> None:
+        """Keeps nothing of the requests so far: the next is scored as a first one is."""
+        self.memo.forget()
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

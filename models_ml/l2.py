@@ -22,6 +22,7 @@ from models_ml.l2_network import L2Config, L2Network, Shape
 from models_ml.l2_scorer import Asked, L2Scorer
 from models_ml.notes import NoteWords
 from models_ml.request_rows import AnyRows, Encode, RequestTable
+from models_ml.row_memo import RowMemo
 from models_ml.scoring import RankingRequest, check_shapes
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
@@ -129,6 +130,7 @@ def train(
     rows: the request rows of the export, in files; without them they are made in memory.
     """
     rows = rows or RequestTable.of_examples(examples)
+    config = replace(config, heads=config.heads or request_rows.labels_of(rows))
     request_rows.require_labels(rows, config.heads, NAME)
     if config.history_length > request_rows.HISTORY_PLACES:
         most = request_rows.HISTORY_PLACES
@@ -195,15 +197,19 @@ class L2:
         *,
         surface: str | None = None,
         user_attributes: str | None = None,
+        rows: np.ndarray | None = None,
+        codes: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Head -> float32 [N] probabilities; a row's depends on nothing in the other rows.
 
         user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
         history_note_ids: oldest first (what was watched before the log, then the clicks); the last `history_length` count.
         surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
-        `lake.users.attributes`, or None. Raises ValueError on wrong shapes.
+        `lake.users.attributes`, or None. rows: as `L1.score` takes them; by default a note's place among those of training.
+        codes: `encoded_notes(note_ids)`, where the caller has them. Raises ValueError on wrong shapes.
         """
-        return self.score_many([RankingRequest(user, notes, surface, history_note_ids, note_ids, user_attributes)])[0]
+        request = RankingRequest(user, notes, surface, history_note_ids, note_ids, user_attributes, rows, codes)
+        return self.score_many([request])[0]
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:
         """`score` of each, in one pass over all their candidates. A request's scores do not depend on the others': bit for bit
@@ -213,20 +219,26 @@ class L2:
         scores_RTN = self._scorer([self._asked(request) for request in requests])
         return [dict(zip(self.heads, scores_TN, strict=True)) for scores_TN in scores_RTN]
 
+    @property
+    def memo(self) -> RowMemo:
+        """What it keeps of the notes."""
+        return self._scorer.memo
+
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""
-        self._scorer.forget()
+        self.memo.forget()
 
     def _asked(self, request: RankingRequest) -> Asked:
-        check_shapes(NAME, request.user, request.notes, self.user_features, self.note_features)
+        check_shapes(NAME, request, self.user_features, self.note_features)
         if len(request.note_ids) != len(request.notes):
             raise ValueError(
                 f"note_ids and notes must have one row per candidate, got {len(request.note_ids)} and {len(request.notes)}"
             )
         history = self.encoded_notes(request.history_note_ids[-self.history_length :])[::-1]
-        codes = self.encoded_notes(request.note_ids)
+        codes = self.encoded_notes(request.note_ids) if request.codes is None else request.codes
+        rows = np.where(codes > 0, codes, -1) if request.rows is None else request.rows
         attributes_A = self.encoded_attributes(request.user_attributes)
-        return Asked(request.user, self.code_of_surface(request.surface), attributes_A, history, codes, request.notes)
+        return Asked(request.user, self.code_of_surface(request.surface), attributes_A, history, codes, rows, request.notes)
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

@@ -24,16 +24,17 @@ from models_ml.notes import NoteTower, NoteWords
 
 @dataclass(frozen=True)
 class L2Config:
-    """One more head is one more label name in `heads`. layers: self-attention over the history; 0 reads the notes as they
-    are. rehearsal_days: held back to calibrate on (`calibration`), for a second training; 0 leaves the heads as they are."""
+    """heads: names of labels; none are all those that the export has. layers: self-attention over the history; 0 reads the
+    notes as they are. rehearsal_days: held back to calibrate on (`calibration`), for a second training; 0 leaves the heads as
+    they are."""
 
-    heads: tuple[str, ...] = ("click", "long_view")
+    heads: tuple[str, ...] = ()
     history_length: int = 50
     width: int = 24
     layers: int = 1
     attention_heads: int = 2
     hidden: int = 96
-    members: int = 4
+    members: int = 2
     bins: int = 8
     epochs: int = 2
     batch_size: int = 1024

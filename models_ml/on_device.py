@@ -94,9 +94,11 @@ class L1OnDevice:
     def _scores(self, user_U: Tensor, surface_1: Tensor, note_NI: Tensor) -> Tensor:
         return self._network.utility(self._weights_T, user_U[None], surface_1, note_NI)
 
-    def score(self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None) -> np.ndarray:
-        """As `L1.score`."""
-        check_shapes("l1", user, notes, self.user_features, self.note_features)
+    def score(
+        self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As `L1.score`; nothing is kept there, so the rows are not read."""
+        check_shapes("l1", RankingRequest(user, notes), self.user_features, self.note_features)
         return self.ranker(user=user, surface=np.array([self._model.code_of_surface(surface)]), notes=notes)
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
@@ -155,9 +157,11 @@ class L2OnDevice:
         *,
         surface: str | None = None,
         user_attributes: str | None = None,
+        rows: np.ndarray | None = None,
+        codes: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """As `L2.score`."""
-        check_shapes("l2", user, notes, self.user_features, self.note_features)
+        """As `L2.score`; nothing is kept there, so rows and codes are not read."""
+        check_shapes("l2", RankingRequest(user, notes), self.user_features, self.note_features)
         if len(note_ids) != len(notes):
             raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
         scores_NT = self.ranker(**self._values(user, history_note_ids, note_ids, notes, surface, user_attributes))

@@ -1,154 +1,119 @@
-"""`FeatureInputs` for one request: the same numbers in a third of the time.
+"""`FeatureInputs` and the linear layer after it for requests on a CPU: a row at a time, compiled, from raw values to outputs.
 
-A feature is a row here, so that a step over some features is one pass over contiguous memory, written where it is wanted.
-With bins, a feature's share in a linear layer is a broken line of its value; `PiecewiseTable` keeps the layer's outputs at the
+A row's numbers are computed from that row alone, in one order, so they are the same bit for bit whatever comes with it. Parts
+of the features are told apart by what they belong to (`columns_by_owner`): what a note adds may be kept, and what a reader has
+of a few authors need not be made for every candidate.
+With bins, a feature's share in the layer is a broken line of its value: `PiecewiseTable` keeps the layer's outputs at the
 corners and blends two of them per feature, where the layer would multiply bins + 1 columns.
-N candidates, F raw features, P pairs, Z shaped ones, I inputs of the layer, K members, H outputs of each.
+N rows, F raw features of a part, P pairs, Z shaped ones, S segments, I inputs of the layer, W outputs (of all members).
 """
 
+import math
+import re
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numba import njit, types
 from torch import Tensor
 
 from models_ml.features import CUT, STRENGTHS, FeatureInputs
 
-VECTORS = 32
-"""What PyTorch's loops take at a time, four vectors of 8; what is left over at the end they compute another way, and round
-differently. Filled up to a multiple, a row's numbers are its own."""
-BUCKET, READERS = 16, 8
-"""Rows of candidates, or of histories, and of readers are filled up to a multiple of these: a row's sums are in the same order
-wherever it stands, as long as the number of rows is the same. (Not of 64: a matrix whose rows lie a power of two apart is a
-third slower to multiply.)"""
+BUCKET = 16
+"""Rows of candidates, or of histories, are filled up to a multiple of this before PyTorch multiplies them: a row's sums are in
+the same order wherever it stands, as long as the number of rows is the same. (Not of 64: a matrix whose rows lie a power of
+two apart is a third slower to multiply.)"""
+_OF_READER, _OF_REQUEST = re.compile(r"^user_"), re.compile(r"_age_min$")
+_CUT, _ZERO, _ONE = np.float32(CUT), np.float32(0), np.float32(1)
+_STRENGTHS = tuple(np.float32(strength) for strength in STRENGTHS)
 
 
-class FeatureRows:
-    """Read-only after construction, which copies what `inputs` has learned.
-
-    columns_I: which of the columns of `inputs`, without bins, `inputs` of this gives; those of features that are never NULL are
-    left out, being 0.
-    """
-
-    def __init__(self, inputs: FeatureInputs):
-        self.num_raw, self.num_shaped = len(inputs.names), len(inputs.mean_Z)
-        self._ratios = inputs.is_ratio_F.nonzero()[:, 0]
-        self._positives_P, self._views_P = inputs.positives_P.clone(), inputs.views_P.clone()
-        self._prior_P1 = inputs.prior_P.clone()[:, None]
-        self._mean_Z1, self._scale_Z1 = inputs.mean_Z.clone()[:, None], inputs.scale_Z.clone()[:, None]
-        self._masked_M = inputs.is_masked_F.nonzero()[:, 0]
-        self.columns_I = torch.cat([torch.arange(self.num_shaped), self.num_shaped + self._masked_M])
-
-    def inputs(self, values_NF: np.ndarray, rows: int | None = None) -> Tensor:
-        """float32 [N, Z + M], those columns of what `FeatureInputs` without bins gives; laid out by column. rows: how many to
-        give, those after N being of zeros."""
-        raw_FN = _by_feature(values_NF, rows)
-        inputs_IN = torch.empty(len(self.columns_I), raw_FN.shape[1])
-        scaled_ZN, is_null_MN = inputs_IN[: self.num_shaped], inputs_IN[self.num_shaped :]
-        self._fill(raw_FN, scaled_ZN)
-        scaled_ZN.nan_to_num_(0.0).clamp_(-CUT, CUT)
-        masked_MN = raw_FN if len(self._masked_M) == self.num_raw else raw_FN.index_select(0, self._masked_M)
-        torch.ne(masked_MN, masked_MN, out=is_null_MN)  # a sixth of isnan() and a product
-        return inputs_IN.T
-
-    def scaled(self, values_NF: np.ndarray) -> Tensor:
-        """float32 [Z, N filled up], the first of these columns, with NaN where the value is NULL."""
-        raw_FN = _by_feature(values_NF, filled_up(len(values_NF), VECTORS))
-        scaled_ZN = torch.empty(self.num_shaped, raw_FN.shape[1])
-        self._fill(raw_FN, scaled_ZN)
-        return scaled_ZN.clamp_(-CUT, CUT)
-
-    def _fill(self, raw_FN: Tensor, scaled_ZN: Tensor) -> None:
-        """Everything up to the cut."""
-        shaped_FN = scaled_ZN[: self.num_raw]
-        torch.clamp(raw_FN, min=0.0, out=shaped_FN)
-        shaped_FN.log1p_()
-        if len(self._ratios):
-            shaped_FN.index_copy_(0, self._ratios, raw_FN.index_select(0, self._ratios))
-        num_pairs = len(self._positives_P)
-        if num_pairs:
-            positives_PN = raw_FN.index_select(0, self._positives_P).nan_to_num_(0.0)
-            views_PN = raw_FN.index_select(0, self._views_P).nan_to_num_(0.0)
-            for place, strength in enumerate(STRENGTHS):
-                rates_PN = scaled_ZN[self.num_raw + place * num_pairs :][:num_pairs]
-                torch.add(positives_PN, self._prior_P1, alpha=strength, out=rates_PN)
-                rates_PN.div_(views_PN + strength)
-        scaled_ZN.sub_(self._mean_Z1).mul_(self._scale_Z1)
+def only_read(kind: types.Type, dimensions: int) -> types.Array:
+    """The type of a contiguous array that is not written, which may be read-only."""
+    return types.Array(kind, dimensions, "C", readonly=True)
 
 
-class FewRows:
-    """`FeatureInputs` in NumPy, whose calls cost a third of PyTorch's: for a reader, or the few features that change from
-    request to request. Read-only after construction, which copies what `inputs` has learned."""
+_MATRIX, _PLACES = only_read(types.float32, 2), only_read(types.int64, 1)
 
-    def __init__(self, inputs: FeatureInputs):
-        self.num_inputs = inputs.num_inputs
-        self._ratios = inputs.is_ratio_F.nonzero()[:, 0].numpy()
-        self._positives_P, self._views_P = inputs.positives_P.numpy().copy(), inputs.views_P.numpy().copy()
-        self._prior_P, self._mean_Z = inputs.prior_P.numpy().copy(), inputs.mean_Z.numpy().copy()
-        self._scale_Z, self._is_masked_F = inputs.scale_Z.numpy().copy(), inputs.is_masked_F.numpy().copy()
-        self._start_ZB, self._step_ZB = inputs.bin_start_ZB.numpy().copy(), inputs.bin_scale_ZB.numpy().copy()
 
-    @np.errstate(all="ignore")
-    def __call__(self, values_RF: np.ndarray) -> np.ndarray:
-        """float32 [R, I]."""
-        raw_RF = values_RF.astype(np.float32)
-        is_null_RF = np.isnan(raw_RF)
-        R, num_raw = raw_RF.shape
-        Z, bins = self._start_ZB.shape
-        inputs_RI = np.empty((R, self.num_inputs), dtype=np.float32)
-        scaled_RZ = inputs_RI[:, :Z]
-        shaped_RF = scaled_RZ[:, :num_raw]
-        np.maximum(raw_RF, 0.0, out=shaped_RF)
-        np.log1p(shaped_RF, out=shaped_RF)
-        if len(self._ratios):
-            shaped_RF[:, self._ratios] = raw_RF[:, self._ratios]
-        num_pairs = len(self._positives_P)
-        if num_pairs:
-            raw_RF[is_null_RF] = 0.0
-            positives_RP, views_RP = raw_RF[:, self._positives_P], raw_RF[:, self._views_P]
-            for place, strength in enumerate(STRENGTHS):
-                rates_RP = scaled_RZ[:, num_raw + place * num_pairs :][:, :num_pairs]
-                np.divide(positives_RP + strength * self._prior_P, views_RP + strength, out=rates_RP)
-        scaled_RZ -= self._mean_Z
-        scaled_RZ *= self._scale_Z
-        scaled_RZ[np.isnan(scaled_RZ)] = 0.0
-        np.maximum(scaled_RZ, -CUT, out=scaled_RZ)
-        np.minimum(scaled_RZ, CUT, out=scaled_RZ)
-        np.multiply(is_null_RF, self._is_masked_F, out=inputs_RI[:, Z : Z + num_raw])
-        if bins:
-            coded_RZB = scaled_RZ[:, :, None] - self._start_ZB
-            coded_RZB *= self._step_ZB
-            np.maximum(coded_RZB, 0.0, out=coded_RZB)
-            np.minimum(coded_RZB.reshape(R, Z * bins), 1.0, out=inputs_RI[:, Z + num_raw :])
-        return inputs_RI
+class _Learned(NamedTuple):
+    """What `FeatureInputs` learned of a part. columns_F: where its features stand among the values of a row."""
+
+    columns_F: np.ndarray
+    is_ratio_F: np.ndarray
+    positives_P: np.ndarray
+    views_P: np.ndarray
+    prior_P: np.ndarray
+    mean_Z: np.ndarray
+    scale_Z: np.ndarray
+
+    @classmethod
+    def of(cls, inputs: FeatureInputs, columns: Sequence[int] | None) -> "_Learned":
+        own = range(len(inputs.names)) if columns is None else columns
+        return cls(
+            np.array(own, dtype=np.int64),
+            inputs.is_ratio_F.numpy() > 0,
+            *(
+                part.numpy().copy()
+                for part in (inputs.positives_P, inputs.views_P, inputs.prior_P, inputs.mean_Z, inputs.scale_Z)
+            ),
+        )
+
+
+_LEARNED = types.NamedTuple(
+    tuple(kind[::1] for kind in (types.int64, types.boolean, *(types.int64,) * 2, *(types.float32,) * 3)), _Learned
+)
+
+
+class FeatureShare(Protocol):
+    """What some features of a row add to the outputs of a layer."""
+
+    def add_to(self, out_NW: np.ndarray, values_NF: np.ndarray) -> None:
+        """out_NW: float32, contiguous, added to in place. values_NF: float32, contiguous, all features of the rows."""
+
+
+class LinearShare:
+    """Without bins. weight_OI: of the layer, for the inputs as `FeatureInputs` orders them; no bias. columns: which of a row's
+    values are those of `inputs`; by default all. Read-only after construction, which copies what `inputs` has learned."""
+
+    def __init__(self, inputs: FeatureInputs, weight_OI: Tensor, columns: Sequence[int] | None = None):
+        if inputs.bins:
+            raise ValueError(f"inputs must be without bins, which a PiecewiseTable is for; got {inputs.bins}")
+        self._learned = _Learned.of(inputs, columns)
+        self._masked_M = inputs.is_masked_F.nonzero()[:, 0].numpy()
+        of_scaled, of_null = weight_OI.split([len(inputs.mean_Z), len(inputs.names)], dim=1)
+        self._weight_IW = torch.cat([of_scaled, of_null[:, self._masked_M]], dim=1).T.contiguous().numpy().copy()
+
+    def add_to(self, out_NW: np.ndarray, values_NF: np.ndarray) -> None:
+        _add_linear(values_NF, self._learned, self._masked_M, self._weight_IW, out_NW)
 
 
 class PiecewiseTable:
     """`FeatureInputs` and the linear layers after it, as one table of the layers' outputs.
 
-    weight_KIO: of all K layers, for the inputs as `FeatureInputs` orders them; no bias. Read-only after construction.
+    weight_KIO: of all K layers, for the inputs as `FeatureInputs` orders them; no bias; their outputs stand side by side.
+    columns: as of `LinearShare`. Read-only after construction.
     """
 
-    def __init__(self, inputs: FeatureInputs, weight_KIO: Tensor):
-        self._rows = FeatureRows(inputs)
+    def __init__(self, inputs: FeatureInputs, weight_KIO: Tensor, columns: Sequence[int] | None = None):
+        self._learned = _Learned.of(inputs, columns)
+        num_raw, Z, bins = len(inputs.names), len(inputs.mean_Z), inputs.bins
         members, _, width = weight_KIO.shape
-        Z, bins = self._rows.num_shaped, inputs.bins
         edges_ZE, is_live_ZS = _segments(inputs)
         num_segments = edges_ZE.shape[1] - 1
         live_ZS = is_live_ZS.double()
         span_ZS = edges_ZE.diff(dim=1)
-        self._start_SZ1 = edges_ZE[:, :-1].T[:, :, None].float().contiguous()
-        self._scale_SZ1 = torch.where(is_live_ZS, 1 / span_ZS.clamp(min=1e-9), 0.0).T[:, :, None].float().contiguous()
+        self._start_SZ = edges_ZE[:, :-1].T.float().numpy().copy()
+        self._scale_SZ = torch.where(is_live_ZS, 1 / span_ZS.clamp(min=1e-9), 0.0).T.float().numpy().copy()
 
-        of_scaled, of_null, of_bins = weight_KIO.double().split([Z, self._rows.num_raw, Z * bins], dim=1)
+        of_scaled, of_null, of_bins = weight_KIO.double().split([Z, num_raw, Z * bins], dim=1)
         of_bins = of_bins.reshape(members, Z, bins, width)
         rise = span_ZS[:, :, None] * of_scaled[:, :, None]  # what each segment adds from one end to the other
         rise[:, :, 1:-1] += of_bins
         rise *= live_ZS[:, :, None]
         # Row 0 answers for NULL, row 1 for the lowest corner, then one for the end of each segment that is alive.
-        self._rows_each = num_segments + 2
-        table = weight_KIO.new_zeros(members, Z, self._rows_each, width, dtype=torch.float64)
+        table = weight_KIO.new_zeros(members, Z, num_segments + 2, width, dtype=torch.float64)
         lowest = edges_ZE[:, :1] * of_scaled
         table[:, :, 1] = lowest
         end_ZS = live_ZS.cumsum(1).long() + 1
@@ -156,29 +121,112 @@ class PiecewiseTable:
         table.scatter_(2, end_ZS[None, :, :, None].expand(members, -1, -1, width), corner)
         at_zero_ZB = ((0.0 - inputs.bin_start_ZB) * inputs.bin_scale_ZB).clamp(0.0, 1.0).double()
         table[:, :, 0] = torch.einsum("zb,kzbh->kzh", at_zero_ZB, of_bins)
-        table[:, : self._rows.num_raw, 0] += of_null * inputs.is_masked_F.double()[:, None]
-        self._tables = table.float().flatten(1, 2).unbind(0)
-        self._first_row_Z = (torch.arange(Z) * self._rows_each).float()
+        table[:, :num_raw, 0] += of_null * inputs.is_masked_F.double()[:, None]
+        self._table_ZCW = table.permute(1, 2, 0, 3).flatten(2).float().contiguous().numpy().copy()
 
-    def __call__(self, values_NF: np.ndarray) -> list[Tensor]:
-        """float32 [N, H] of each member."""
-        scaled_ZN = self._rows.scaled(values_NF)
-        passed = scaled_ZN - self._start_SZ1
+    def add_to(self, out_NW: np.ndarray, values_NF: np.ndarray) -> None:
+        _add_blended(values_NF, self._learned, self._start_SZ, self._scale_SZ, self._table_ZCW, out_NW)
+
+
+@njit
+def _scaled(values_F: np.ndarray, learned: _Learned, scaled_Z: np.ndarray) -> None:
+    """Everything up to the cut and with it; NaN where the value is NULL."""
+    num_raw, num_pairs = len(learned.columns_F), len(learned.prior_P)
+    for f in range(num_raw):
+        raw = values_F[learned.columns_F[f]]
+        if not learned.is_ratio_F[f]:
+            raw = _ZERO if raw <= _ZERO else math.log1p(raw)
+        scaled_Z[f] = raw
+    z = num_raw
+    for strength in _STRENGTHS:
+        for p in range(num_pairs):
+            positives = values_F[learned.columns_F[learned.positives_P[p]]]
+            views = values_F[learned.columns_F[learned.views_P[p]]]
+            positives = _ZERO if math.isnan(positives) else positives
+            views = _ZERO if math.isnan(views) else views
+            scaled_Z[z] = (positives + strength * learned.prior_P[p]) / (views + strength)
+            z += 1
+    for z in range(len(scaled_Z)):
+        scaled = (scaled_Z[z] - learned.mean_Z[z]) * learned.scale_Z[z]
+        scaled_Z[z] = _CUT if scaled > _CUT else -_CUT if scaled < -_CUT else scaled
+
+
+@njit
+def _add(share: np.float32, row_W: np.ndarray, out_W: np.ndarray) -> None:
+    for w in range(len(out_W)):
+        out_W[w] += share * row_W[w]
+
+
+@njit(types.void(_MATRIX, _LEARNED, _PLACES, _MATRIX, types.float32[:, ::1]), error_model="numpy", cache=True, nogil=True)
+def _add_linear(
+    values_NF: np.ndarray, learned: _Learned, masked_M: np.ndarray, weight_IW: np.ndarray, out_NW: np.ndarray
+) -> None:
+    Z = len(learned.mean_Z)
+    scaled_Z = np.empty(Z, dtype=np.float32)
+    for n in range(len(values_NF)):
+        _scaled(values_NF[n], learned, scaled_Z)
+        for z in range(Z):
+            if not math.isnan(scaled_Z[z]):
+                _add(scaled_Z[z], weight_IW[z], out_NW[n])
+        for m in range(len(masked_M)):
+            if math.isnan(values_NF[n, learned.columns_F[masked_M[m]]]):
+                _add(_ONE, weight_IW[Z + m], out_NW[n])
+
+
+@njit(
+    types.void(_MATRIX, _LEARNED, _MATRIX, _MATRIX, only_read(types.float32, 3), types.float32[:, ::1]),
+    error_model="numpy",
+    cache=True,
+    nogil=True,
+)
+def _add_blended(
+    values_NF: np.ndarray,
+    learned: _Learned,
+    start_SZ: np.ndarray,
+    scale_SZ: np.ndarray,
+    table_ZCW: np.ndarray,
+    out_NW: np.ndarray,
+) -> None:
+    num_segments, Z = start_SZ.shape
+    scaled_Z, place_Z = np.empty(Z, dtype=np.float32), np.empty(Z, dtype=np.float32)
+    for n in range(len(values_NF)):
+        _scaled(values_NF[n], learned, scaled_Z)
         # the cut makes each segment count how much of it lies below the value: whole ones before, a part, none after
-        place_ZN = passed.mul_(self._scale_SZ1).clamp_(0.0, 1.0).sum(0).add_(1.0).nan_to_num_(0.0)
-        place_NZ = place_ZN[:, : len(values_NF)].T.contiguous()
-        row_NZ = place_NZ.floor().clamp_(max=self._rows_each - 2)
-        N, Z = place_NZ.shape
-        rows, shares = torch.empty(N, 2, Z, dtype=torch.int32), torch.empty(N, 2, Z)
-        torch.sub(place_NZ, row_NZ, out=shares[:, 1])
-        torch.sub(1.0, shares[:, 1], out=shares[:, 0])
-        rows[:, 0].copy_(row_NZ.add_(self._first_row_Z))
-        torch.add(rows[:, 0], 1, out=rows[:, 1])
-        bags_N = torch.arange(0, N * 2 * Z, 2 * Z, dtype=torch.int32)
-        return [
-            F.embedding_bag(rows.view(-1), table, bags_N, mode="sum", per_sample_weights=shares.view(-1))
-            for table in self._tables
-        ]
+        place_Z[:] = _ONE
+        for s in range(num_segments):
+            for z in range(Z):
+                passed = (scaled_Z[z] - start_SZ[s, z]) * scale_SZ[s, z]
+                place_Z[z] += _ZERO if passed < _ZERO else _ONE if passed > _ONE else passed
+        out_W = out_NW[n]
+        for z in range(Z):
+            if math.isnan(scaled_Z[z]):
+                _add(_ONE, table_ZCW[z, 0], out_W)
+                continue
+            corner = min(int(place_Z[z]), num_segments)
+            share = place_Z[z] - np.float32(corner)
+            low_W, high_W = table_ZCW[z, corner], table_ZCW[z, corner + 1]
+            if share == _ZERO:  # as of most counts, which are 0
+                _add(_ONE, low_W, out_W)
+                continue
+            for w in range(len(out_W)):
+                out_W[w] += (_ONE - share) * low_W[w] + share * high_W[w]
+
+
+@njit(types.void(_MATRIX, _MATRIX, types.float32[:, ::1]), cache=True, nogil=True)
+def add_products(inputs_NI: np.ndarray, weight_IW: np.ndarray, out_NW: np.ndarray) -> None:
+    """out_NW += inputs_NI @ weight_IW, all float32 and contiguous: for a few rows, or for inputs most of which are 0. A row's
+    sums are in one order whatever the number of rows."""
+    for n in range(len(inputs_NI)):
+        for i in range(len(weight_IW)):
+            if inputs_NI[n, i] != _ZERO:
+                _add(inputs_NI[n, i], weight_IW[i], out_NW[n])
+
+
+def columns_by_owner(names: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+    """Of a candidate's features: those of the reader with it, those of the moment, and the rest, of notes and authors."""
+    of_reader = [column for column, name in enumerate(names) if _OF_READER.search(name)]
+    of_request = [column for column, name in enumerate(names) if _OF_REQUEST.search(name) and column not in of_reader]
+    return of_reader, of_request, sorted(set(range(len(names))) - set(of_reader) - set(of_request))
 
 
 def part_of(inputs: FeatureInputs, columns: Sequence[int]) -> tuple[FeatureInputs, Tensor]:
@@ -221,12 +269,3 @@ def _segments(inputs: FeatureInputs) -> tuple[Tensor, Tensor]:
 def filled_up(rows: int, to: int = BUCKET) -> int:
     """The next multiple."""
     return -(-rows // to) * to
-
-
-def _by_feature(values_NF: np.ndarray, rows: int | None = None) -> Tensor:
-    """float32 [F, N], contiguous; with `rows`, [F, rows]."""
-    N, num_features = values_NF.shape
-    raw_FN = np.empty((num_features, rows or N), dtype=np.float32)
-    raw_FN[:, :N] = values_NF.T
-    raw_FN[:, N:] = 0
-    return torch.from_numpy(raw_FN)

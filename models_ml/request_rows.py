@@ -301,8 +301,13 @@ def require_labels(rows: "AnyRows", heads: Sequence[str], name: str) -> None:
     """Raises HeadraceError unless every head has its label."""
     missing = [head for head in heads if f"label_{head}" not in rows.columns.names]
     if missing:
-        have = [label for label in LABELS if f"label_{label}" in rows.columns.names]
-        raise HeadraceError(f"{name}: the export has no label for the head(s) {', '.join(missing)}; it has {', '.join(have)}")
+        have = ", ".join(labels_of(rows))
+        raise HeadraceError(f"{name}: the export has no label for the head(s) {', '.join(missing)}; it has {have}")
+
+
+def labels_of(rows: "AnyRows") -> tuple[str, ...]:
+    """The labels that there are, in the order of `LABELS`."""
+    return tuple(label for label in LABELS if f"label_{label}" in rows.columns.names)
 
 
 def _flat(values: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -1,88 +1,155 @@
 """Rows of a layer's outputs, kept from request to request for as long as what they are made of stays the same.
 
-Between two ticks a note's block features never change, and most readers have met few authors: the same few rows of features
-come again and again. Nothing here knows of ticks or keys: a row is found by its features, and used only where they are the same
-bit for bit. Places are in sets of `WAYS`: a row may be in any place of its set, and a new one takes the oldest.
-N rows asked for, S places to keep them in, F features, W outputs.
+Between two ticks a note's block features never change: the same rows of features come again and again. Nothing here knows of
+ticks: a row has its place by its number, and is used only where the features that it was made of are the same bit for bit.
+N rows asked for, M of them to be made, S places, B features that a row is made of, among the F given; W outputs.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
+from numba import njit, types
 
-PLACES, WAYS = 16384, 4
-"""Powers of two. With 4 members of 96 units a place is 1.5 KB, and 4 bytes a feature; places never used cost no memory."""
+from models_ml.request_inputs import only_read
 
-WORTHWHILE, PATIENCE, PAUSE = 0.25, 4, 28
-"""Looking costs about half of what making a row does: where less than this share is found PATIENCE times in turn, the next
-PAUSE requests are made without looking."""
+NUM_BYTES = 256 << 20
+"""What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
+
+_NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 
 
 class RowMemo:
-    """Safe for threads. make: features float32 [N, F] -> float32 [N, W], each row from its own features alone."""
+    """Safe for threads. make: (features float32 [M, F], tags int64 [M]) -> float32 [M, W], each row from its own alone.
 
-    def __init__(self, num_features: int, width: int, make: Callable[[np.ndarray], Tensor], places: int = PLACES):
+    columns: those of the features that a row is made of. num_hits, num_misses: rows found and made since the start.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[int],
+        width: int,
+        make: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        num_bytes: int = NUM_BYTES,
+    ):
         self._make, self._lock = make, threading.Lock()
-        self._factors_F = np.random.default_rng(0).integers(1, 1 << 62, num_features) | 1
-        self._num_sets = places // WAYS
-        self._hash_S = np.zeros((self._num_sets, WAYS), dtype=np.int64)  # 0 is free: no row has it
-        self._oldest_of_set = np.zeros(self._num_sets, dtype=np.int64)
-        self._bits_SF = np.empty((places, num_features), dtype=np.int32)
-        self._rows_SW = torch.empty(places, width)
-        self._num_poor, self._pause = 0, 0
+        self._columns_B = np.array(columns, dtype=np.int64)
+        num_numbers = 2 + len(columns) + width
+        self._places = max(1, num_bytes // (4 * num_numbers))
+        # of a place: since when its row is kept (0: none is), the row's tag, its features' bits, its outputs' bits: side by
+        # side, so that memory is asked once
+        self._kept_SR = np.zeros((self._places, num_numbers), dtype=np.int32)
+        self._since = 1
+        self._num_kept = self.num_hits = self.num_misses = 0
 
-    def fill(self, rows_NW: Tensor, features_NF: np.ndarray) -> None:
-        """Writes the row of each row of features, float32 and contiguous."""
-        if self._pause > 0:  # a count that threads may get a little wrong
-            self._pause -= 1
-            rows_NW.copy_(self._make(features_NF))
-            return
+    def __len__(self) -> int:
+        """The rows that are kept."""
+        return self._num_kept
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the places, those never used as well."""
+        return self._kept_SR.nbytes
+
+    def fill(self, rows_NW: np.ndarray, number_N: np.ndarray, tag_N: np.ndarray, features_NF: np.ndarray) -> None:
+        """Writes the row of each row of features, all float32 and contiguous.
+
+        number_N: int64, whose row it is; rows of one number, or of two that are a multiple of the places apart, take turns. One
+        below 0 is made each time. tag_N: int64, what else a row is made of, not below 0.
+        """
         bits_NF = features_NF.view(np.int32)  # as bits NULL equals NULL
-        hash_N = (bits_NF @ self._factors_F) | 1
-        set_N = (hash_N >> 32) & (self._num_sets - 1)
+        missing_N = np.empty(len(rows_NW), dtype=np.int64)
+        kept = self._columns_B, self._kept_SR, self._kept_SR.view(np.float32)
         with self._lock:
-            same_NV = self._hash_S[set_N] == hash_N[:, None]
-            place_N = set_N * WAYS + same_NV.argmax(1)
-            is_known_N = same_NV.any(1) & (self._bits_SF.take(place_N, 0) == bits_NF).all(1)
-            if is_known_N.any():
-                torch.index_select(self._rows_SW, 0, torch.from_numpy(place_N), out=rows_NW)
-        missing_M = np.flatnonzero(~is_known_N)
-        self._num_poor = self._num_poor + 1 if len(missing_M) > (1 - WORTHWHILE) * len(rows_NW) else 0
-        if self._num_poor == PATIENCE:
-            self._num_poor, self._pause = 0, PAUSE
-        if len(missing_M) == len(rows_NW):
-            rows_NW.copy_(self._make(features_NF))
-            self._keep(hash_N, bits_NF, rows_NW)
-        elif len(missing_M):
-            made_MW = self._make(features_NF[missing_M])
-            rows_NW.index_copy_(0, torch.from_numpy(missing_M), made_MW)
-            self._keep(hash_N[missing_M], bits_NF[missing_M], made_MW)
+            since = self._since
+            num_missing = _find(since, number_N, tag_N, bits_NF, *kept, rows_NW, missing_N)
+            self.num_hits += len(rows_NW) - num_missing
+            self.num_misses += num_missing
+        if not num_missing:
+            return
+        missing_M = missing_N[:num_missing]
+        made_MW = self._make(features_NF[missing_M], tag_N[missing_M])
+        with self._lock:
+            num_new = _keep(since, missing_M, made_MW, number_N, tag_N, bits_NF, *kept, rows_NW)
+            if since == self._since:
+                self._num_kept += num_new
 
     def forget(self) -> None:
         """Empties all places."""
         with self._lock:
-            self._hash_S[:] = 0
-            self._oldest_of_set[:] = 0
+            self._since += 1
+            self._num_kept = 0
 
-    def _keep(self, hash_M: np.ndarray, bits_MF: np.ndarray, made_MW: Tensor) -> None:
-        hashes, row = np.unique(hash_M, return_index=True)
-        sets = (hashes >> 32) & (self._num_sets - 1)
-        by_set = sets.argsort(kind="stable")
-        sets, hashes, row = sets[by_set], hashes[by_set], row[by_set]
-        place_in_set = np.arange(len(sets)) - np.searchsorted(sets, sets)
-        fits = place_in_set < WAYS
-        sets, hashes, row, place_in_set = sets[fits], hashes[fits], row[fits], place_in_set[fits]
-        with self._lock:
-            way = (self._oldest_of_set[sets] + place_in_set) % WAYS
-            np.add.at(self._oldest_of_set, sets, 1)
-            place = sets * WAYS + way
-            self._hash_S[sets, way], self._bits_SF[place] = hashes, bits_MF[row]
-            if len(row) == len(made_MW):
-                place_of_M = np.empty_like(place)
-                place_of_M[row] = place
-                self._rows_SW.index_copy_(0, torch.from_numpy(place_of_M), made_MW)
-            else:
-                self._rows_SW.index_copy_(0, torch.from_numpy(place), made_MW.index_select(0, torch.from_numpy(row)))
+
+@njit(
+    types.int64(
+        types.int64, _NUMBERS, _NUMBERS, _BITS, _NUMBERS, types.int32[:, ::1], types.float32[:, ::1], types.float32[:, ::1],
+        types.int64[::1],
+    ),
+    cache=True,
+    nogil=True,
+)  # fmt: skip
+def _find(
+    since: int,
+    number_N: np.ndarray,
+    tag_N: np.ndarray,
+    bits_NF: np.ndarray,
+    columns_B: np.ndarray,
+    kept_SR: np.ndarray,
+    kept_as_floats_SR: np.ndarray,
+    rows_NW: np.ndarray,
+    missing_N: np.ndarray,
+) -> int:
+    """Writes the rows that are kept; the others' places into missing_N, and says how many."""
+    num_missing, first_output = 0, 2 + len(columns_B)
+    for n in range(len(number_N)):
+        kept_R = kept_SR[number_N[n] % len(kept_SR)]
+        is_same = number_N[n] >= 0 and kept_R[0] == since and kept_R[1] == tag_N[n]
+        if is_same:
+            for b in range(len(columns_B)):
+                if bits_NF[n, columns_B[b]] != kept_R[2 + b]:
+                    is_same = False
+                    break
+        if is_same:
+            row_W = kept_as_floats_SR[number_N[n] % len(kept_SR), first_output:]
+            for w in range(rows_NW.shape[1]):
+                rows_NW[n, w] = row_W[w]
+        else:
+            missing_N[num_missing] = n
+            num_missing += 1
+    return num_missing
+
+
+@njit(
+    types.int64(
+        types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _BITS, _NUMBERS, types.int32[:, ::1],
+        types.float32[:, ::1], types.float32[:, ::1],
+    ),
+    cache=True,
+    nogil=True,
+)  # fmt: skip
+def _keep(
+    since: int,
+    missing_M: np.ndarray,
+    made_MW: np.ndarray,
+    number_N: np.ndarray,
+    tag_N: np.ndarray,
+    bits_NF: np.ndarray,
+    columns_B: np.ndarray,
+    kept_SR: np.ndarray,
+    kept_as_floats_SR: np.ndarray,
+    rows_NW: np.ndarray,
+) -> int:
+    """Writes the rows that were made, and keeps them; says how many places had none."""
+    num_new = 0
+    for m in range(len(missing_M)):
+        n = missing_M[m]
+        rows_NW[n] = made_MW[m]
+        if number_N[n] >= 0:
+            place = number_N[n] % len(kept_SR)
+            num_new += kept_SR[place, 0] != since
+            kept_SR[place, 0], kept_SR[place, 1] = since, tag_N[n]
+            for b in range(len(columns_B)):
+                kept_SR[place, 2 + b] = bits_NF[n, columns_B[b]]
+            kept_as_floats_SR[place, 2 + len(columns_B) :] = made_MW[m]
+    return num_new

@@ -9,7 +9,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RankingRequest:
-    """One reader and their candidates, as `L1.score` and `L2.score` take them by argument; L1 reads the first three."""
+    """One reader and their candidates, as `L1.score` and `L2.score` take them by argument; L1 reads no more than it is given
+    there."""
 
     user: np.ndarray
     notes: np.ndarray
@@ -17,16 +18,32 @@ class RankingRequest:
     history_note_ids: Sequence[str] = ()
     note_ids: Sequence[str] = ()
     user_attributes: str | None = None
+    rows: np.ndarray | None = None
+    codes: np.ndarray | None = None
 
 
-def check_shapes(
-    name: str, user: np.ndarray, notes: np.ndarray, user_features: Sequence[str], note_features: Sequence[str]
-) -> None:
-    """Raises ValueError unless there is one value per feature."""
+def together(values: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows of matrices of the same columns: float32, contiguous; itself where there is one that is."""
+    if len(values) == 1:
+        return np.ascontiguousarray(values[0], dtype=np.float32)
+    return np.concatenate(values, dtype=np.float32)
+
+
+def rows_of(requests: Sequence[RankingRequest]) -> np.ndarray:
+    """int64 [N]: the rows of all candidates, -1 where a request names none."""
+    return np.concatenate([np.full(len(one.notes), -1) if one.rows is None else one.rows for one in requests])
+
+
+def check_shapes(name: str, request: RankingRequest, user_features: Sequence[str], note_features: Sequence[str]) -> None:
+    """Raises ValueError unless there is one value per feature, and one of each number per candidate."""
+    user, notes = request.user, request.notes
     if user.shape != (len(user_features),) or notes.ndim != 2 or notes.shape[1] != len(note_features):
         raise ValueError(
             f"{name} takes user [{len(user_features)}] and notes [N, {len(note_features)}], got {user.shape} and {notes.shape}"
         )
+    for what, numbers in (("rows", request.rows), ("codes", request.codes)):
+        if numbers is not None and (numbers.shape != (len(notes),) or numbers.dtype != np.int64):
+            raise ValueError(f"{name} takes {what} int64 [{len(notes)}], got {numbers.dtype} {numbers.shape}")
 
 
 def default_surface(train_codes: np.ndarray, surfaces: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ def instant(t_us: int | None) -> str | None:
 def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
     candidates = served.candidates
     shown = np.array([placed.candidate for placed in served.page], dtype=np.int64)
-    rows, sources = candidates.row_C[shown].tolist(), candidates.sources_at(shown)
+    sources = candidates.sources_at(shown)
+    rows, recall_scores = candidates.row_C[shown].tolist(), candidates.recall_score_C[shown].tolist()
+    l1_scores, final_scores = served.l1_score_C[shown].tolist(), served.final_score_C[shown].tolist()
+    by_head = {head: scores_C[shown].tolist() for head, scores_C in served.predictions.items()}
     notes = [
         {
             "position": position,
@@ -34,15 +38,14 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
             "impressionId": served.impression_id(position),
             "source": sources[position][0],
             "sources": list(sources[position]),
-            "recallScore": float(candidates.recall_score_C[candidate]),
-            "l1Score": finite(served.l1_score_C[candidate]),
-            "predictions": served.predictions_of(candidate),
-            "finalScore": float(served.final_score_C[candidate]),
+            "recallScore": recall_scores[position],
+            "l1Score": l1_scores[position],
+            "predictions": {head: scores[position] for head, scores in by_head.items() if isfinite(scores[position])},
+            "finalScore": final_scores[position],
             "slot": placed.slot,
             "propensity": placed.propensity,
         }
         for position, (placed, row) in enumerate(zip(served.page, rows, strict=True))
-        for candidate in (placed.candidate,)
     ]
     return {
         "requestId": served.request_id,

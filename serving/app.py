@@ -21,7 +21,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from threadpoolctl import threadpool_limits
 
-from serving import answers, cascade, collect, telemetry, wire
+from serving import answers, cascade, collect, logs, telemetry, wire
 from serving.budget import Budget
 from serving.caches import CACHES
 from serving.engine import Engine
@@ -29,10 +29,12 @@ from serving.explain import row_in_lake
 from serving.http import Edge, install_error_bodies, json_response, sentence
 from serving.intake import Intake
 from serving.metrics import Metrics, of_workers
+from serving.models import MEMOS
 from serving.outside import said
 from serving.peers import Peers, folder_of
 from serving.seat import own_server
 from serving.settings import Settings
+from serving.sharing import Sharing
 from serving.world import World
 from streaming_sql.records import DeadLetter
 from warehouse.clock import Clock
@@ -82,7 +84,7 @@ def create_app(
         chosen = settings or Settings.from_env()
         server = own_server()
         engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds, server)
-        app.state.engine, app.state.peers = engine, None
+        app.state.engine, app.state.peers, app.state.sharing = engine, None, None
         # beside other workers one thread computes: more would take turns at the interpreter and at the cores of the others
         threads = chosen.inference_threads if server is None else 1
         app.state.workers = ThreadPoolExecutor(threads, thread_name_prefix="cascade")
@@ -94,8 +96,11 @@ def create_app(
         try:
             if server is not None:
                 app.state.peers = await _seated(engine, metrics)
+                app.state.sharing = await _shared(app, metrics)
             yield
         finally:
+            if app.state.sharing is not None:
+                await app.state.sharing.close()
             if app.state.peers is not None:
                 await app.state.peers.close()
             await asyncio.to_thread(engine.stop)
@@ -143,6 +148,23 @@ async def _seated(engine: Engine, metrics: Metrics) -> Peers:
     return peers
 
 
+async def _shared(app: FastAPI, metrics: Metrics) -> Sharing:
+    """This worker's part in the feeds of all. Peers must listen: their folder is made then."""
+    engine = _engine(app)
+    assert engine.seat is not None
+
+    async def compute(handed: bytes) -> bytes:
+        request_id, left_ms, position, body = orjson.loads(handed)
+        if not engine.counts(position):
+            return b""  # whoever posted an event there sees it in the next feed
+        logs.request_id.set(request_id)
+        return await _feed(app, metrics, wire.FeedRequest.model_validate(body), Budget.of_ms(left_ms))
+
+    sharing = Sharing(folder_of(engine.home.path), engine.seat.number, compute)
+    await sharing.listen()
+    return sharing
+
+
 def _engine(app: FastAPI) -> Engine:
     return app.state.engine
 
@@ -163,34 +185,56 @@ async def _compute(app: FastAPI, metrics: Metrics, work: Callable[[], T]) -> T:
     if waiting >= settings.waiting_requests + settings.inference_threads:
         metrics.shed.inc()
         raise HTTPException(503, f"{waiting} requests are waiting already; try again", headers={"Retry-After": "1"})
-    app.state.in_flight = waiting + 1
+    _note_in_flight(app, +1)
     try:
         within = contextvars.copy_context()  # the request's id and span
         return await asyncio.get_running_loop().run_in_executor(app.state.workers, within.run, work)
     finally:
-        app.state.in_flight -= 1
+        _note_in_flight(app, -1)
+
+
+def _note_in_flight(app: FastAPI, change: int) -> None:
+    app.state.in_flight = in_flight = getattr(app.state, "in_flight", 0) + change
+    if app.state.sharing is not None:
+        app.state.sharing.tell(in_flight)
+
+
+async def _feed(app: FastAPI, metrics: Metrics, body: wire.FeedRequest, budget: Budget) -> bytes:
+    """The answer, JSON."""
+    world = _world(app)
+    page_size = body.limit or world.settings.page_size
+    context = _said(world, body.context)
+    surface, geohash = body.context.surface, body.context.geohash
+    work = functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size, surface, context, budget, geohash)
+    served = await _compute(app, metrics, work)
+    _engine(app).remember(served)
+    for stage, ms in served.steps.timings_ms.items():
+        metrics.stage.labels(stage).observe(ms / 1000)
+    for what in served.steps.degraded:
+        metrics.degraded.labels(what).inc()
+    metrics.candidates.observe(len(served.candidates))
+    return orjson.dumps(answers.feed_answer(served, world.catalogue))
+
+
+async def _handed_on(app: FastAPI, metrics: Metrics, body: bytes, budget: Budget) -> bytes | None:
+    """The answer of another worker, if one has less to do than this one; else None."""
+    sharing: Sharing | None = app.state.sharing
+    if sharing is None or (other := sharing.less_busy(getattr(app.state, "in_flight", 0))) is None:
+        return None
+    handed = [logs.request_id.get(), budget.left_ms(), _engine(app).told_position, orjson.Fragment(body)]
+    answer = await sharing.computed_by(other, orjson.dumps(handed))
+    if answer is not None:
+        metrics.handed_on.inc()
+    return answer
 
 
 def _add_cascade(app: FastAPI, metrics: Metrics) -> None:
     @app.post("/v1/feed", response_model=wire.FeedResponse, tags=["feed"])
-    async def feed(body: wire.FeedRequest) -> Response:
+    async def feed(body: wire.FeedRequest, request: Request) -> Response:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
-        world = _world(app)
-        budget = Budget.of_ms(body.deadline_ms or world.settings.deadline_ms)
-        page_size = body.limit or world.settings.page_size
-        context = _said(world, body.context)
-        surface, geohash = body.context.surface, body.context.geohash
-        work = functools.partial(
-            cascade.feed, world, body.user_id, body.feed_type, page_size, surface, context, budget, geohash
-        )
-        served = await _compute(app, metrics, work)
-        _engine(app).remember(served)
-        for stage, ms in served.steps.timings_ms.items():
-            metrics.stage.labels(stage).observe(ms / 1000)
-        for what in served.steps.degraded:
-            metrics.degraded.labels(what).inc()
-        metrics.candidates.observe(len(served.candidates))
-        return json_response(answers.feed_answer(served, world.catalogue))
+        budget = Budget.of_ms(body.deadline_ms or _world(app).settings.deadline_ms)
+        answer = await _handed_on(app, metrics, await request.body(), budget)
+        return Response(answer or await _feed(app, metrics, body, budget), media_type="application/json")
 
     @app.post("/v1/retrieve", response_model=list[wire.RetrievedNote], tags=["stages"])
     async def retrieve(body: wire.RetrieveRequest) -> Response:
@@ -405,6 +449,10 @@ def _status(engine: Engine) -> dict[str, Any]:
         "caches": {
             name: {"entries": len(cache), "hits": cache.num_hits, "shared": cache.num_shared, "misses": cache.num_misses}
             for name, cache in world.caches.by_name().items()
+        }
+        | {
+            name: {"entries": len(memo), "hits": memo.num_hits, "misses": memo.num_misses}
+            for name, memo in world.models.memos().items()
         },
         "forwardLog": {
             "written": forward_log.num_written,
@@ -425,9 +473,10 @@ def _watch(metrics: Metrics, engine: Engine) -> None:
 
     def of_cache(name: str, result: str) -> float:
         world = engine.world
-        return float(getattr(world.caches.by_name()[name], f"num_{result}")) if world else 0.0
+        kept = (world.caches.by_name() | world.models.memos()).get(name) if world else None
+        return float(getattr(kept, f"num_{result}", 0))
 
-    for name in CACHES:
+    for name in (*CACHES, *MEMOS):
         metrics.cache(name, functools.partial(of_cache, name))
     metrics.versions(lambda: engine.world.models.versions if engine.world else {})
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)

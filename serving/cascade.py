@@ -13,7 +13,7 @@ from serving.budget import Budget
 from serving.cache import Same
 from serving.caches import Scored
 from serving.hurry import L2_SKIPPED, RANKING, affordable, has_time_for_l2, page_without_ranking
-from serving.hydrate import CandidateFeatures, hydrate_candidates
+from serving.hydrate import Hydrated, hydrate_candidates
 from serving.page import lay_out, reserve
 from serving.rank import as_given, best_first, run_l1, run_l2, score_so_far
 from serving.recall import find_candidates, find_or_recall
@@ -58,7 +58,7 @@ def feed(
     if features is None:
         needed = np.union1d(survivors_S, sampled)
         with steps.timed("hydrate_candidates", len(needed)):
-            features = _Hydrated.of(request, candidates, needed)
+            features = _Some.of(request, candidates, needed)
     with steps.timed("l2", len(survivors_S)):
         if has_time_for_l2(request, len(survivors_S)):
             note_ids_S = candidates.take(survivors_S).note_ids
@@ -84,7 +84,7 @@ def feed(
         final_score_C=final_score_C,
         page=page,
         logged=logged,
-        logged_features=features.at(logged),
+        logged_features=features.at(logged).copied(),
     )
 
 
@@ -103,8 +103,8 @@ def rank_l1_alone(
     """(authors [C], l1 scores [C], positions of the top_k best first, what was degraded) for candidates given from outside."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    scores_C, order = run_l1(request, features_CF, as_given(len(note_ids)), top_k)
+    features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
+    scores_C, order = run_l1(request, features_C, as_given(len(note_ids)), top_k)
     return author_ids, scores_C, order, request.steps.degraded
 
 
@@ -114,28 +114,28 @@ def rank_l2_alone(
     """(authors [C], probabilities per head, final scores [C], positions of the top_k best first, what was degraded)."""
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
-    features_CF = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    predictions, scores_C = run_l2(request, note_ids, features_CF, as_given(len(note_ids)))
+    features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
+    predictions, scores_C = run_l2(request, note_ids, features_C, as_given(len(note_ids)))
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
 
 @dataclass(frozen=True)
-class _Hydrated:
+class _Some:
     """Features of some candidates: those at `places`, ascending."""
 
     places: np.ndarray
-    features: CandidateFeatures
+    features: Hydrated
 
     @classmethod
-    def of(cls, request: Request, candidates: Candidates, places: np.ndarray) -> "_Hydrated":
+    def of(cls, request: Request, candidates: Candidates, places: np.ndarray) -> "_Some":
         return cls(places, hydrate(request, candidates.row_C[places]))
 
-    def at(self, candidates: np.ndarray) -> CandidateFeatures:
+    def at(self, candidates: np.ndarray) -> Hydrated:
         """Of these candidates, in this order; all of them must be among the places."""
         return self.features.take(np.searchsorted(self.places, candidates))
 
 
-def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray, _Hydrated | None]:
+def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray, _Some | None]:
     """(L1's scores float64 [C], NaN if it failed; the features of all candidates, None where the scores were known already).
 
     Scores are kept for as long as the candidates and all that L1 reads of the reader are the same; within that time only the
@@ -146,7 +146,7 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
     def make() -> tuple[Scored, bool]:
         nonlocal made
         with steps.timed("hydrate_candidates", len(candidates)):
-            made = _Hydrated.of(request, candidates, np.arange(len(candidates)))
+            made = _Some.of(request, candidates, np.arange(len(candidates)))
         with steps.timed("l1", len(candidates)):
             l1_score_C, _ = run_l1(request, made.features, candidates.recall_score_C, len(candidates))
         return Scored(candidates, l1_score_C), "l1" not in steps.degraded
@@ -160,7 +160,7 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
     return scored.l1_score_C, made
 
 
-def hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None = None) -> CandidateFeatures:
+def hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None = None) -> Hydrated:
     """The features of these rows of the catalogue; `note_ids` names them where a row may be -1, an unknown note."""
     world = request.world
     return hydrate_candidates(

@@ -6,9 +6,10 @@ keeps a store of its own up to date from the log, and the one that leads lands, 
 """
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import ge
 from typing import Any
 
 import pyarrow as pa
@@ -22,14 +23,16 @@ from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
 from serving.last_pages import LastPages
 from serving.log_table import as_table
+from serving.log_writer import LogWriter
 from serving.models import load_models, missing_models
 from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.seat import Seat, take_seat
 from serving.served import Served
-from serving.settings import Settings
+from serving.settings import RISINGWAVE, Settings
 from serving.world import World, check_trending
 from streaming_sql.assembled import Assembled
+from streaming_sql.cluster import Cluster
 from streaming_sql.event_log import Log
 from streaming_sql.open_log import open_log
 from streaming_sql.pauses import settle
@@ -42,7 +45,7 @@ from streaming_sql.settings import StreamSettings
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
-from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -50,6 +53,7 @@ from warehouse.landing import landed_position
 
 log = logging.getLogger(__name__)
 
+RISINGWAVE_DSN = "RISINGWAVE_DSN"
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
 TABLES_LOOKED_AT_EVERY_S = 30.0
 """A batch table that was loaded again is read again within this time."""
@@ -89,11 +93,15 @@ class Engine:
         self.lake: Lake | None = None
         self.log: Log | None = None
         self.runner: Runner | None = None
-        self.forward_log: ForwardLog | None = None
+        self.forward_log: ForwardLog[Served] | None = None
+        self._log_writer: LogWriter | None = None
         self.recent = Recent(settings.recent_requests)
         self._missing: list[str] = ["not started"]
         self._loader: threading.Thread | None = None
         self._server, self._stopping = server, threading.Event()
+        self.told_position: tuple[int, ...] = ()
+        """After the newest event that was answered here."""
+        self._told_lock = threading.Lock()
         self.seat: Seat | None = None
 
     def start(self) -> None:
@@ -128,9 +136,16 @@ class Engine:
         wanted = [0] * self.log.num_partitions
         for partition, offset in positions:
             wanted[partition] = max(wanted[partition], offset + 1)
+        with self._told_lock:
+            told = self.told_position or (0,) * len(wanted)
+            self.told_position = tuple(map(max, told, wanted))
         if not self.runner.wait_until(tuple(wanted), ABSORBED_WITHIN_S):
             log.warning("events up to %s are durable, but not yet in fresh features after %s s", wanted, ABSORBED_WITHIN_S)
         return positions
+
+    def counts(self, position: Sequence[int]) -> bool:
+        """Whether features here hold every event below this position of the log."""
+        return self.runner is not None and all(map(ge, self.runner.store.position, position))
 
     def bury(self, letters: Sequence[DeadLetter]) -> None:
         """Keeps refused events, with the reason, for lake.dead_letters; durable when it returns."""
@@ -142,7 +157,7 @@ class Engine:
         self.recent.add(served)
         if self.world is not None and CACHED_PAGE not in served.steps.degraded:
             self.world.last_pages.keep(served)
-        self.forward_log.offer(partial(as_table, served))
+        self.forward_log.offer(served)
 
     def stop(self) -> None:
         """Waits for loading to end, then writes what waits and closes everything."""
@@ -152,6 +167,8 @@ class Engine:
         self._missing = ["the server is stopping"]
         if self.forward_log is not None:
             self.forward_log.close()
+        if self._log_writer is not None:
+            self._log_writer.close()
         if self.runner is not None:
             try:
                 self.runner.stop()
@@ -162,6 +179,8 @@ class Engine:
         if self.world is not None:
             self.world.tables.stop()
             self.world.assembled.stop()
+            if self.world.cluster is not None:
+                self.world.cluster.stop()
             if self.world.fetcher is not None:
                 self.world.fetcher.close()
         if self.seat is not None:
@@ -195,11 +214,14 @@ class Engine:
         lake = self.lake = Lake.open(self.home)
         stream = StreamSettings.from_env()
         event_log = self.log = open_log(self.home, lake, self.clock, stream)
-        if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
-            log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         check_trending(groups, self.settings.trending_feature)
-        folder = self.home.online / STORE_FOLDER
-        store = open_store(folder, lake, event_log, groups)
+        folder, cluster = self.home.online / STORE_FOLDER, self._cluster(groups)
+        if cluster is not None:
+            store = cluster.open_store(event_log.end)
+        else:
+            if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
+                log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
+            store = open_store(folder, lake, event_log, groups)
         runner = self.runner = Runner(
             lake,
             event_log,
@@ -209,7 +231,8 @@ class Engine:
             stream.runner(),
             self.home.online / RUNNER_FILE,
             only_reads=not leads,
-            publisher=Publisher(folder, groups) if leads else None,
+            publisher=Publisher(folder, groups) if leads and cluster is None else None,
+            elsewhere=cluster,
         )
         runner.catch_up()
         if leads:
@@ -234,15 +257,20 @@ class Engine:
             fetcher=Fetcher(kinds.http) if kinds.http else None,
             tables=tables,
             caches=Caches(self.settings),
+            cluster=cluster,
             assembled=Assembled(store.plans, {("note_id",): notes, ("author_id",): authors}),
         )
         world.assembled.assemble(store.view())
+        lock = self.home.log / "forward-log.lock"
+        self._log_writer = LogWriter(self.home, lock)
         self.forward_log = ForwardLog(
             lake,
             self.settings.forward_log_queue,
             self.settings.forward_log_rows,
             self.settings.forward_log_age_s,
-            self.home.log / "forward-log.lock",
+            as_table,
+            lock,
+            self._log_writer.write,
         )
         self.forward_log.start()
 
@@ -251,10 +279,26 @@ class Engine:
             self._note(current, current.readers.note_records(records))
 
         runner.start(hear)
+        if cluster is not None:
+            cluster.start(self.settings.features_look_s)
         world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
+
+    def _cluster(self, groups: Mapping[str, FeatureGroup]) -> Cluster | None:
+        """What features are read from, if the settings say so. Raises HeadraceError without its address."""
+        settings = self.settings
+        if settings.features != RISINGWAVE:
+            return None
+        dsn = os.environ.get(RISINGWAVE_DSN, "").strip()
+        if not dsn:
+            raise HeadraceError(
+                f"features: {RISINGWAVE} needs the cluster's address in {RISINGWAVE_DSN}, such as "
+                "`host=risingwave port=4566 user=root dbname=dev`"
+            )
+        timeout_s = settings.features_timeout_ms / 1000
+        return Cluster(dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers)
 
     @staticmethod
     def _note(world: World, user_ids: Iterable[str]) -> None:

@@ -8,11 +8,13 @@ import fcntl
 import logging
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -21,8 +23,14 @@ from warehouse.lake import Lake
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+
 FORWARD_LOG = "lake.forward_log"
+BATCH = "headrace.batch"
+"""Property of a snapshot: the number of the batch that it added."""
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+_MADE_AT_ONCE, _MADE_WITHIN_S = 16, 1.0
+"""Rows that are made together cost a third each; more of them would hold the interpreter that requests share for long."""
 _FEATURES = pa.map_(pa.string(), pa.float64())
 _SEQUENCES = pa.map_(pa.string(), pa.list_(pa.string()))
 _MAPS = pa.map_(pa.string(), _FEATURES)
@@ -99,15 +107,40 @@ def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[
     return None if maps is None else [(name, list(entries.items())) for name, entries in maps.items()]
 
 
-class ForwardLog:
+def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None = None) -> None:
+    """Appends the rows, unless a batch of this number was: whoever wrote it may have died before it could say so.
+
+    lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its work."""
+    with open(lock, "a") if lock else nullcontext() as turn:
+        if turn is not None:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        snapshots = lake.table(FORWARD_LOG).metadata.snapshots
+        if not any(one.summary is not None and one.summary.get(BATCH) == str(batch) for one in reversed(snapshots)):
+            lake.append(FORWARD_LOG, table, {BATCH: str(batch)})
+
+
+class _Turn(Enum):
+    MAKE, WRITE, REST, END = auto(), auto(), auto(), auto()
+
+
+class ForwardLog(Generic[Item]):
     """`offer` never blocks; `close` writes what waits."""
 
-    def __init__(self, lake: Lake, max_waiting: int, max_rows: int, max_age_s: float, lock: Path | None = None):
-        """lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its
-        work."""
+    def __init__(
+        self,
+        lake: Lake,
+        max_waiting: int,
+        max_rows: int,
+        max_age_s: float,
+        make: Callable[[Sequence[Item]], pa.Table],
+        lock: Path | None = None,
+        write: Callable[[pa.Table, uuid.UUID], None] | None = None,
+    ):
+        """make: rows in FORWARD_LOG_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`. write:
+        what writes a batch elsewhere; it is written here without it, and once this closes, as nothing is disturbed then."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
-        self._lock = lock
-        self._waiting: deque[tuple[float, Callable[[], pa.Table]]] = deque()
+        self._make_table, self._lock, self._write_elsewhere = make, lock, write
+        self._waiting: deque[tuple[float, Item]] = deque()
         self._made: list[tuple[float, pa.Table]] = []
         self._changed = threading.Condition()
         self._flush_asked = self._closing = False
@@ -122,15 +155,15 @@ class ForwardLog:
         self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
         self._thread.start()
 
-    def offer(self, make_table: Callable[[], pa.Table]) -> bool:
-        """Queues one request's row, as a table that is made later on the writer's thread; False if it was dropped because the
-        queue is full."""
+    def offer(self, item: Item) -> bool:
+        """Queues one request, whose row is made later; False if it was dropped because the queue is full."""
         with self._changed:
             if self._closing or self._num_unwritten >= self._max_waiting:
                 self.num_dropped += 1
                 return False
-            self._waiting.append((time.monotonic(), make_table))
-            self._changed.notify_all()
+            self._waiting.append((time.monotonic(), item))
+            if self._num_unwritten == 1 or len(self._waiting) >= _MADE_AT_ONCE:
+                self._changed.notify_all()
         return True
 
     @property
@@ -139,7 +172,11 @@ class ForwardLog:
 
     @property
     def _num_unwritten(self) -> int:
-        return len(self._waiting) + len(self._made)
+        return len(self._waiting) + self._num_made
+
+    @property
+    def _num_made(self) -> int:
+        return sum(table.num_rows for _, table in self._made)
 
     def flush(self, timeout_s: float = 30.0) -> bool:
         """Writes what waits now; False if that took longer than the timeout."""
@@ -159,73 +196,86 @@ class ForwardLog:
                 log.error("forward log: %d requests could not be written before the stop", self.num_waiting)
 
     def _run(self) -> None:
-        """Makes each row soon after it was offered: that is work for the interpreter that requests share, and a batch of it at
-        once would keep them waiting."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_due() or self._can_make(), self._seconds_until_due())
-                is_due = self._is_due() or (self._num_unwritten > 0 and self._seconds_until_due() == 0)
-                if is_due and len(self._made) < self._max_rows and self._waiting:
-                    is_due = False  # first the rest of the batch is made
-                if not self._num_unwritten:
-                    self._flush_asked = False
-                    self._changed.notify_all()
-                    if self._closing:
-                        return
-                    continue
-                if is_due:
-                    batch, self._made = self._made, []
-                    self._in_flight = len(batch)
-                elif self._waiting:
-                    since, make_table = self._waiting.popleft()
-                    self._in_flight = 1
+                while (turn := self._turn()) is _Turn.REST:
+                    self._changed.wait(self._seconds_of_rest())
+                if turn is _Turn.END:
+                    return
+                if turn is _Turn.MAKE:
+                    some = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MADE_AT_ONCE))]
+                    self._in_flight = len(some)
                 else:
-                    continue
-            if is_due:
-                self._write([made for _, made in batch])
+                    tables, self._made = [table for _, table in self._made], []
+                    self._in_flight = sum(table.num_rows for table in tables)
+            made = None
+            if turn is _Turn.MAKE:
+                made = self._make([item for _, item in some])
             else:
-                made = self._table(make_table)
+                self._write(pa.concat_tables(tables))
             with self._changed:
                 self._in_flight = 0
-                if not is_due and made is not None:
-                    self._made.append((since, made))
+                if made is not None:
+                    self._made.append((some[0][0], made))
+                if not self._num_unwritten:
+                    self._flush_asked = False
                 self._changed.notify_all()
 
-    def _can_make(self) -> bool:
-        return bool(self._waiting) and len(self._made) < self._max_rows
+    def _turn(self) -> _Turn:
+        if not self._num_unwritten:
+            return _Turn.END if self._closing else _Turn.REST
+        is_asked = self._closing or self._flush_asked
+        is_due = is_asked or self._num_unwritten >= self._max_rows or self._age_s(self._oldest()) >= self._max_age_s
+        if self._waiting and self._num_made < self._max_rows:
+            has_waited = self._age_s(self._waiting[0][0]) >= _MADE_WITHIN_S
+            if is_due or len(self._waiting) >= _MADE_AT_ONCE or has_waited:
+                return _Turn.MAKE
+        return _Turn.WRITE if is_due else _Turn.REST
 
-    def _is_due(self) -> bool:
-        asked = self._closing or (self._flush_asked and self._num_unwritten > 0)
-        return asked or self._num_unwritten >= self._max_rows
+    def _seconds_of_rest(self) -> float | None:
+        """Until what waits has waited long enough; None for as long as nothing does."""
+        if not self._num_unwritten:
+            return None
+        until_written_s = self._max_age_s - self._age_s(self._oldest())
+        until_made_s = _MADE_WITHIN_S - self._age_s(self._waiting[0][0]) if self._waiting else until_written_s
+        return max(0.0, min(until_written_s, until_made_s))
 
-    def _seconds_until_due(self) -> float:
-        oldest = self._made or self._waiting
-        return max(0.0, oldest[0][0] + self._max_age_s - time.monotonic()) if oldest else self._max_age_s
+    def _oldest(self) -> float:
+        return (self._made or self._waiting)[0][0]
 
-    def _write(self, tables: list[pa.Table]) -> None:
-        table, pause_s = pa.concat_tables(tables), RETRY_S
+    @staticmethod
+    def _age_s(since: float) -> float:
+        return time.monotonic() - since
+
+    def _write(self, table: pa.Table) -> None:
+        batch, pause_s = uuid.uuid4(), RETRY_S
         while True:
+            is_last = self._closing
             try:
-                with open(self._lock, "a") if self._lock else nullcontext() as turn:
-                    if turn is not None:
-                        fcntl.flock(turn, fcntl.LOCK_EX)
-                    self._lake.append(FORWARD_LOG, table)
+                if self._write_elsewhere is None or is_last:
+                    write_once(self._lake, table, batch, self._lock)
+                else:
+                    self._write_elsewhere(table, batch)
                 self.num_written += table.num_rows
                 return
             except Exception:  # a full disk or a locked catalogue may pass; the queue bounds what waits meanwhile
                 self.num_failed_writes += 1
                 log.exception("forward log: writing %d requests failed, trying again", table.num_rows)
+            if is_last:
+                log.error("forward log: %d requests are lost, the server stops", table.num_rows)
+                self.num_dropped += table.num_rows
+                return
             with self._changed:
-                if self._changed.wait_for(lambda: self._closing, pause_s):
-                    log.error("forward log: %d requests are lost, the server stops", table.num_rows)
-                    self.num_dropped += table.num_rows
-                    return
+                self._changed.wait_for(lambda: self._closing, pause_s)
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
 
-    def _table(self, make_table: Callable[[], pa.Table]) -> pa.Table | None:
+    def _make(self, items: list[Item]) -> pa.Table | None:
         try:
-            return make_table()
-        except Exception:  # one row that does not fit the schema must not take the writer down
+            return self._make_table(items)
+        except Exception:  # one row that does not fit the schema must not take the writer down, nor the others with it
+            if len(items) > 1:
+                tables = [table for item in items if (table := self._make([item])) is not None]
+                return pa.concat_tables(tables) if tables else None
             log.exception("forward log: a request does not fit the schema and is dropped")
             self.num_dropped += 1
             return None

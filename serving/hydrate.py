@@ -14,6 +14,7 @@ import numpy as np
 from serving.cache import Same
 from serving.catalogue import REQUEST_FEATURES, Catalogue
 from streaming_sql.assembled import Assembled, can_be_assembled
+from streaming_sql.feature_rows import FeatureRows
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
@@ -46,17 +47,12 @@ class UserFeatures:
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """Every feature of every candidate: note, author, reader × author, and request-time ones. Models are given numbers; the
-    sequences and maps, C of each, are for the log."""
+    """Every feature of some candidates, copied, for the log. sequences and maps: C of each."""
 
     names: tuple[str, ...]
     values_CF: np.ndarray
     sequences: Mapping[str, list[list[str]]] = field(default_factory=dict)
     maps: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
-
-    def pick(self, names: Sequence[str]) -> np.ndarray:
-        """float64 [C, len(names)], in the order asked for; NaN for NULL."""
-        return self.values_CF[:, _columns(self.names, tuple(names))]
 
     def take(self, order: np.ndarray) -> "CandidateFeatures":
         return CandidateFeatures(
@@ -71,6 +67,40 @@ class CandidateFeatures:
 
     def maps_of(self, position: int) -> dict[str, dict[str, float]]:
         return {name: rows[position] for name, rows in self.maps.items()}
+
+
+@dataclass(frozen=True)
+class Hydrated:
+    """Where every feature of every candidate is: note, author, reader × author, and request-time ones. Models are given the
+    numbers that they ask for. row_C: the notes' rows of the catalogue, -1 for unknown ones."""
+
+    row_C: np.ndarray
+    parts: tuple[FeatureRows, ...]
+
+    def pick(self, names: Sequence[str]) -> np.ndarray:
+        """float32 [C, len(names)], contiguous, in the order asked for; NaN for NULL. Raises KeyError for an unknown name."""
+        picked_CF = np.empty((len(self.row_C), len(names)), dtype=np.float32)
+        columns = _columns_of_parts(tuple(part.names for part in self.parts), tuple(names))
+        for part, (from_columns, to_columns) in zip(self.parts, columns, strict=True):
+            part.write(picked_CF, from_columns, to_columns)
+        return picked_CF
+
+    def take(self, order: np.ndarray) -> "Hydrated":
+        return Hydrated(self.row_C[order], tuple(part.take(order) for part in self.parts))
+
+    def copied(self) -> CandidateFeatures:
+        names = tuple(name for part in self.parts for name in part.names)
+        values_CF = np.empty((len(self.row_C), len(names)))
+        sequences: dict[str, list[list[str]]] = {}
+        maps: dict[str, list[dict[str, float]]] = {}
+        start = 0
+        for part in self.parts:
+            from_columns = np.arange(len(part.names))
+            part.write(values_CF, from_columns, start + from_columns)
+            start += len(part.names)
+            sequences.update(part.sequences())
+            maps.update(part.maps())
+        return CandidateFeatures(names, values_CF, sequences, maps)
 
 
 def check_groups(groups: Mapping[str, FeatureGroup], kinds: Kinds) -> None:
@@ -147,9 +177,10 @@ def hydrate_candidates(
     tables: TableStore,
     assembled: Assembled,
     note_ids: Sequence[str] | None = None,
-) -> CandidateFeatures:
-    """All candidates' features in one call per group: gathered where the tick is assembled, else a key that many candidates
-    share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones, and then note_ids names them all."""
+) -> Hydrated:
+    """All candidates' features in one call per group: of rows that are held where the tick is assembled, else a key that many
+    candidates share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones, and then note_ids names
+    them all."""
     author_row_C = catalogue.author_rows(row_C)
     held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
     row_of: dict[tuple[str, ...], Mapping[str, int]] = {
@@ -164,15 +195,11 @@ def hydrate_candidates(
         # a note without author has no key, and reads like an author never met
         "author_id": lambda place: None if author_row_C[place] < 0 else authors[author_row_C[place]],
     }
-    names: list[str] = []
-    values: list[np.ndarray] = []
-    sequences: dict[str, list[list[str]]] = {}
-    maps: dict[str, list[dict[str, float]]] = {}
 
     def key_at(key_columns: tuple[str, ...], place: int) -> Key:
         return tuple(key_of[column](place) for column in key_columns)
 
-    def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> FeatureMatrix:
+    def gather(key_columns: tuple[str, ...], assemble: Callable[[list[Key]], FeatureMatrix]) -> FeatureRows:
         """Each distinct key once. Candidates of one author differ in no key but their own."""
         if "note_id" in key_columns:
             keys = [key_at(key_columns, place) for place in range(len(row_C))]
@@ -182,38 +209,31 @@ def hydrate_candidates(
         else:
             _, first, places = np.unique(author_row_C, return_index=True, return_inverse=True)
             distinct = dict.fromkeys(key_at(key_columns, place) for place in first.tolist())
-        matrix = assemble(list(distinct))
-        gathered = _gathered(matrix.sequences, places), _gathered(matrix.maps, places)
-        return FeatureMatrix(matrix.names, matrix.values[places], *gathered)
+        return FeatureRows(assemble(list(distinct)), places)
 
-    found: list[FeatureMatrix] = []
+    parts: list[FeatureRows] = []
     for group in groups.values():
         if group.entity_keys == USER:
             continue
-        matrix = None
+        rows = None
         columns = group.entity_keys
         if columns in held:
-            matrix = assembled.gather(view, group.name, held[columns], partial(key_at, columns), t_us)
+            rows = assembled.gather(view, group.name, held[columns], partial(key_at, columns), t_us)
         elif columns in row_of and can_be_assembled(view.groups[group.name].plan) and (row_C >= 0).all():
             other = columns[1]
-            matrix = _of_reader_and(view, group.name, user_id, row_of[columns], num_rows[other], held[(other,)], t_us)
-        found.append(matrix or gather(columns, partial(_assemble_known, view, group.name, t_us=t_us)))
+            rows = _of_reader_and(view, group.name, user_id, row_of[columns], num_rows[other], held[(other,)], t_us)
+        parts.append(rows or gather(columns, partial(_assemble_known, view, group.name, t_us=t_us)))
     for table in tables.tables:
         if table.keys != USER:
-            found.append(gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us)))
-    for matrix in found:
-        names.extend(matrix.names)
-        values.append(matrix.values)
-        sequences.update(matrix.sequences)
-        maps.update(matrix.maps)
-    names.extend(REQUEST_FEATURES)
-    values.append(catalogue.request_features(row_C, t_us))
-    return CandidateFeatures(tuple(names), np.concatenate(values, axis=1), sequences, maps)
+            parts.append(gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us)))
+    of_request = FeatureMatrix(REQUEST_FEATURES, catalogue.request_features(row_C, t_us), {})
+    parts.append(FeatureRows(of_request, np.arange(len(row_C))))
+    return Hydrated(row_C, tuple(parts))
 
 
 def _of_reader_and(
     view: StoreView, group_name: str, user_id: str, row_of: Mapping[str, int], num_rows: int, row_C: np.ndarray, t_us: int
-) -> FeatureMatrix:
+) -> FeatureRows:
     """`view.assemble` of (reader, what the candidate's row names), of a group in which unknown keys read alike. From the
     few that the reader has met, not from the many candidates.
 
@@ -226,10 +246,7 @@ def _of_reader_and(
     asked = [(key, row) for key, row in met if is_asked_R[row]]
     place_R[[row for _, row in asked]] = np.arange(1, len(asked) + 1)
     stranger: Any = (user_id, None)
-    matrix = view.assemble(group_name, [stranger, *(key for key, _ in asked)], t_us)
-    place_C = place_R[row_C]
-    gathered = _gathered(matrix.sequences, place_C), _gathered(matrix.maps, place_C)
-    return FeatureMatrix(matrix.names, matrix.values.take(place_C, axis=0), *gathered)
+    return FeatureRows(view.assemble(group_name, [stranger, *(key for key, _ in asked)], t_us), place_R[row_C])
 
 
 def _assemble_known(view: StoreView, group_name: str, keys: list[Key], t_us: int) -> FeatureMatrix:
@@ -250,6 +267,18 @@ def _assemble_known(view: StoreView, group_name: str, keys: list[Key], t_us: int
 
 def _gathered(rows: Mapping[str, list[Any]], places: np.ndarray) -> dict[str, list[Any]]:
     return {name: [column[place] for place in places.tolist()] for name, column in rows.items()}
+
+
+@lru_cache(maxsize=64)
+def _columns_of_parts(have: tuple[tuple[str, ...], ...], want: tuple[str, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Of each part: which of its columns are wanted, and where."""
+    part_of = {name: part for part, names in enumerate(have) for name in names}
+    wanted: list[list[tuple[int, int]]] = [[] for _ in have]
+    for place, name in enumerate(want):
+        part = part_of[name]
+        wanted[part].append((have[part].index(name), place))
+    columns = [np.array(pairs, dtype=np.int64).reshape(-1, 2).T for pairs in wanted]
+    return tuple((of_part[0].copy(), of_part[1].copy()) for of_part in columns)
 
 
 @lru_cache(maxsize=64)

@@ -1,15 +1,17 @@
-"""One served request as a row of `lake.forward_log`, built by columns: what `rows_to_table([served.as_row()])` gives, in a
-fraction of the time, as a request has thousands of candidates.
+"""Served requests as rows of `lake.forward_log`, built by columns, many requests at once: what `rows_to_table` gives of each
+`as_row()`, in a fraction of the time, as a request has thousands of candidates.
 
-Shape letters: C candidates, L of them logged with features, F features.
+Shape letters: R requests, C candidates of all of them, L of those logged with features, F features, G generators, T heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numba import njit
 
 from serving.forward_log import CANDIDATE, FORWARD_LOG_SCHEMA, rows_to_table
 from serving.served import Served
@@ -17,96 +19,161 @@ from serving.served import Served
 _CANDIDATES = FORWARD_LOG_SCHEMA.get_field_index("candidates")
 
 
-def as_table(served: Served) -> pa.Table:
-    """One row in FORWARD_LOG_SCHEMA."""
-    head = rows_to_table([{**served.head(), "candidates": []}])
-    candidates = pa.ListArray.from_arrays(pa.array([0, len(served.candidates)], pa.int32()), _candidates(served))
+def as_table(requests: Sequence[Served]) -> pa.Table:
+    """Their rows in FORWARD_LOG_SCHEMA, in this order."""
+    return pa.concat_tables([_of_alike(list(some)) for _, some in groupby(requests, _kind)])
+
+
+def _kind(served: Served) -> Hashable:
+    """Requests of one kind have the same columns."""
+    candidates, features = served.candidates, served.logged_features
+    return (
+        id(candidates.catalogue),
+        candidates.generators,
+        features.names,
+        tuple(served.predictions),
+        tuple(features.sequences),
+        tuple(features.maps),
+    )
+
+
+def _of_alike(requests: list[Served]) -> pa.Table:
+    head = rows_to_table([{**served.head(), "candidates": []} for served in requests])
+    start_R = np.concatenate([[0], np.cumsum([len(served.candidates) for served in requests])])
+    candidates = pa.ListArray.from_arrays(pa.array(start_R, pa.int32()), _candidates(requests, start_R))
     return head.set_column(_CANDIDATES, FORWARD_LOG_SCHEMA.field(_CANDIDATES), candidates)
 
 
-def _candidates(served: Served) -> pa.StructArray:
-    """[C], each as `Served.candidate` tells it."""
-    candidates, C = served.candidates, len(served.candidates)
-    shown = [placed.candidate for placed in served.page]
-    is_shown_C = np.zeros(C, dtype=bool)
-    is_shown_C[shown] = True
-
-    place_C = np.zeros(C, dtype=np.int64)
-    place_C[shown] = np.arange(len(shown))
-    place_or_null_C = pa.array(place_C, mask=~is_shown_C)
-
-    def of_shown(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-        return pa.array(values, kind).take(place_or_null_C)
-
-    page, row_C = served.page, pa.array(candidates.row_C)
+def _candidates(requests: list[Served], start_R: np.ndarray) -> pa.StructArray:
+    """[C], each as `Served.as_row` tells it."""
+    first, C = requests[0], int(start_R[-1])
+    row_C = pa.array(np.concatenate([served.candidates.row_C for served in requests]))
+    logged_L = np.concatenate([start + served.logged for start, served in zip(start_R, requests, strict=False)])
+    is_logged_C = np.zeros(C, dtype=bool)
+    is_logged_C[logged_L] = True
     columns = {
-        "impression_id": of_shown([served.impression_id(position) for position in range(len(page))], pa.string()),
-        "note_id": candidates.catalogue.note_id_column.take(row_C),
-        "author_id": candidates.catalogue.author_id_column.take(row_C),
-        "sources": _sources(served),
-        "recall_score": _nullable(candidates.recall_score_C),
-        "l1_score": _nullable(served.l1_score_C),
-        "final_score": _nullable(served.final_score_C),
-        "position": of_shown(range(len(page)), pa.int32()),
-        "shown": pa.array(is_shown_C),
-        "slot": of_shown([placed.slot for placed in page], pa.string()),
-        "propensity": of_shown([placed.propensity for placed in page], pa.float64()),
-        "features": _features(served),
-        "predictions": _predictions(served),
-        "sequences": _of_logged(served, served.logged_features.sequences, "sequences"),
-        "maps": _of_logged(served, served.logged_features.maps, "maps"),
+        **_of_page(requests, start_R),
+        "note_id": first.candidates.catalogue.note_id_column.take(row_C),
+        "author_id": first.candidates.catalogue.author_id_column.take(row_C),
+        "sources": _sources(first.candidates.generators, np.concatenate([one.candidates.share_CG for one in requests])),
+        "recall_score": _nullable(np.concatenate([served.candidates.recall_score_C for served in requests])),
+        "l1_score": _nullable(np.concatenate([served.l1_score_C for served in requests])),
+        "final_score": _nullable(np.concatenate([served.final_score_C for served in requests])),
+        "features": _features(requests, is_logged_C),
+        "predictions": _predictions(requests, C),
+        "sequences": _of_logged(requests, "sequences", logged_L, is_logged_C),
+        "maps": _of_logged(requests, "maps", logged_L, is_logged_C),
     }
     return pa.StructArray.from_arrays([columns[field.name] for field in CANDIDATE], fields=list(CANDIDATE))
 
 
-def _sources(served: Served) -> pa.ListArray:
-    share_CG = served.candidates.share_CG
-    order_CG = np.argsort(-share_CG, axis=1, kind="stable")
-    has_CG = np.take_along_axis(share_CG, order_CG, axis=1) > 0
-    offsets = np.concatenate([[0], np.cumsum(has_CG.sum(axis=1))])
-    names = pa.array(served.candidates.generators, pa.string()).take(pa.array(order_CG[has_CG]))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names)
+def _of_page(requests: list[Served], start_R: np.ndarray) -> dict[str, pa.Array]:
+    """What only candidates that were shown have."""
+    C = int(start_R[-1])
+    places = sorted(
+        (start + placed.candidate, position, served.impression_id(position), placed)
+        for start, served in zip(start_R.tolist(), requests, strict=False)
+        for position, placed in enumerate(served.page)
+    )
+    shown = np.array([row for row, *_ in places], dtype=np.int64)
+    is_shown_C = np.zeros(C, dtype=bool)
+    is_shown_C[shown] = True
+    position_C, propensity_C = np.zeros(C, dtype=np.int32), np.zeros(C)
+    position_C[shown] = [position for _, position, _, _ in places]
+    propensity_C[shown] = [placed.propensity for *_, placed in places]
+    return {
+        "impression_id": _texts([text for _, _, text, _ in places], is_shown_C),
+        "position": pa.Array.from_buffers(pa.int32(), C, [_bits(is_shown_C), pa.py_buffer(position_C)]),
+        "shown": pa.array(is_shown_C),
+        "slot": _texts([placed.slot for *_, placed in places], is_shown_C),
+        "propensity": pa.Array.from_buffers(pa.float64(), C, [_bits(is_shown_C), pa.py_buffer(propensity_C)]),
+    }
 
 
-def _features(served: Served) -> pa.MapArray:
-    features = served.logged_features
-    num_features = len(features.names)
-    keys = _repeated(features.names, len(served.logged))
-    sizes_C = np.zeros(len(served.candidates), dtype=np.int64)
-    sizes_C[served.logged] = num_features
-    return _maps(sizes_C, _is_logged(served), keys, _nullable(features.values_CF.ravel()))
+def _texts(texts: list[str], is_there_C: np.ndarray) -> pa.Array:
+    """The texts, in order, at the places where there is one; null elsewhere."""
+    encoded = [text.encode() for text in texts]
+    sizes_C = np.zeros(len(is_there_C), dtype=np.int64)
+    sizes_C[is_there_C] = [len(one) for one in encoded]
+    buffers = [_bits(is_there_C), _offsets(sizes_C), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(is_there_C), buffers)
 
 
-def _predictions(served: Served) -> pa.MapArray:
-    heads = list(served.predictions)
-    value_CT = np.column_stack([served.predictions[head] for head in heads]) if heads else np.empty((len(served.candidates), 0))
+def _sources(generators: Sequence[str], share_CG: np.ndarray) -> pa.ListArray:
+    offsets, places = ordered_shares(np.ascontiguousarray(share_CG, dtype=np.float64))
+    names = pa.array(generators, pa.string()).take(pa.array(places))
+    return pa.ListArray.from_arrays(pa.array(offsets), names)
+
+
+@njit("Tuple((i4[::1], i4[::1]))(f8[:, ::1])", cache=True, nogil=True)
+def ordered_shares(share_CG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets int32 [C + 1], generators int32): of each candidate those with a share above 0, the largest first, of equals the
+    one that comes first."""
+    C, G = share_CG.shape
+    offsets, places, used = np.zeros(C + 1, np.int32), np.empty(C * G, np.int32), 0
+    for candidate in range(C):
+        start = used
+        for generator in range(G):
+            share = share_CG[candidate, generator]
+            if share > 0:
+                at = used
+                while at > start and share_CG[candidate, places[at - 1]] < share:
+                    places[at] = places[at - 1]
+                    at -= 1
+                places[at] = generator
+                used += 1
+        offsets[candidate + 1] = used
+    return offsets, places[:used].copy()
+
+
+def _features(requests: list[Served], is_logged_C: np.ndarray) -> pa.MapArray:
+    names = requests[0].logged_features.names
+    values = np.concatenate([served.logged_features.values_CF.ravel() for served in requests])
+    keys = _repeated(names, sum(len(served.logged) for served in requests))
+    return _maps("features", len(names) * is_logged_C, keys, _nullable(values), is_logged_C)
+
+
+def _predictions(requests: list[Served], C: int) -> pa.MapArray:
+    heads = list(requests[0].predictions)
+    value_CT, start = np.empty((C, len(heads))), 0
+    for served in requests:
+        for place, head in enumerate(heads):
+            value_CT[start : start + len(served.candidates), place] = served.predictions[head]
+        start += len(served.candidates)
     has_CT = np.isfinite(value_CT)
-    number_C = has_CT.sum(axis=1)
-    if np.isin(number_C, (0, len(heads))).all():  # L2 scores a candidate by all heads or by none
-        keys = _repeated(heads, int((number_C > 0).sum()))
+    number_C = has_CT @ np.ones(len(heads), dtype=np.int64)
+    if ((number_C == 0) | (number_C == len(heads))).all():  # L2 scores a candidate by all heads or by none
+        is_scored_C = number_C > 0
+        values, keys = value_CT[is_scored_C].ravel(), _repeated(heads, int(is_scored_C.sum()) if heads else 0)
     else:
         head_CT = np.broadcast_to(np.arange(len(heads)), value_CT.shape)
-        keys = pa.array(heads, pa.string()).take(pa.array(head_CT[has_CT]))
-    return _maps(number_C, np.ones(len(value_CT), dtype=bool), keys, pa.array(value_CT[has_CT]))
+        values, keys = value_CT[has_CT], pa.array(heads, pa.string()).take(pa.array(head_CT[has_CT]))
+    return _maps("predictions", number_C, keys, pa.array(values))
 
 
-def _of_logged(served: Served, columns: Mapping[str, list[Any]], name: str) -> pa.MapArray:
+def _of_logged(requests: list[Served], name: str, logged_L: np.ndarray, is_logged_C: np.ndarray) -> pa.MapArray:
     """The sequences or maps of the logged candidates, null for the others."""
     kind = CANDIDATE.field(name).type
-    if not columns:
+    columns_R: list[Mapping[str, list[Any]]] = [getattr(served.logged_features, name) for served in requests]
+    if not columns_R[0]:
         nothing = pa.array([], kind.key_type), pa.array([], kind.item_type)
-        return _maps(np.zeros(len(served.candidates), dtype=np.int64), _is_logged(served), *nothing)
-    value_C: list[Any] = [None] * len(served.candidates)
-    for row, candidate in enumerate(served.logged.tolist()):
-        of_one = {column: values[row] for column, values in columns.items()}
-        value_C[candidate] = [(key, list(value.items()) if isinstance(value, dict) else value) for key, value in of_one.items()]
+        return _maps(name, np.zeros(len(is_logged_C), dtype=np.int64), *nothing, is_logged_C)
+    rows = chain.from_iterable(zip(*columns.values(), strict=True) for columns in columns_R)
+    value_C: list[Any] = [None] * len(is_logged_C)
+    for candidate, values in zip(logged_L.tolist(), rows, strict=True):
+        of_one = zip(columns_R[0], values, strict=True)
+        value_C[candidate] = [(key, list(value.items()) if isinstance(value, dict) else value) for key, value in of_one]
     return pa.array(value_C, kind)
 
 
-def _maps(sizes_C: np.ndarray, is_there_C: np.ndarray, keys: pa.Array, values: pa.Array) -> pa.MapArray:
-    """Maps of these sizes, null where there is none."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes_C)]), pa.int32(), mask=np.append(~is_there_C, False))
-    return pa.MapArray.from_arrays(offsets, keys, values)
+def _maps(
+    name: str, sizes_C: np.ndarray, keys: pa.Array, values: pa.Array, is_there_C: np.ndarray | None = None
+) -> pa.MapArray:
+    """A column of maps of these sizes, null where there is none."""
+    kind = CANDIDATE.field(name).type
+    entries = pa.StructArray.from_arrays([keys, values], fields=[kind.key_field, kind.item_field])
+    validity = None if is_there_C is None else _bits(is_there_C)
+    return pa.Array.from_buffers(kind, len(sizes_C), [validity, _offsets(sizes_C)], children=[entries])
 
 
 def _repeated(names: Sequence[str], times: int) -> pa.Array:
@@ -119,12 +186,18 @@ def _tiled(names: tuple[str, ...], times: int) -> pa.Array:
     return pa.array(names, pa.string()).take(pa.array(np.tile(np.arange(len(names)), times)))
 
 
-def _is_logged(served: Served) -> np.ndarray:
-    is_logged_C = np.zeros(len(served.candidates), dtype=bool)
-    is_logged_C[served.logged] = True
-    return is_logged_C
-
-
 def _nullable(values: np.ndarray) -> pa.Array:
     """Null for what is no number."""
-    return pa.array(values, pa.float64(), mask=~np.isfinite(values))
+    values, is_number = np.ascontiguousarray(values, dtype=np.float64), np.isfinite(values)
+    return pa.Array.from_buffers(pa.float64(), len(values), [_bits(is_number), pa.py_buffer(values)])
+
+
+def _offsets(sizes: np.ndarray) -> pa.Buffer:
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    return pa.py_buffer(offsets)
+
+
+def _bits(is_there: np.ndarray) -> pa.Buffer | None:
+    """Arrow's bitmap; None where all are there."""
+    return None if is_there.all() else pa.py_buffer(np.packbits(is_there, bitorder="little"))

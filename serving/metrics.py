@@ -29,6 +29,7 @@ class Metrics:
             "headrace_cache_answers", "Asked of a cache since the start, by what came of it", ["cache", "result"], registry=own
         )
         ProcessCollector(registry=own)  # processor seconds, memory, open files
+        self.handed_on = Counter("headrace_handed_on_requests", "Feeds that another worker computed for this one", registry=own)
         self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=own)
 
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:

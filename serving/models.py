@@ -10,6 +10,7 @@ import numpy as np
 
 from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
+from models_ml.row_memo import RowMemo
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from serving.settings import Settings
@@ -20,6 +21,7 @@ from warehouse.features.kinds.declared import Kinds
 from warehouse.home import Home
 
 NAMES = ("item_to_item", "two_tower", "l1", "l2")
+MEMOS = ("l1_notes", "l2_notes")
 REMEDY = "run `headrace train all`"
 
 
@@ -27,6 +29,7 @@ REMEDY = "run `headrace train all`"
 class Models:
     """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
     model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
+    codes_of_rows: int64 [N], how L2 encodes the note of each row.
     vectors: the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors
     for a search on the CPU."""
 
@@ -37,19 +40,22 @@ class Models:
     versions: Mapping[str, str]
     rows_of_vectors: np.ndarray
     rows_of_neighbours: np.ndarray
+    codes_of_rows: np.ndarray
     num_notes: int  # rows of the catalogue
     shards: ShardedVectors
     vectors: VectorsOnDevice | None = None
 
-    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [S, D]: the two-tower vectors of rows of the catalogue, zeros where a note has none. rows: int64 [S]."""
-        places_S = self._vector_of_row[rows]
-        vectors_SD = self.two_tower.note_vectors.take(places_S, axis=0)
-        vectors_SD[places_S < 0] = 0.0
-        return vectors_SD
+    def codes_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """int64 [S]: how L2 encodes these rows of the catalogue; None where one is of an unknown note."""
+        return None if (rows < 0).any() else self.codes_of_rows[rows]
+
+    def memos(self) -> dict[str, RowMemo]:
+        """What L1 and L2 keep of notes from request to request; on a device they keep nothing."""
+        named = zip(MEMOS, (self.l1, self.l2), strict=True)
+        return {name: model.memo for name, model in named if hasattr(model, "memo")}
 
     @cached_property
-    def _vector_of_row(self) -> np.ndarray:
+    def vector_of_row(self) -> np.ndarray:
         """int64 [N]: the vector of each row of the catalogue, -1 for none. The rows of no vector are beyond the last or -1."""
         known = np.flatnonzero(self.rows_of_vectors >= 0)
         vector_of_row = np.full(self.num_notes, -1, dtype=np.int64)
@@ -92,12 +98,14 @@ def load_models(
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
     shards = ShardedVectors(loaded["two_tower"].note_vectors, settings.vector_shards, settings.hnsw_from)
+    codes_of_rows = loaded["l2"].encoded_notes(catalogue.note_ids)
     loaded, vectors = moved(loaded, device, settings.most_candidates)
     return Models(
         **loaded,
         versions=versions,
         rows_of_vectors=catalogue.rows(loaded["two_tower"].note_ids),
         rows_of_neighbours=catalogue.rows(loaded["item_to_item"].names),
+        codes_of_rows=codes_of_rows,
         num_notes=len(catalogue),
         shards=shards,
         vectors=vectors,

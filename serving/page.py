@@ -1,6 +1,6 @@
 """The last stage: what L2 has scored becomes a page, by the rules of the policy.
 
-Shape letters: C candidates in order of recall, S survivors of L1, N notes of the catalogue, D dimensions of a note's vector.
+Shape letters: C candidates in order of recall, S survivors of L1, N notes of the catalogue, V vectors of notes, D dimensions.
 """
 
 import logging
@@ -40,7 +40,8 @@ def reserve(request: Request, candidates: Candidates, l1_order_C: np.ndarray, to
     if not slots or len(l1_order_C) <= top_k:
         return survivors_S
     wanted: list[int] = []
-    for slot, is_fit_C in ((PROMOTED, _promoted(request, candidates)), (COLD_START, _cold(request, candidates))):
+    row_C = candidates.row_C
+    for slot, is_fit_C in ((PROMOTED, _promoted(request, row_C)), (COLD_START, _cold(request, row_C))):
         number = slots.count(slot)
         missing = number - int(is_fit_C[survivors_S].sum())
         wanted += [candidate for candidate in l1_order_C[top_k:].tolist() if is_fit_C[candidate]][: max(missing, 0)]
@@ -57,17 +58,18 @@ def lay_out(
     made again.
     """
     world = request.world
-    picked = candidates.take(order_C)
-    row_S = picked.row_C
+    row_S = candidates.row_C[order_C]
+    vectors_VD, vector_S = _vectors(request, row_S)
     pool = Pool(
         note_S=row_S,
         author_S=world.catalogue.author_row_N[row_S],
         topic_S=world.catalogue.topic_code_N[row_S],
         scores_S=score_C[order_C],
-        vectors_SD=_vectors(request, row_S),
+        vectors_VD=vectors_VD,
+        vector_S=vector_S,
         may_show_S=_may_show(request, row_S),
-        is_promoted_S=_promoted(request, picked),
-        is_cold_S=_cold(request, picked),
+        is_promoted_S=_promoted(request, row_S),
+        is_cold_S=_cold(request, row_S),
     )
     placed, relaxed = arrange(pool, page_size, world.settings.rules, Random(request_id))
     request.steps.degraded.extend(relaxed)
@@ -86,7 +88,9 @@ def _may_show(request: Request, row_S: np.ndarray) -> np.ndarray:
     """bool [S]: `showable` at these rows."""
     world = request.world
     may_S = (world.catalogue.created_us_N[row_S] < request.t_us) & world.allowed_N[row_S]
-    return may_S & ~np.isin(row_S, _hidden(request))
+    if hidden := _hidden(request):
+        may_S &= ~np.isin(row_S, hidden)
+    return may_S
 
 
 def _hidden(request: Request) -> list[int]:
@@ -94,26 +98,28 @@ def _hidden(request: Request) -> list[int]:
     return [row_of[note_id] for note_id in request.world.readers.hidden(request.user_id) if note_id in row_of]
 
 
-def _vectors(request: Request, rows_S: np.ndarray) -> np.ndarray:
-    """float [S, D]: what diversity compares; zeros, and a word in `degraded`, where the vectors cannot be had."""
+def _vectors(request: Request, row_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [V, D] that diversity compares, int64 [S] the vector of each row); none, and a word in `degraded`, where the
+    vectors cannot be had."""
     if request.world.settings.diversity != "none":
         try:
-            return request.world.models.vectors_of(rows_S)
+            return request.world.models.two_tower.note_vectors, request.world.models.vector_of_row[row_S]
         except Exception:  # costs the page its variety, never the page
             log.exception("no vectors of notes; the page is laid out without diversity")
             request.steps.degraded.append("diversity")
-    return np.zeros((len(rows_S), 1))
+    return np.empty((0, 1), np.float32), np.full(len(row_S), -1)
 
 
-def _promoted(request: Request, candidates: Candidates) -> np.ndarray:
+def _promoted(request: Request, row_S: np.ndarray) -> np.ndarray:
+    """bool [S]: notes that the settings promote."""
     promoted = request.world.settings.promoted_notes
     if not promoted:
-        return np.zeros(len(candidates), dtype=bool)
-    return np.isin(candidates.row_C, request.world.catalogue.rows(promoted))
+        return np.zeros(len(row_S), dtype=bool)
+    return np.isin(row_S, request.world.catalogue.rows(promoted))
 
 
-def _cold(request: Request, candidates: Candidates) -> np.ndarray:
-    """Notes made, or first seen, within the hours of a cold start."""
+def _cold(request: Request, row_S: np.ndarray) -> np.ndarray:
+    """bool [S]: notes made, or first seen, within the hours of a cold start."""
     world: World = request.world
     since_us = request.t_us - round(world.settings.cold_start_hours * HOUR_US)
-    return world.catalogue.freshness_us[candidates.row_C] >= since_us
+    return world.catalogue.freshness_us[row_S] >= since_us

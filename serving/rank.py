@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from serving.hydrate import CandidateFeatures
+from serving.hydrate import Hydrated
 from serving.request import Request
 
 log = logging.getLogger(__name__)
@@ -19,16 +19,17 @@ class StageError(Exception):
     """A model gave no usable scores; the cascade goes on without that stage and says so."""
 
 
-def run_l1(
-    request: Request, candidates: CandidateFeatures, order_so_far_C: np.ndarray, top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def run_l1(request: Request, candidates: Hydrated, order_so_far_C: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """(l1_score float64 [C], positions of the top_k best first). If L1 fails, scores are NaN and the order so far stands."""
     if len(order_so_far_C) == 0:
         return np.empty(0), np.empty(0, dtype=np.int64)
     model = request.world.models.l1
     try:
         scores_C = model.score(
-            request.user.pick(model.user_features), candidates.pick(model.note_features), surface=request.surface
+            request.user.pick(model.user_features),
+            candidates.pick(model.note_features),
+            surface=request.surface,
+            rows=candidates.row_C,
         )
         l1_score_C = _usable("L1", scores_C, len(order_so_far_C))
     except Exception:
@@ -39,7 +40,7 @@ def run_l1(
 
 
 def run_l2(
-    request: Request, note_ids: Sequence[str], candidates: CandidateFeatures, score_so_far_C: np.ndarray
+    request: Request, note_ids: Sequence[str], candidates: Hydrated, score_so_far_C: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(head → probabilities float64 [C], final_score float64 [C]). If L2 fails, the score so far is the final one."""
     if len(note_ids) == 0:
@@ -53,6 +54,8 @@ def run_l2(
             candidates.pick(model.note_features),
             surface=request.surface,
             user_attributes=world.readers.attributes(request.user_id),
+            rows=candidates.row_C,
+            codes=world.models.codes_of(candidates.row_C),
         )
         predictions = {head: _usable(f"L2's head {head}", scores_C, len(note_ids)) for head, scores_C in heads.items()}
         return predictions, mix(predictions, world.settings.head_weights)

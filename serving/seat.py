@@ -18,7 +18,7 @@ from warehouse.errors import HeadraceError
 from warehouse.locks import try_lock
 
 LEADER_LOCK, FOLLOWERS_LOCK = "server.lock", "followers.lock"
-_MOST_WORKERS = 256
+MOST_WORKERS = 256
 _READY = "ready"
 _LOOKED_AT_EVERY_S = 0.1
 _STALE_FOR_S = 3.0
@@ -77,11 +77,11 @@ def take_seat(folder: Path, server: str | None, is_stopping: Callable[[], bool] 
 
 
 def _number(folder: Path) -> tuple[int, IO[str]]:
-    for number in range(_MOST_WORKERS):
+    for number in range(MOST_WORKERS):
         handle = try_lock(folder / f"worker-{number}.lock")
         if handle is not None:
             return number, handle
-    raise HeadraceError(f"more than {_MOST_WORKERS} workers run on {folder.parent}")
+    raise HeadraceError(f"more than {MOST_WORKERS} workers run on {folder.parent}")
 
 
 def _write(handle: IO[str], text: str) -> None:

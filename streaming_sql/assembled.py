@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from streaming_sql.feature_rows import FeatureRows
 from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
@@ -75,7 +76,7 @@ class Assembled:
 
     def gather(
         self, view: StoreView, name: str, row_C: np.ndarray, key_of: Callable[[int], Key], t_us: int
-    ) -> FeatureMatrix | None:
+    ) -> FeatureRows | None:
         """What `view.assemble` gives at t_us for the keys at these rows; None where the group or the tick is not held.
 
         row_C: int64, -1 for a key that is not held; it is assembled now, key_of(its place among the C) being the key.
@@ -83,23 +84,12 @@ class Assembled:
         held = self.matrix(view, name)
         if held is None:
             return None
-        values_CF = held.values.take(row_C, axis=0)
-        rows = row_C.tolist() if held.sequences or held.maps else []
-        sequences = {column: [lists[row] for row in rows] for column, lists in held.sequences.items()}
-        maps = {column: [one[row] for row in rows] for column, one in held.maps.items()}
         missing = np.flatnonzero(row_C < 0)
-        if len(missing):
-            found = view.assemble(name, [key_of(place) for place in missing.tolist()], t_us)
-            values_CF[missing] = found.values
-            columns: list[tuple[dict[str, list[Any]], Mapping[str, list[Any]]]] = [
-                (sequences, found.sequences),
-                (maps, found.maps),
-            ]
-            for own, theirs in columns:
-                for column, values in theirs.items():
-                    for place, value in zip(missing.tolist(), values, strict=True):
-                        own[column][place] = value
-        return FeatureMatrix(held.names, values_CF, sequences, maps)
+        if not len(missing):
+            return FeatureRows(held, row_C)
+        place_C = row_C.copy()
+        place_C[missing] = -1 - np.arange(len(missing))
+        return FeatureRows(held, place_C, view.assemble(name, [key_of(place) for place in missing.tolist()], t_us))
 
     def start(self, view: Callable[[], StoreView]) -> None:
         """Assembles each new tick on a thread of its own, until `stop`."""

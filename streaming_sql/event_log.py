@@ -85,6 +85,9 @@ class Log(Protocol):
     def close(self) -> None: ...
 
 
+_NO_RECORDS = to_table([])
+
+
 class _Append:
     """One caller's rows, waiting for whoever commits next."""
 
@@ -108,6 +111,8 @@ class EventLog:
         self._writer, self._reader = self._connect(), self._connect()
         self.num_commits = 0
         self._seen_newest = (0,) * num_partitions
+        self._nothing_at: tuple[int, Position] | None = None
+        """SQLite's version of the file, and the position, at which a read found nothing: until it changes there is nothing."""
         """landed_at of each partition when `heartbeat` last looked: it only grows."""
 
     @classmethod
@@ -355,6 +360,9 @@ class EventLog:
         query += " order by landed_at, log_partition, log_offset limit ?"
         arguments = [argument for pair in enumerate(position) for argument in (*pair, limit)]
         with self._reader_lock:
+            (version,) = self._reader.execute("pragma data_version").fetchone()
+            if self._nothing_at == (version, tuple(position)):
+                return _NO_RECORDS
             self._reader.execute("begin")
             try:
                 kept = self._column(self._reader, "first_offset")
@@ -365,6 +373,8 @@ class EventLog:
             raise HeadraceError(
                 f"event log {self.path} keeps records from {list(kept)} on, asked for {list(position)}: read the lake first"
             )
+        if not rows:
+            self._nothing_at = version, tuple(position)
         return to_table(rows)
 
     def commit(self, reader: str, position: Position) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
 from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.update import TableUpdate
 from pyiceberg.transforms import parse_transform
 from sqlalchemy.exc import IntegrityError
 
 from warehouse.connections import duckdb_connection, plain_connection, prepare_connection
+from warehouse.data_files import DataFiles
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
@@ -46,6 +48,13 @@ BUILT_UNTIL = "headrace.built_until"
 def quoted(text: str) -> str:
     """A SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def parquet_sql(paths: Sequence[str] | None) -> str | None:
+    """`select` of Parquet files; None where there are none, or a name that DuckDB would take for a pattern."""
+    if not paths or any(set(path) & set("*?[") for path in paths):
+        return None
+    return f"select * from read_parquet([{', '.join(map(quoted, paths))}])"
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Lake:
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         table = self.table(name)
-        with table.transaction() as transaction:
+        with _Transaction(table) as transaction:
             append_files(transaction, write_chunks(transaction, table, [rows]), properties or {})
 
     def replace(self, name: str, rows: pa.Table) -> None:
@@ -147,7 +156,7 @@ class Lake:
     @contextlib.contextmanager
     def transaction(self, name: str) -> Iterator[Transaction]:
         """One commit of several steps; nothing is kept if the block raises."""
-        with self.table(name).transaction() as transaction:
+        with _Transaction(self.table(name)) as transaction:
             yield transaction
 
     def scan(self, name: str, row_filter: str | BooleanExpression | None = None, columns: tuple[str, ...] = ("*",)) -> pa.Table:
@@ -196,13 +205,7 @@ class Lake:
         table = self.table(name)
         if table.current_snapshot() is None:
             return self.view_sql(name)
-        tasks = list(table.scan().plan_files())
-        paths = [task.file.file_path.removeprefix("file://") for task in tasks]
-        if not paths or len(table.metadata.schemas) > 1 or any(task.delete_files for task in tasks):
-            return None
-        if any(set(path) & set("*?[") for path in paths):  # DuckDB would take the name for a pattern
-            return None
-        return f"select * from read_parquet([{', '.join(map(quoted, paths))}])"
+        return parquet_sql(DataFiles().of(table))
 
     def duckdb(self, read_only: bool = False) -> duckdb.DuckDBPyConnection:
         """An in-memory DuckDB with one view per table. `read_only` locks it down for SQL that a user wrote: no files
@@ -214,6 +217,20 @@ class Lake:
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
         return connection
+
+
+class _Transaction(Transaction):
+    """One that copies the table's metadata once per change instead of at each look: pyiceberg looks fifteen times in a commit,
+    and a copy holds every snapshot that the table ever had."""
+
+    _seen: tuple[TableMetadata, tuple[TableUpdate, ...], TableMetadata] | None = None
+
+    @property
+    def table_metadata(self) -> TableMetadata:
+        base, updates = self._table.metadata, self._updates
+        if self._seen is None or self._seen[0] is not base or self._seen[1] is not updates:
+            self._seen = (base, updates, super().table_metadata)
+        return self._seen[2]
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, name: str, sql: str) -> None:

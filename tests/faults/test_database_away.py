@@ -77,15 +77,15 @@ def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, opened, co
         load_into_postgres(connection, as_table(a_log(5, 400)))
         create_views(connection, compiled)
     replica = Replica(opened(QUICK), GROUPS)
-    read, names = replica._rows, []
+    read, names = replica.views.rows, []
 
-    def read_and_kill(name, *given):
+    def read_and_kill(reader, name, *given):
         names.append(name)
         if len(names) == 2:
             server.kill()
-        return read(name, *given)
+        return read(reader, name, *given)
 
-    monkeypatch.setattr(replica, "_rows", read_and_kill)
+    monkeypatch.setattr(replica.views, "rows", read_and_kill)
     with pytest.raises(HeadraceError, match="did not answer"):
         replica.refresh()
     assert (replica.store.tick_us, len(names)) == (0, 2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models_ml.features import FeatureInputs
-from models_ml.request_inputs import FeatureRows, FewRows, PiecewiseTable, part_of
+from models_ml.request_inputs import LinearShare, PiecewiseTable, add_products, columns_by_owner, part_of
 
 NAMES = ("note_num_views_1d", "note_ctr_1d", "note_num_clicks_1d", "note_age_min", "note_spread", "note_num_hides_1d")
 
@@ -29,24 +29,48 @@ def _asked():
     return np.concatenate([values, np.zeros((1, len(NAMES))), np.full((1, len(NAMES)), -5.0)])
 
 
-def test_rows_are_the_inputs_without_bins():
+def _added(share, values, width):
+    out_NW = np.ones((len(values), width), dtype=np.float32)
+    share.add_to(out_NW, np.ascontiguousarray(values, dtype=np.float32))
+    return torch.from_numpy(out_NW - 1)
+
+
+def test_a_linear_share_is_the_linear_layer_it_was_made_of():
     inputs = _fitted(bins=0)
-    expected = inputs(torch.from_numpy(_asked()))
-    rows = FeatureRows(inputs)
-    left_out = sorted(set(range(inputs.num_inputs)) - set(rows.columns_I.tolist()))
-    assert (expected[:, left_out] == 0).all()
-    torch.testing.assert_close(rows.inputs(_asked()), expected[:, rows.columns_I], rtol=1e-6, atol=2e-6)
-    filled = rows.inputs(_asked(), 128)
-    assert filled.shape == (128, len(rows.columns_I))
-    torch.testing.assert_close(filled[: len(expected)], expected[:, rows.columns_I], rtol=1e-6, atol=2e-6)
+    weight_OI = torch.randn(24, inputs.num_inputs, generator=torch.Generator().manual_seed(3))
+    expected = inputs(torch.from_numpy(_asked())).double() @ weight_OI.T.double()
+    torch.testing.assert_close(_added(LinearShare(inputs, weight_OI), _asked(), 24).double(), expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 5
+    with pytest.raises(ValueError, match="without bins, which a PiecewiseTable is for; got 4"):
+        LinearShare(_fitted(bins=4), weight_OI)
 
 
-@pytest.mark.parametrize("bins", [0, 4])
-def test_a_few_rows_are_the_inputs(bins):
-    inputs = _fitted(bins)
-    expected = inputs(torch.from_numpy(_asked()))
-    torch.testing.assert_close(torch.from_numpy(FewRows(inputs)(_asked())), expected, rtol=1e-5, atol=2e-5)
-    assert FewRows(inputs)(np.empty((0, len(NAMES)))).shape == (0, inputs.num_inputs)
+def test_a_share_of_a_part_reads_only_its_own_columns():
+    wider = np.full((len(_asked()), 9), 1e6)
+    wider[:, [8, 1, 2, 5, 4, 7]] = _asked()
+    for inputs, kind, shape in ((_fitted(0), LinearShare, (5, -1)), (_fitted(4), PiecewiseTable, (1, -1, 5))):
+        weight = torch.randn(5 * inputs.num_inputs, generator=torch.Generator().manual_seed(3)).reshape(shape)
+        alone, among_others = kind(inputs, weight), kind(inputs, weight, [8, 1, 2, 5, 4, 7])
+        assert torch.equal(_added(among_others, wider, 5), _added(alone, _asked(), 5))
+
+
+def test_features_are_told_apart_by_what_they_belong_to():
+    names = ("note_num_views_1d", "user_author_ctr_7d", "note_age_min", "author_ctr_7d", "user_age_min")
+    assert columns_by_owner(names) == ([1, 4], [2], [0, 3])
+
+
+def test_products_are_added_row_by_row():
+    rng = np.random.default_rng(0)
+    inputs, weight = rng.normal(size=(5, 30)).astype(np.float32), rng.normal(size=(30, 7)).astype(np.float32)
+    inputs[rng.random(inputs.shape) < 0.5] = 0
+    out = np.ones((5, 7), dtype=np.float32)
+    add_products(inputs, weight, out)
+    np.testing.assert_allclose(out, 1 + inputs.astype(np.float64) @ weight, rtol=0, atol=5e-6)
+    alone = np.ones((1, 7), dtype=np.float32)
+    add_products(inputs[3:4], weight, alone)
+    assert np.array_equal(alone[0], out[3])
+    add_products(np.full((1, 30), np.nan, dtype=np.float32), weight, alone)
+    assert np.isnan(alone).all()
 
 
 @pytest.mark.parametrize("bins", [0, 4])
@@ -65,9 +89,9 @@ def test_the_numbers_of_a_row_do_not_depend_on_how_many_rows_there_are():
     inputs = _fitted(bins=8)
     table = PiecewiseTable(inputs, torch.randn(1, inputs.num_inputs, 24, generator=torch.Generator().manual_seed(3)))
     values = _values(200, seed=4)
-    together = table(values)[0]
+    together = _added(table, values, 24)
     for start, rows in ((0, 1), (7, 5), (3, 8), (11, 16), (1, 33), (60, 100)):
-        assert torch.equal(table(values[start : start + rows])[0], together[start : start + rows])
+        assert torch.equal(_added(table, values[start : start + rows], 24), together[start : start + rows])
 
 
 @pytest.mark.parametrize("bins", [0, 1, 4, 8])
@@ -76,12 +100,10 @@ def test_a_table_is_the_linear_layers_it_was_made_of(bins, members):
     inputs = _fitted(bins)
     weight_KIO = torch.randn(members, inputs.num_inputs, 5, generator=torch.Generator().manual_seed(3))
     plain_NI = inputs(torch.from_numpy(_asked())).double()
-    table = PiecewiseTable(inputs, weight_KIO)(_asked())
-    assert len(table) == members
-    for member, found in enumerate(table):
-        expected = plain_NI @ weight_KIO[member].double()
-        assert (found.double() - expected).abs().max() <= 2e-5  # of sums up to some twenty
-        assert expected.abs().max() > 5
+    expected = torch.cat([plain_NI @ weight_KIO[member].double() for member in range(members)], dim=1)
+    found = _added(PiecewiseTable(inputs, weight_KIO), _asked(), members * 5)
+    assert (found.double() - expected).abs().max() <= 2e-5  # of sums up to some twenty
+    assert expected.abs().max() > 5
 
 
 def test_a_corner_itself_belongs_to_both_its_sides():
@@ -91,9 +113,12 @@ def test_a_corner_itself_belongs_to_both_its_sides():
     values = np.zeros((3, len(NAMES)))
     values[:, 0] = np.expm1(scaled.item()) + np.array([-1e-4, 0.0, 1e-4])
     expected = inputs(torch.from_numpy(values)) @ weight_KIO[0]
-    torch.testing.assert_close(PiecewiseTable(inputs, weight_KIO)(values)[0], expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(_added(PiecewiseTable(inputs, weight_KIO), values, 3), expected, rtol=0, atol=5e-6)
 
 
-def test_no_rows_give_no_rows():
+def test_no_rows_and_no_features_add_nothing():
     inputs = _fitted(bins=4)
-    assert PiecewiseTable(inputs, torch.ones(2, inputs.num_inputs, 3))(np.empty((0, len(NAMES))))[1].shape == (0, 3)
+    table = PiecewiseTable(inputs, torch.ones(2, inputs.num_inputs, 3))
+    assert _added(table, np.empty((0, len(NAMES))), 6).shape == (0, 6)
+    nothing, _ = part_of(inputs, [])
+    assert (_added(PiecewiseTable(nothing, torch.ones(2, 0, 3), []), _asked(), 6) == 0).all()

@@ -14,6 +14,8 @@ from models_ml.notes import NoteWords
 from models_ml.request_rows import RequestRows, RequestTable
 from warehouse.errors import HeadraceError
 
+HEADS = ("click", "long_view")
+
 
 @pytest.fixture
 def written(loaded, tmp_path):
@@ -56,7 +58,7 @@ def test_other_features_of_the_reader_are_another_request(of_four):
 
 
 def test_a_model_reads_from_files_what_it_reads_of_the_export(loaded, written):
-    config = L2Config(history_length=10)
+    config = L2Config(heads=HEADS, history_length=10)
     shape = Shape(NoteWords.of(loaded), loaded.user_features, loaded.note_features, ("tab_0", "tab_1"), ("keen=true",))
     source = written.encoded(l2.encoder_of(shape, config))
     groups = [source.read(group) for group in range(len(source.group_sizes))]
@@ -79,7 +81,9 @@ def test_a_model_reads_from_files_what_it_reads_of_the_export(loaded, written):
 
 @torch.no_grad()
 def test_rows_with_several_candidates_train_as_their_impressions_would(of_four):
-    config = L2Config(history_length=5, width=8, hidden=16, members=1, bins=0, dropout=0, id_dropout=0, attribute_dropout=0)
+    config = L2Config(
+        HEADS, history_length=5, width=8, hidden=16, members=1, bins=0, dropout=0, id_dropout=0, attribute_dropout=0
+    )
     shape = Shape(NoteWords.of(of_four), of_four.user_features, of_four.note_features, ("tab_0", "tab_1"), ("keen=true",))
     network = L2Network(config, shape)
     objective = l2.L2Objective(network)

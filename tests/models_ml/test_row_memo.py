@@ -3,87 +3,119 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
-from models_ml.row_memo import PATIENCE, PAUSE, WAYS, RowMemo
+from models_ml.first_layer import distinct
+from models_ml.row_memo import RowMemo
+
+BYTES_OF_A_PLACE = 4 * (2 + 2 + 2)
+COLUMNS = (0, 2)
 
 
 def _features(rows, seed=0):
     values = np.random.default_rng(seed).integers(0, 50, (rows, 3)).astype(np.float32)
-    values[::7, 1] = np.nan
+    values[::7, 2] = np.nan
     return values
 
 
 class _Maker:
+    """The numbers and NULLs of the columns, and the tag."""
+
     def __init__(self):
         self.asked = 0
 
-    def __call__(self, features_NF):
-        self.asked += len(features_NF)
-        return torch.from_numpy(np.nan_to_num(features_NF, nan=-1.0) @ np.arange(6, dtype=np.float32).reshape(3, 2))
+    def __call__(self, features_MF, tag_M):
+        self.asked += len(features_MF)
+        columns = np.nan_to_num(features_MF[:, COLUMNS], nan=-1.0)
+        return np.ascontiguousarray(columns + 100 * tag_M[:, None], dtype=np.float32)
 
 
-def _filled(memo, features_NF):
-    rows = torch.full((len(features_NF), 2), torch.nan)
-    memo.fill(rows, features_NF)
-    return rows
+def _memo(make, places):
+    return RowMemo(COLUMNS, 2, make, places * BYTES_OF_A_PLACE)
 
 
-def test_a_row_is_made_once_and_again_when_a_feature_changes():
+def _filled(memo, numbers, features_NF, tags=None):
+    rows_NW = np.full((len(features_NF), 2), np.nan, dtype=np.float32)
+    tag_N = np.zeros(len(features_NF), dtype=np.int64) if tags is None else np.array(tags)
+    memo.fill(rows_NW, np.array(numbers, dtype=np.int64), tag_N, features_NF)
+    return rows_NW
+
+
+def _made(features_NF, tags=None):
+    return _Maker()(features_NF, np.zeros(len(features_NF), dtype=np.int64) if tags is None else np.array(tags))
+
+
+def test_a_row_is_made_once_and_again_when_a_feature_of_its_columns_or_its_tag_changes():
     make = _Maker()
-    memo, features = RowMemo(3, 2, make, places=256), _features(20)
-    expected = _Maker()(features)
-    assert torch.equal(_filled(memo, features), expected)
-    assert make.asked == len(np.unique(features, axis=0))
-    made = make.asked
-    assert torch.equal(_filled(memo, features[::-1].copy()), expected.flip(0))
-    assert make.asked == made
+    memo, features, numbers = _memo(make, 256), _features(20), np.arange(20) * 5
+    assert np.array_equal(_filled(memo, numbers, features), _made(features))
+    assert np.array_equal(_filled(memo, numbers[::-1], features[::-1].copy()), _made(features[::-1]))
+    features[:, 1] += 1  # of no column
+    assert np.array_equal(_filled(memo, numbers, features), _made(features))
+    assert (make.asked, len(memo), memo.num_hits, memo.num_misses) == (20, 20, 40, 20)
     features[3, 2] += 100
-    assert torch.equal(_filled(memo, features), _Maker()(features))
-    assert make.asked == made + 1
+    assert np.array_equal(_filled(memo, numbers, features), _made(features))
+    assert make.asked == 21
+    tags = [0] * 19 + [4]
+    for _ in range(2):
+        assert np.array_equal(_filled(memo, numbers, features, tags), _made(features, tags))
+        assert make.asked == 22
     memo.forget()
-    assert torch.equal(_filled(memo, features), _Maker()(features))
-    assert make.asked > made + 1
+    assert len(memo) == 0
+    assert np.array_equal(_filled(memo, numbers, features, tags), _made(features, tags))
+    assert (make.asked, len(memo)) == (42, 20)
 
 
-def test_where_little_is_found_again_it_is_not_looked_for_a_while():
+def test_a_row_of_zeros_that_was_never_made_is_not_taken_for_one_that_is_kept():
     make = _Maker()
-    memo, kept = RowMemo(3, 2, make, places=4096), _features(5)
-    _filled(memo, kept)  # the first that finds nothing
-    for seed in range(1, PATIENCE):
-        _filled(memo, _features(20, 100 + seed) + 1000)
-    for _ in range(PAUSE):
-        made = make.asked
-        assert torch.equal(_filled(memo, kept), _Maker()(kept))
-        assert make.asked == made + len(kept)
-    made = make.asked
-    assert torch.equal(_filled(memo, kept), _Maker()(kept))
-    assert make.asked == made
+    features = np.zeros((3, 3), dtype=np.float32)
+    tags = [0, 0, 7]
+    assert np.array_equal(_filled(_memo(make, 4), [0, 1, 2], features, tags), _made(features, tags))
+    assert make.asked == 3
 
 
-def test_rows_of_no_features_and_no_rows_are_filled():
-    memo = RowMemo(0, 2, lambda features_NF: torch.ones(len(features_NF), 2), places=8)
-    assert torch.equal(_filled(memo, np.empty((3, 0), dtype=np.float32)), torch.ones(3, 2))
-    assert _filled(memo, np.empty((0, 0), dtype=np.float32)).shape == (0, 2)
+def test_a_row_without_a_number_is_made_each_time():
+    make = _Maker()
+    memo, features = _memo(make, 8), _features(3)
+    for _ in range(2):
+        assert np.array_equal(_filled(memo, [-1, 4, -1], features), _made(features))
+    assert make.asked == 3 + 2
+
+
+def test_no_columns_and_no_rows_are_filled():
+    memo = RowMemo((), 2, lambda features_MF, tag_M: np.ones((len(features_MF), 2), dtype=np.float32))
+    assert np.array_equal(_filled(memo, [0, 1, 1], np.empty((3, 0), dtype=np.float32)), np.ones((3, 2)))
+    assert _filled(memo, [], np.empty((0, 0), dtype=np.float32)).shape == (0, 2)
 
 
 def test_more_rows_than_places_are_right_all_the_same():
-    memo = RowMemo(3, 2, _Maker(), places=2 * WAYS)
+    memo = _memo(_Maker(), 7)
     for seed in range(20):
-        features = _features(60, seed)
-        assert torch.equal(_filled(memo, features), _Maker()(features))
+        features, numbers = _features(60, seed), np.random.default_rng(seed).integers(0, 1 << 40, 60)
+        assert np.array_equal(_filled(memo, numbers, features), _made(features))
 
 
-def test_rows_whose_hashes_are_equal_are_told_apart():
-    memo, features = RowMemo(3, 2, _Maker(), places=4), _features(40)
-    memo._factors_F[:] = 0
-    for _ in range(2):
-        assert torch.equal(_filled(memo, features), _Maker()(features))
+def test_a_memo_takes_no_more_than_it_may():
+    assert 0.99 * (1 << 20) < RowMemo(range(40), 384, _Maker(), 1 << 20).num_bytes <= 1 << 20
 
 
-def test_threads_that_fill_and_evict_get_their_own_rows():
-    memo = RowMemo(3, 2, _Maker(), places=64)
-    asked = [_features(50, seed) for seed in range(40)]
+def test_threads_that_fill_and_replace_get_their_own_rows():
+    memo = _memo(_Maker(), 16)
+    asked = [(np.random.default_rng(seed).integers(0, 64, 50), _features(50, seed)) for seed in range(40)]
     with ThreadPoolExecutor(4) as threads:
-        for features, rows in zip(asked * 3, threads.map(lambda features: _filled(memo, features), asked * 3), strict=True):
-            assert torch.equal(rows, _Maker()(features))
+        for (_, features), rows in zip(asked * 3, threads.map(lambda one: _filled(memo, *one), asked * 3), strict=True):
+            assert np.array_equal(rows, _made(features))
+
+
+def test_different_rows_are_told_apart_by_their_bits_in_the_order_of_coming():
+    rng = np.random.default_rng(0)
+    for rows, kinds in ((0, 1), (1, 1), (500, 1), (500, 3), (2200, 60), (300, 10_000)):
+        values = rng.integers(0, kinds, (rows, 4)).astype(np.float32)
+        values[values == 2] = np.nan
+        values[values == 1] = -0.0
+        group_N = rng.integers(0, 2, rows)
+        place_N, first_M = distinct(values, np.array([3, 0]), group_N)
+        bits = [(*row, group) for row, group in zip(values[:, [3, 0]].copy().view(np.int32).tolist(), group_N, strict=True)]
+        expected = {row: place for place, row in enumerate(dict.fromkeys(bits))}
+        assert place_N.tolist() == [expected[row] for row in bits]
+        assert first_M.tolist() == [bits.index(row) for row in expected]
+    assert distinct(values, np.array([], dtype=np.int64), np.zeros(rows, dtype=np.int64))[1].tolist() == [0]

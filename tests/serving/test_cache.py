@@ -173,5 +173,6 @@ def test_hits_are_counted_where_one_looks(server, readers):
     told = server.get("/metrics").text
     assert 'headrace_cache_answers{cache="candidates",result="hits"}' in told
     caches = server.get("/v1/status").json()["caches"]
-    assert set(caches) == {"candidates", "l1", "user"}
+    assert set(caches) == {"candidates", "l1", "user", "l1_notes", "l2_notes"}
+    assert 'headrace_cache_answers{cache="l2_notes",result="misses"}' in told
     assert all(one["hits"] > 0 and one["misses"] > 0 and one["entries"] > 0 for one in caches.values())

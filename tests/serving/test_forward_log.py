@@ -1,13 +1,21 @@
 import dataclasses
+import io
+import os
+import signal
+import struct
 import threading
 import time
+import uuid
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table
-from serving.log_table import as_table
+from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
+from serving.hydrate import CandidateFeatures
+from serving.log_table import as_table, ordered_shares
+from serving.log_writer import LogWriter, messages
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -75,8 +83,12 @@ def table(request_id="r1", **changes):
     return rows_to_table([row(request_id) | changes])
 
 
-def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0):
-    forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s)
+def made(makers):
+    return pa.concat_tables([make() for make in makers])
+
+
+def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0, **more):
+    forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s, made, **more)
     forward_log.start()
     return forward_log
 
@@ -191,7 +203,72 @@ def test_a_row_that_does_not_fit_is_dropped_alone(lake, caplog):
     assert "does not fit the schema" in caplog.text
 
 
-def test_a_request_by_columns_is_the_request_by_rows(server, readers):
+def test_a_process_writes_and_is_started_again_when_it_was_killed(lake, tmp_path):
+    writer = LogWriter(Home(tmp_path), tmp_path / "turn.lock")
+    forward_log = opened(lake, write=writer.write)
+    assert writer.pid is None
+    forward_log.offer(table)
+    assert forward_log.flush()
+    first = writer.pid
+    assert os.getpriority(os.PRIO_PROCESS, first) > os.getpriority(os.PRIO_PROCESS, 0)
+    os.kill(first, signal.SIGTERM)  # as a terminal or a supervisor sends it to all: not to this one, which ends with the server
+    forward_log.offer(lambda: table("r2"))
+    assert forward_log.flush()
+    assert (writer.pid, forward_log.num_failed_writes) == (first, 0)
+    os.kill(first, signal.SIGKILL)
+    forward_log.offer(lambda: table("r3"))
+    assert forward_log.flush()
+    assert (writer.pid != first, forward_log.num_failed_writes, forward_log.num_dropped) == (True, 1, 0)
+    second = writer.pid
+    forward_log.offer(lambda: table("r4"))
+    forward_log.close()
+    writer.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+    stored = lake.scan(FORWARD_LOG)
+    assert sorted(stored["request_id"].to_pylist()) == ["r1", "r2", "r3", "r4"]
+    wanted = rows_to_table([row("r3")]).to_pylist()
+    assert stored.filter(pc.field("request_id") == "r3").to_pylist() == wanted
+
+
+def test_what_a_process_cannot_write_it_says(lake, tmp_path):
+    writer = LogWriter(Home(tmp_path), tmp_path / "no such folder" / "turn.lock")
+    with pytest.raises(OSError, match=r"FileNotFoundError: .*turn\.lock"):
+        writer.write(table(), uuid.uuid4())
+    writer.close()
+
+
+def test_a_batch_that_was_written_before_its_writer_died_is_not_written_again(lake):
+    opened(lake).close()
+    first, second = uuid.uuid4(), uuid.uuid4()
+    for batch, rows in ((first, table()), (second, table("r2")), (first, table())):
+        write_once(lake, rows, batch)
+    assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == ["r1", "r2"]
+
+
+def test_a_message_that_breaks_off_is_no_message():
+    stream = io.BytesIO()
+    part = table().to_batches()[0].serialize().to_pybytes()
+    batch = uuid.uuid4()
+    whole = struct.pack(">16sIQ", batch.bytes, 1, len(part)) + part
+    (found,) = list(messages(io.BytesIO(whole + whole[:-1])))
+    assert (found[0], found[1].to_pylist()) == (batch, table().to_pylist())
+    assert list(messages(stream)) == []
+
+
+def test_generators_are_told_by_what_each_added():
+    rng = np.random.default_rng(5)
+    share_CG = rng.integers(0, 4, (400, 5)) / 3
+    offsets, places = ordered_shares(share_CG)
+    for candidate, share_G in enumerate(share_CG):
+        order = np.argsort(-share_G, kind="stable")
+        wanted = order[share_G[order] > 0]
+        np.testing.assert_array_equal(places[offsets[candidate] : offsets[candidate + 1]], wanted)
+    assert [len(part) for part in ordered_shares(np.zeros((2, 3)))] == [3, 0]
+
+
+def test_requests_by_columns_are_the_requests_by_rows(server, readers):
+    parts = []
     for user_id in (*readers[:2], "nobody-ever-met"):
         request_id = server.feed(user_id, limit=7)["requestId"]
         served = server.engine.recent.get(request_id)
@@ -200,6 +277,16 @@ def test_a_request_by_columns_is_the_request_by_rows(server, readers):
         for some in (served.logged, served.logged[::3]):
             kept = np.searchsorted(served.logged, some)
             part = dataclasses.replace(served, logged=some, logged_features=served.logged_features.take(kept))
-            by_columns = as_table(part)
-            by_columns.validate(full=True)
-            assert by_columns.to_pylist() == rows_to_table([part.as_row()]).to_pylist()
+            parts.append(part)
+    head, scores_C = next(iter(parts[0].predictions.items()))
+    some = {**parts[0].predictions, head: np.where(np.arange(len(scores_C)) == 0, np.nan, scores_C)}
+    parts += [dataclasses.replace(parts[0], predictions=predictions) for predictions in ({}, some)]
+    parts.append(
+        dataclasses.replace(
+            parts[1], page=[], logged_features=CandidateFeatures((), np.empty((0, 0))), logged=parts[1].logged[:0]
+        )
+    )
+    by_columns = as_table(parts)
+    by_columns.validate(full=True)
+    assert by_columns.schema == FORWARD_LOG_SCHEMA
+    assert by_columns.to_pylist() == rows_to_table([part.as_row() for part in parts]).to_pylist()

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from serving.app import create_app
@@ -109,7 +108,7 @@ def test_a_page_of_one_topic_is_less_of_one_topic_with_diversity(server, readers
         total, number = 0.0, 0
         for reader in readers[:10]:
             rows = [world.catalogue.row_of[note["noteId"]] for note in server.feed(reader)["notes"]]
-            vectors = world.models.vectors_of(np.array(rows))
+            vectors = world.models.two_tower.note_vectors[world.models.vector_of_row[rows]]
             total += float((vectors[1:] * vectors[:-1]).sum())
             number += len(rows) - 1
         return total / number

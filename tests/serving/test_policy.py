@@ -1,5 +1,6 @@
 """The page's rules one by one, and together on random candidates."""
 
+import dataclasses
 from collections import Counter
 from random import Random
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.diversity import marginal_relevance, sliding_spectrum
+from serving.placing import invert_cholesky
 from serving.policy import (
     AUTHOR_CAP_RELAXED,
     COLD_START,
@@ -21,6 +22,7 @@ from serving.policy import (
     Rules,
     arrange,
 )
+from tests.serving import plain_page
 
 
 def codes(names) -> np.ndarray:
@@ -40,7 +42,8 @@ def pool_of(number, authors=None, topics=None, note_ids=None, vectors=None, bloc
         author_S=codes(authors or [None] * number),
         topic_S=codes(topics or [None] * number),
         scores_S=np.linspace(1.0, 0.0, number),
-        vectors_SD=np.zeros((number, 2)) if vectors is None else np.asarray(vectors, float),
+        vectors_VD=np.zeros((number, 2), np.float32) if vectors is None else np.asarray(vectors, np.float32),
+        vector_S=np.arange(number),
         may_show_S=~mask(blocked),
         is_promoted_S=mask(promoted),
         is_cold_S=mask(cold),
@@ -104,18 +107,28 @@ def test_the_volume_of_the_window_is_the_root_of_its_gram_determinant():
     rng = np.random.default_rng(2)
     vectors = rng.normal(size=(8, 5))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    gains = sliding_spectrum(np.zeros(8), vectors, strength=1.0, window=4)([0, 1, 2, 3], np.arange(4, 8))
+    gains = plain_page.sliding_spectrum(np.zeros(8), vectors, strength=1.0, window=4)([0, 1, 2, 3], np.arange(4, 8))
     for gain, candidate in zip(gains, range(4, 8), strict=True):
         spanned = vectors[[1, 2, 3, candidate]]
         assert gain == pytest.approx(np.sqrt(np.linalg.det(spanned @ spanned.T)))
+        inverse = np.empty((4, 4))
+        assert invert_cholesky(spanned @ spanned.T, inverse) == pytest.approx(gain)
+        np.testing.assert_allclose(inverse, np.linalg.inv(np.linalg.cholesky(spanned @ spanned.T)), atol=1e-9)
 
 
-def test_a_note_without_a_vector_is_like_no_other():
-    vectors = np.array([[1.0, 0.0], [0.0, 0.0], [0.6, 0.8]])
-    np.testing.assert_allclose(sliding_spectrum(np.zeros(3), vectors, 1.0, 3)([0], np.arange(3)), [0.0, 1.0, 0.8], atol=1e-12)
-    np.testing.assert_allclose(
-        marginal_relevance(np.zeros(3), vectors, 1.0, 3)([0], np.arange(3)), [-1.0, 0.0, -0.6], atol=1e-12
-    )
+def test_a_vector_in_the_span_of_others_makes_no_volume():
+    vectors = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.8, 0.0]])
+    assert invert_cholesky(vectors @ vectors.T, np.empty((3, 3))) == 0.0
+
+
+@pytest.mark.parametrize("method", ["ssd", "mmr"])
+def test_a_note_without_a_vector_is_like_no_other(method):
+    pool = pool_of(3, vectors=[[1.0, 0.0], [0.6, 0.8], [0.0, 0.0]])
+    pool = dataclasses.replace(pool, scores_S=np.array([1.0, 0.1, 0.0]))
+    rules = Rules(diversity=method, diversity_strength=1.0, diversity_window=3, max_displacement=3)
+    assert places(pool, 3, rules)[0] == [0, 2, 1]  # 0 + 1 or 0 - 0, against 0.1 + 0.8 or 0.1 - 0.6
+    without = dataclasses.replace(pool, vector_S=np.array([0, 1, -1]))
+    assert places(without, 3, rules)[0] == [0, 2, 1]
 
 
 def test_slots_take_the_best_note_that_fits_and_are_ranked_places_otherwise():
@@ -144,20 +157,19 @@ def test_the_same_seed_explores_the_same_way():
     assert arrange(pool, 20, rules, Random(7)) != arrange(pool, 20, rules, Random(8))
 
 
-@settings(max_examples=600)
-@given(seed=st.integers(0, 2**32))
-def test_every_page_keeps_every_rule(seed):
-    random = Random(seed)
+def drawn(seed: int) -> tuple[Pool, int, Rules]:
+    """A pool, the size of a page and rules, such that every rule often matters."""
+    random, rng = Random(seed), np.random.default_rng(seed)
     number, page_size = random.randrange(60), random.randrange(1, 25)
-    rng = np.random.default_rng(seed)
-    vectors = rng.normal(size=(number, 4)) * (rng.random((number, 1)) < 0.8)
+    vectors = rng.normal(size=(number + 1, 4)) * (rng.random((number + 1, 1)) < 0.9)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     pool = Pool(
         note_S=codes([random.randrange(max(1, number - 5)) for _ in range(number)]),
         author_S=codes([random.choice(["a", "b", "c", "d", None]) for _ in range(number)]),
         topic_S=codes([random.choice(["x", "y", None]) for _ in range(number)]),
-        scores_S=np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1],
-        vectors_SD=vectors,
+        scores_S=np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1].copy(),
+        vectors_VD=vectors.astype(np.float32),
+        vector_S=np.where(rng.random(number) < 0.9, rng.permutation(number), -1),
         may_show_S=rng.random(number) < 0.9,
         is_promoted_S=rng.random(number) < 0.1,
         is_cold_S=rng.random(number) < 0.1,
@@ -172,6 +184,26 @@ def test_every_page_keeps_every_rule(seed):
         slots={random.randrange(25): random.choice(SLOTS) for _ in range(random.choice([0, 0, 3]))},
         exploration_share=random.random(),
     )
+    return pool, page_size, rules
+
+
+@settings(max_examples=800)
+@given(seed=st.integers(0, 2**32))
+def test_the_compiled_page_is_the_plain_one(seed):
+    pool, page_size, rules = drawn(seed)
+    assert arrange(pool, page_size, rules, Random(seed)) == plain_page.arrange(pool, page_size, rules, Random(seed))
+
+
+def test_equal_notes_stand_in_the_order_they_came_in():
+    pool = pool_of(40, vectors=[[0.6, 0.8]] * 40)
+    rules = Rules(diversity="mmr", diversity_strength=0.5, diversity_window=3, max_displacement=9)
+    assert places(dataclasses.replace(pool, scores_S=np.zeros(40)), 20, rules)[0] == list(range(20))
+
+
+@settings(max_examples=600)
+@given(seed=st.integers(0, 2**32))
+def test_every_page_keeps_every_rule(seed):
+    pool, page_size, rules = drawn(seed)
     placed, relaxed = arrange(pool, page_size, rules, Random(seed))
 
     shown = [item.candidate for item in placed]

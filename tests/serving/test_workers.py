@@ -1,11 +1,13 @@
 """A server of two processes: what one is told counts in the other, what one knows the other tells, and either may be killed."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from serving.metrics import of_workers
 from serving.peers import Peers
 from serving.seat import take_seat
+from serving.sharing import Sharing
 from tests.serving.hand_made import free_port, furnish
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
@@ -109,6 +112,76 @@ def test_what_one_worker_is_told_counts_in_both(two):
         if answering == {0, 1}:
             return
     pytest.fail(f"200 connections, all answered by {answering}")
+
+
+def computed_by(port, worker):
+    label = f'headrace_stage_seconds_count{{stage="total",worker="{worker}"}} '
+    return sum(float(line.removeprefix(label)) for line in get(port, "/metrics").text.splitlines() if line.startswith(label))
+
+
+def test_feeds_that_would_wait_in_one_worker_are_computed_by_the_other(two):
+    _, port = two
+    until_all_ready(port)
+    before = [computed_by(port, worker) for worker in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(client(port)) for _ in range(40)]
+        of_first = [one for one in connections if one.get("/v1/status").json()["worker"] == 0]
+        asked = [stack.enter_context(ThreadPoolExecutor(1)) for _ in of_first]
+        answers = []
+        for reader in range(5):
+            waiting = [
+                pool.submit(one.post, "/v1/feed", json={"userId": f"crowd-{reader}-{place}"})
+                for place, (pool, one) in enumerate(zip(asked, of_first, strict=True))
+            ]
+            answers += [one.result() for one in waiting]
+    assert len(of_first) > 1
+    assert {(answer.status_code, len(answer.json()["notes"])) for answer in answers} == {(200, 20)}
+    assert len({answer.json()["requestId"] for answer in answers}) == len(answers)
+    after = [computed_by(port, worker) for worker in (0, 1)]
+    assert sum(after) - sum(before) == len(answers)
+    assert min(now - then for now, then in zip(after, before, strict=True)) >= 5
+    handed_on = 'headrace_handed_on_requests_total{worker="0"} '
+    assert f"{handed_on}{after[1] - before[1]}" in get(port, "/metrics").text
+    for answer in answers[-3:]:
+        assert get(port, f"/v1/explain/{answer.json()['requestId']}").json()["userId"].startswith("crowd-")
+
+
+def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_path):
+    async def shared():
+        async def of_second(request):
+            if request == b"no":
+                raise ValueError
+            return b"second did " + request
+
+        first, second, third = (Sharing(tmp_path, number, of_second) for number in range(3))
+        assert first.less_busy(5) is None
+        for one in (first, second, third):
+            await one.listen()
+        second.tell(1)
+        third.tell(3)
+        chosen = [first.less_busy(load) for load in (0, 1, 2, 4)]
+        large = b"x" * 300_000
+        answers = [await first.computed_by(1, request) for request in (b"this", large, b"no", b"that")]
+        waiting = [asyncio.ensure_future(first.computed_by(1, b"this")) for _ in range(3)]
+        await asyncio.sleep(0)
+        while_three_are_out = first.less_busy(4), first.less_busy(3)
+        assert await asyncio.gather(*waiting) == [b"second did this"] * 3
+        await second.close()
+        after_it_closed = first.less_busy(4), await first.computed_by(1, b"this")
+        (tmp_path / "2.work").unlink()  # as one that was killed: it is counted, and does not answer
+        third.tell(0)
+        assert first.less_busy(1) == 2
+        assert await first.computed_by(2, b"this") is None
+        assert first.less_busy(1) is None
+        await first.close()
+        await third.close()
+        return chosen, answers, while_three_are_out, after_it_closed
+
+    chosen, answers, while_three_are_out, after_it_closed = asyncio.run(shared())
+    assert chosen == [None, None, 1, 1]
+    assert answers == [b"second did this", b"second did " + b"x" * 300_000, None, b"second did that"]
+    assert while_three_are_out == (1, None)
+    assert after_it_closed == (2, None)
 
 
 def test_a_request_is_explained_by_whichever_worker_is_asked(two):

@@ -56,11 +56,15 @@ def test_gathering_equals_assembling_for_every_group_that_is_held(fed):
     for name in assembled.groups:
         held = keys[store.plans[name].group.entity_keys]
         asked = [held[0], ("never met",), held[-1], held[0], (None,)]
-        gathered = assembled.gather(view, name, rows_of(asked, held), asked.__getitem__, t_us)
+        rows = assembled.gather(view, name, rows_of(asked, held), asked.__getitem__, t_us)
+        gathered = rows.matrix()
         expected = view.assemble(name, asked, t_us)
         assert gathered.names == expected.names
         assert np.array_equal(gathered.values, expected.values, equal_nan=True)
         assert (gathered.sequences, gathered.maps) == (expected.sequences, expected.maps)
+        some = rows.take(np.array([4, 1, 0])).matrix()
+        assert np.array_equal(some.values, expected.values[[4, 1, 0]], equal_nan=True)
+        assert some.sequences == {column: [lists[place] for place in (4, 1, 0)] for column, lists in expected.sequences.items()}
     assert assembled.num_bytes > 0
 
 
@@ -76,7 +80,7 @@ def test_a_view_is_answered_from_its_own_tick_and_others_are_assembled_by_the_re
     assert assembled.gather(views[0], "note_engagement", np.arange(3), NOTES.__getitem__, t_us) is None
     for view in views[1:]:
         found = assembled.gather(view, "note_engagement", np.arange(3), NOTES.__getitem__, t_us)
-        assert np.array_equal(found.values, view.assemble("note_engagement", NOTES, t_us).values, equal_nan=True)
+        assert np.array_equal(found.matrix().values, view.assemble("note_engagement", NOTES, t_us).values, equal_nan=True)
     assert assembled.gather(views[-1], "user_activity", np.arange(1), NOTES.__getitem__, t_us) is None
 
 

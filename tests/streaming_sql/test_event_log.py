@@ -201,6 +201,25 @@ def test_landed_records_are_dropped_by_age_and_their_ids_are_still_known(log, cl
     assert log.append([event("e0", user_id=user)]) == [first[0]]
 
 
+def test_a_read_that_found_nothing_asks_the_records_again_only_when_the_file_has_changed(tmp_path, clock, log):
+    other = EventLog.open(tmp_path, clock=clock)
+    asked = []
+    log._reader.set_trace_callback(asked.append)
+    assert [log.read((0, 0), 10).num_rows for _ in range(3)] == [0, 0, 0]
+    assert sum("from records" in sql for sql in asked) == 1
+    user = users_of(0, 1)[0]
+    for number, appending in enumerate((other, log, other)):
+        appending.append([event(f"e{number}", user_id=user)])
+        assert log.read((number, 0), 10)["event_id"].to_pylist() == [f"e{number}"]
+        assert log.read((number + 1, 0), 10).num_rows == 0
+    assert log.read((1, 0), 10)["event_id"].to_pylist() == ["e1", "e2"]
+    other.trim((3, 0), keep_us=-1)
+    for _ in range(2):
+        with pytest.raises(HeadraceError, match="read the lake first"):
+            log.read((2, 0), 10)
+    other.close()
+
+
 def test_landed_records_are_dropped_by_size(log, clock):
     user = users_of(0, 1)[0]
     log.append([event(f"e{i}", user_id=user, properties={"text": "x" * 1000}) for i in range(500)])

@@ -10,6 +10,7 @@ import pytest
 import sqlglot
 from sqlglot import expressions as exp
 
+from streaming_sql.block_views import BlockViews
 from tests.streaming_sql.generated import alive as living
 from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.postgres import postgres
@@ -251,6 +252,15 @@ def test_a_silent_partition_leaves_no_tick(compiled):
         load_into_postgres(stream, as_table(records))
         create_views(stream, compiled, names=("arrivals", "closed_tick"))
         assert rows_of(stream.execute("select * from closed_tick")) == []
+
+
+def test_what_a_server_asks_of_a_reader_is_one_statement_that_risingwave_documents():
+    names = tuple(name for name, group in GROUPS.items() if group.keys[0] == "user_id")
+    sql = BlockViews(GROUPS).of_reader_sql(names)
+    tree = sqlglot.parse_one(sql.replace("%s", "null"), dialect="risingwave")
+    assert {table.name for table in tree.find_all(exp.Table)} == {"closed_tick", *names}
+    assert set(re.findall(r"([a-z_]+)\s*\(", re.sub(r"'[^']*'", "''", sql))) - KEYWORDS <= FUNCTIONS
+    assert sql.count("%s") == 4 * len(names)
 
 
 def test_every_view_that_servers_look_up_by_key_has_an_index_on_it(manifest):
