@@ -6,8 +6,9 @@ keeps a store of its own up to date from the log, and the one that leads lands, 
 """
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import ge
 from typing import Any
 
@@ -28,9 +29,10 @@ from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.seat import Seat, take_seat
 from serving.served import Served
-from serving.settings import Settings
+from serving.settings import RISINGWAVE, Settings
 from serving.world import World, check_trending
 from streaming_sql.assembled import Assembled
+from streaming_sql.cluster import Cluster
 from streaming_sql.event_log import Log
 from streaming_sql.open_log import open_log
 from streaming_sql.pauses import settle
@@ -43,7 +45,7 @@ from streaming_sql.settings import StreamSettings
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
-from warehouse.features.declarations import declarations_hash, load_groups
+from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups
 from warehouse.features.kinds.declared import Kinds, load_kinds
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -51,6 +53,7 @@ from warehouse.landing import landed_position
 
 log = logging.getLogger(__name__)
 
+RISINGWAVE_DSN = "RISINGWAVE_DSN"
 LAND = "run `headrace land kuairand` (or `headrace land simulator`)"
 TABLES_LOOKED_AT_EVERY_S = 30.0
 """A batch table that was loaded again is read again within this time."""
@@ -176,6 +179,8 @@ class Engine:
         if self.world is not None:
             self.world.tables.stop()
             self.world.assembled.stop()
+            if self.world.cluster is not None:
+                self.world.cluster.stop()
             if self.world.fetcher is not None:
                 self.world.fetcher.close()
         if self.seat is not None:
@@ -209,11 +214,14 @@ class Engine:
         lake = self.lake = Lake.open(self.home)
         stream = StreamSettings.from_env()
         event_log = self.log = open_log(self.home, lake, self.clock, stream)
-        if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
-            log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
         check_trending(groups, self.settings.trending_feature)
-        folder = self.home.online / STORE_FOLDER
-        store = open_store(folder, lake, event_log, groups)
+        folder, cluster = self.home.online / STORE_FOLDER, self._cluster(groups)
+        if cluster is not None:
+            store = cluster.open_store(event_log.end)
+        else:
+            if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
+                log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
+            store = open_store(folder, lake, event_log, groups)
         runner = self.runner = Runner(
             lake,
             event_log,
@@ -223,7 +231,8 @@ class Engine:
             stream.runner(),
             self.home.online / RUNNER_FILE,
             only_reads=not leads,
-            publisher=Publisher(folder, groups) if leads else None,
+            publisher=Publisher(folder, groups) if leads and cluster is None else None,
+            elsewhere=cluster,
         )
         runner.catch_up()
         if leads:
@@ -248,6 +257,7 @@ class Engine:
             fetcher=Fetcher(kinds.http) if kinds.http else None,
             tables=tables,
             caches=Caches(self.settings),
+            cluster=cluster,
             assembled=Assembled(store.plans, {("note_id",): notes, ("author_id",): authors}),
         )
         world.assembled.assemble(store.view())
@@ -269,10 +279,26 @@ class Engine:
             self._note(current, current.readers.note_records(records))
 
         runner.start(hear)
+        if cluster is not None:
+            cluster.start(self.settings.features_look_s)
         world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world
+
+    def _cluster(self, groups: Mapping[str, FeatureGroup]) -> Cluster | None:
+        """What features are read from, if the settings say so. Raises HeadraceError without its address."""
+        settings = self.settings
+        if settings.features != RISINGWAVE:
+            return None
+        dsn = os.environ.get(RISINGWAVE_DSN, "").strip()
+        if not dsn:
+            raise HeadraceError(
+                f"features: {RISINGWAVE} needs the cluster's address in {RISINGWAVE_DSN}, such as "
+                "`host=risingwave port=4566 user=root dbname=dev`"
+            )
+        timeout_s = settings.features_timeout_ms / 1000
+        return Cluster(dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers)
 
     @staticmethod
     def _note(world: World, user_ids: Iterable[str]) -> None:

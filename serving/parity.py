@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from serving.forward_log import FORWARD_LOG
+from streaming_sql.block_views import READER
+from streaming_sql.cluster import STALE
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
@@ -169,6 +171,8 @@ class _Here:
             return "features were defined otherwise when they were served"
         if self.built_until_us[f"features.{group.name}"] <= to_us(request["feature_watermark"]):
             return f"{group.name} is not built up to their watermark; run `dbt build`"
+        if STALE in request["degraded"] and group.entity_keys[0] == READER:
+            return "RisingWave did not answer, and the reader's own features were of an earlier tick"
         if all(measure.freshness == "block" for measure in group.measures):
             return None
         if any(known > there for known, there in zip(request["known_position"], self.landed, strict=True)):

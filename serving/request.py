@@ -85,7 +85,8 @@ def begin(
     """
     steps = Steps()
     with steps.timed("hydrate_user"):
-        view = world.store.view()
+        view, degraded = world.view_of(user_id)
+        steps.degraded.extend(degraded)
         now_us = world.clock.now_us()
         t_us = max(now_us, view.tick_us + GRACE_US)
         if t_us > now_us:

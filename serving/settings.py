@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from serving.retrieve import GENERATORS
 from warehouse.errors import HeadraceError
 
 DEFAULTS = Path(__file__).with_name("settings.yml")
+EMBEDDED, RISINGWAVE = "embedded", "risingwave"
 
 
 @dataclass(frozen=True)
 class Settings:
     """Meanings and units stand beside the values in `settings.yml`."""
 
+    features: str
+    features_timeout_ms: float
+    features_look_s: float
     generators: Mapping[str, int]
     l1_top_k: int
     page_size: int
@@ -67,14 +71,20 @@ class Settings:
 
     @classmethod
     def from_env(cls) -> "Settings":
-        """The defaults, with what the file in `$HEADRACE_SERVING` says instead. Raises HeadraceError for a name or value that
-        is not a setting."""
+        """The defaults, with what the file in `$HEADRACE_SERVING` says instead, and `features` of `$HEADRACE_FEATURES`.
+        Raises HeadraceError for a name or value that is not a setting."""
         override = os.environ.get("HEADRACE_SERVING", "")
-        return cls.load(Path(override) if override else None)
+        settings = cls.load(Path(override) if override else None)
+        features = os.environ.get("HEADRACE_FEATURES", "").strip()
+        return replace(settings, features=features) if features else settings
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.generators) - set(GENERATORS)):
             raise HeadraceError(f"serving settings: {', '.join(unknown)} is no generator; there are {', '.join(GENERATORS)}")
+        if self.features not in (EMBEDDED, RISINGWAVE):
+            raise HeadraceError(
+                f"serving settings: features (or HEADRACE_FEATURES) must be {EMBEDDED} or {RISINGWAVE}, got {self.features!r}"
+            )
         if self.diversity not in METHODS:
             raise HeadraceError(f"serving settings: diversity must be one of {', '.join(METHODS)}, got {self.diversity!r}")
         if self.vector_shards < 1:

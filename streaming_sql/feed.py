@@ -4,8 +4,9 @@ takes out what was retracted.
 Deterministic: the same records in any batching lead to the same store. Knows nothing of where records come from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,6 +42,13 @@ class Taken:
     closed_tick_us: int | None = None
 
 
+class TickBlocks(Protocol):
+    """Blocks that are made elsewhere, of the same log."""
+
+    def take(self, closed_us: int) -> tuple[int, dict[str, pa.Table]] | None:
+        """The store's next tick, closed_us at most, and the rows of `features.<group>` that it adds; None for not yet."""
+
+
 class Feed:
     """The state between records and blocks: duplicate and retraction memory, events of open ticks, how far each partition was
     read."""
@@ -52,8 +60,11 @@ class Feed:
         position: tuple[int, ...],
         history: History,
         tables: AttributeTables | None = None,
+        elsewhere: TickBlocks | None = None,
     ):
-        """tables: those that add to light events; without, every attribute is NULL."""
+        """tables: those that add to light events; without, every attribute is NULL. elsewhere: where the blocks of ticks come
+        from, if not from the events that are taken; a tick then waits for it, too."""
+        self._elsewhere = elsewhere
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
         self._batch, self._history = MicroBatch(groups), history
         self._tables, self._tables_tick_us = tables, -1
@@ -88,27 +99,47 @@ class Feed:
             staged = staged.filter(pa.array(known_at > due_from_us))
         num_late = int((instants(staged["known_at"]) - instants(staged["event_ts"]) > FIVE_MINUTES_US).sum())
         taken = Taken(staged.num_rows, admission.num_duplicates, admission.num_dead, num_late, len(retractions))
-        if staged.num_rows:
-            self._pending.append(staged)
-        self._superseded.update(loser for loser, _ in admission.superseded)
-        tick_us = closed_tick(self.read_through_us)
-        if all(self.read_through_us) and tick_us is not None and tick_us > due_from_us:
-            self.store.advance(
-                self.position,
-                self._heads(staged.filter(pa.array(instants(staged["known_at"]) > tick_us))),
-                admission.superseded,
-                retractions,
-                self._withdrawn(tick_us),
-                tick_us,
-                self._blocks(tick_us),
-            )
-            self.arrivals.forget_before(min(self.read_through_us))
-            self.retractions.forget_before(min(self.read_through_us))
-            taken.closed_tick_us = tick_us
+        if self._elsewhere is None:
+            if staged.num_rows:
+                self._pending.append(staged)
+            self._superseded.update(loser for loser, _ in admission.superseded)
+        if (closed := self._next_tick()) is not None:
+            heads = self._heads(staged.filter(pa.array(instants(staged["known_at"]) > closed[0])))
+            taken.closed_tick_us = self._close(closed, heads, admission.superseded, retractions)
         elif records.num_rows:
             changed = bool(retractions or admission.superseded)
             withdrawn = self._withdrawn(due_from_us) if changed else None
             self.store.advance(self.position, self._heads(staged), admission.superseded, retractions, withdrawn)
+        return taken
+
+    def move(self) -> Taken:
+        """Moves the store to a tick whose blocks have come from elsewhere since the last records."""
+        closed = self._next_tick()
+        return Taken() if closed is None else Taken(closed_tick_us=self._close(closed, {}, (), ()))
+
+    def _close(
+        self,
+        closed: tuple[int, dict[str, pa.Table]],
+        heads: dict[str, list[tuple[Key, HeadEvent]]],
+        superseded: Sequence[tuple[Place, Place]],
+        retractions: Sequence[Retraction],
+    ) -> int:
+        tick_us, blocks = closed
+        self.store.advance(self.position, heads, superseded, retractions, self._withdrawn(tick_us), tick_us, blocks)
+        self.arrivals.forget_before(min(self.read_through_us))
+        self.retractions.forget_before(min(self.read_through_us))
+        return tick_us
+
+    def _next_tick(self) -> tuple[int, dict[str, pa.Table]] | None:
+        """A tick that the log has closed and the store does not hold, and its rows."""
+        tick_us = closed_tick(self.read_through_us)
+        if not all(self.read_through_us) or tick_us is None or tick_us <= self.store.tick_us:
+            return None
+        if self._elsewhere is None:
+            return tick_us, self._blocks(tick_us)
+        taken = self._elsewhere.take(tick_us)
+        if taken is not None:
+            self.retractions.take_due(taken[0])
         return taken
 
     def remember(self, records: pa.Table) -> None:

@@ -4,19 +4,26 @@ The store holds blocks, not events, so to take an event out of one it must read 
 from the log what has not landed there yet. Knows nothing of ticks or the store.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import duckdb
 import pyarrow as pa
+from pyiceberg.table import Table
 
+from streaming_sql.event_index import BLOCK, INDEX_FOLDER, EventIndex, sought
 from streaming_sql.event_log import Log, Position
 from warehouse.connections import duckdb_connection
+from warehouse.data_files import DataFiles
 from warehouse.events import EVENTS_SCHEMA
-from warehouse.lake import Lake
-from warehouse.landing import EVENTS, landed_position
+from warehouse.home import Home
+from warehouse.lake import Lake, parquet_sql
+from warehouse.landing import EVENTS, position_of
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US
 
+_LOG = logging.getLogger("headrace.stream")
 _READ_LIMIT = 50_000
 _FEW = 1000
 """Instants that a condition lists."""
@@ -33,17 +40,25 @@ class History(Protocol):
         """
 
 
-def around(connection: duckdb.DuckDBPyConnection, keys: Sequence[tuple[str, ...]]) -> pa.Table:
+Holding = Callable[[str, str], str]
+"""(column, a query of values) → a relation of at least all arrivals with one in the column: event_id, retracts or block."""
+
+
+def _all(column: str, values: str) -> str:
+    return "history"
+
+
+def around(connection: duckdb.DuckDBPyConnection, keys: Sequence[tuple[str, ...]], holding: Holding = _all) -> pa.Table:
     """`History.around` on a DuckDB that has the relations `history` (EVENTS_SCHEMA) and `asked` (event_id).
 
-    Each look at `history` is bounded by landing times, so that of a lake it opens few files: an event of a block landed at most
-    F before its start and H after its end (others are dead letters), and H before a landing nothing decides about it.
+    Each look is bounded by landing times: an event of a block landed at most F before its start and H after its end (others are
+    dead letters), and H before a landing nothing decides about it. holding: where there is less to look at than `history`.
     """
     columns = sorted({column for columns in keys for column in columns})
     names = "".join(f", {column}" for column in columns)
-    block = f"epoch_us(event_ts) // {FIVE_MINUTES_US}"
     connection.execute(
-        f"create or replace temp table targets as select {block} as block{names} from history "
+        f"create or replace temp table targets as select {BLOCK} as block{names} "
+        f"from {holding('event_id', 'select event_id from asked')} "
         "where event_type <> 'retraction' and event_id in (select event_id from asked)"
     )
     first, last = connection.execute("select min(block), max(block) from targets").fetchall()[0]
@@ -51,8 +66,9 @@ def around(connection: duckdb.DuckDBPyConnection, keys: Sequence[tuple[str, ...]
         return EVENTS_SCHEMA.empty_table()
     from_us, until_us = first * FIVE_MINUTES_US - FURTHEST_AHEAD_US, (last + 1) * FIVE_MINUTES_US + DUPLICATE_MEMORY_US
     connection.execute(
-        f"create or replace temp table near as select event_id, landed_at, {block} as block{names} from history "
-        f"where {_landed(from_us, until_us)} and {block} in (select block from targets)"
+        f"create or replace temp table near as select event_id, landed_at, {BLOCK} as block{names} "
+        f"from {holding('block', 'select block from targets')} "
+        f"where {_landed(from_us, until_us)} and {BLOCK} in (select block from targets)"
     )
     neighbours = [
         "select near.event_id, near.landed_at from near inner join targets on "
@@ -68,15 +84,15 @@ def around(connection: duckdb.DuckDBPyConnection, keys: Sequence[tuple[str, ...]
     if oldest_us is None:
         return EVENTS_SCHEMA.empty_table()
     connection.execute(
-        "insert into wanted select event_id, landed_at from history where event_type = 'retraction' "
-        f"and {_landed(oldest_us)} and retracts in (select event_id from wanted)"
+        f"insert into wanted select event_id, landed_at from {holding('retracts', 'select event_id from wanted')} "
+        f"where event_type = 'retraction' and {_landed(oldest_us)} and retracts in (select event_id from wanted)"
     )
     ids = "select event_id from wanted"
-    recent = _landed(_oldest_wanted_us(connection) or 0)
+    recent, arrivals = _landed(_oldest_wanted_us(connection) or 0), holding("event_id", ids)
     landings = connection.execute(
-        f"select distinct epoch_us(landed_at) from history where {recent} and event_id in ({ids})"
+        f"select distinct epoch_us(landed_at) from {arrivals} where {recent} and event_id in ({ids})"
     ).fetchall()
-    rows = f"select {', '.join(EVENTS_SCHEMA.names)} from history where event_id in ({ids})"
+    rows = f"select {', '.join(EVENTS_SCHEMA.names)} from {arrivals} where event_id in ({ids})"
     if len(landings) <= _FEW:  # then the other columns are read of few files
         rows += f" and landed_at in ({', '.join(f'make_timestamptz({landed_us})' for (landed_us,) in landings)})"
     return connection.execute(rows).to_arrow_table().cast(EVENTS_SCHEMA)
@@ -109,18 +125,23 @@ def below_sql(position: Position) -> str:
 
 
 class LakeAndLog:
-    """The history of a running server. Not thread-safe."""
+    """The history of a running server. One thread asks; any may `prepare`."""
 
     def __init__(self, lake: Lake, log: Log):
         self._lake, self._log = lake, log
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._index, self._files = EventIndex(Home(lake.folder.parent).online / INDEX_FOLDER), DataFiles()
+        self._lock = threading.Lock()
+        self.is_prepared = False
+        """Whether `prepare` has run."""
 
     def around(self, event_ids: Iterable[str], keys: Sequence[tuple[str, ...]], position: Position, since_us: int) -> pa.Table:
         if self._connection is None:
             self._connection = duckdb_connection()
             self._connection.execute("set parquet_metadata_cache = true; set threads = 1")  # files of the lake never change
         connection = self._connection
-        landed = landed_position(self._lake)
+        table = self._lake.table(EVENTS)
+        landed = position_of(table)
         in_lake = tuple(min(pair) for pair in zip(landed, position, strict=True))
         # tables of DuckDB's own: its joins push filters down that scans of Arrow tables do not know
         for name, rows in (("asked", asked(event_ids)), ("in_log", self._not_landed(landed, position))):
@@ -128,13 +149,41 @@ class LakeAndLog:
             connection.execute(f"create or replace temp table {name} as select * from given")
             connection.unregister("given")
         names = ", ".join(EVENTS_SCHEMA.names)
-        connection.execute(
-            f"create or replace temp view history as "
-            f"select {names} from ({self._lake.files_sql(EVENTS) or self._lake.view_sql(EVENTS)}) as landed "
-            f"where landed_at >= make_timestamptz({oldest_landing_us(since_us)}) and ({below_sql(in_lake)}) "
-            f"union all select {names} from in_log where {below_sql(position)}"
-        )
+        indexed = self._follow(table)
+
+        def history(landed: str | None) -> str:
+            in_log = f"select {names} from in_log where {below_sql(position)}"
+            if landed is None:
+                return in_log
+            since = f"landed_at >= make_timestamptz({oldest_landing_us(since_us)})"
+            return f"select {names} from ({landed}) as landed where {since} and ({below_sql(in_lake)}) union all {in_log}"
+
+        def holding(column: str, values: str) -> str:
+            wanted = connection.execute(sought(column, values)).fetchnumpy()["sought"]
+            return f"({history(parquet_sql(self._index.holding(column, wanted)))}) as history"
+
+        if indexed:
+            return around(connection, keys, holding)
+        connection.execute(f"create or replace temp view history as {history(self._lake.view_sql(EVENTS))}")
         return around(connection, keys)
+
+    def prepare(self) -> None:
+        """Takes the lake's newest files into the index, which the next question then need not."""
+        self.is_prepared = True
+        try:
+            if self._lake.exists(EVENTS):
+                self._follow(self._lake.table(EVENTS))
+        except duckdb.Error as error:  # of a file that was compacted away meanwhile, say
+            _LOG.warning("the index of events is made when it is needed: %s", error)
+
+    def _follow(self, table: Table) -> bool:
+        """Whether the index knows the files of this table, and they are the table."""
+        with self._lock:
+            paths = self._files.of(table)
+            if paths is None or (paths and parquet_sql(paths) is None):
+                return False
+            self._index.follow(paths)
+            return True
 
     def _not_landed(self, landed: Position, position: Position) -> pa.Table:
         """The log's records from the landed position to at least `position`."""

@@ -5,7 +5,7 @@ The store moves from tick to tick and keeps two; `view()` is an immutable snapsh
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -36,6 +36,8 @@ class StoreView:
     tick_us: int
     position: tuple[int, ...]
     groups: Mapping[str, GroupState]
+    withdrawn: Mapping[str, pa.Table] = field(default_factory=dict)
+    """By group, the rebuilt rows that `fresh_layers` were made of."""
 
     def assemble(self, group_name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix:
         """The group's features for N keys as a request at t_us reads them; unknown keys get the empty values.
@@ -155,13 +157,15 @@ class OnlineStore:
                 state.head.supersede(loser, winner)
         if tick_us is not None:
             for name, state in states.items():
-                layers = _with_blocks(state, (blocks or {}).get(name), tick_us, self.work[name])
+                layers = with_blocks(state, (blocks or {}).get(name), tick_us, self.work[name])
                 moved = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
                 states[name] = moved.without_unused()
         if withdrawn is not None:
             for name, state in states.items():
-                states[name] = replace(state, fresh_layers=_without_withdrawn(state, withdrawn.get(name)))
-        next_view = StoreView(view.tick_us if tick_us is None else tick_us, position, states)
+                states[name] = replace(state, fresh_layers=without_withdrawn(state, withdrawn.get(name)))
+        if withdrawn is None:
+            withdrawn = view.withdrawn if tick_us is None else {}
+        next_view = StoreView(view.tick_us if tick_us is None else tick_us, position, states, withdrawn)
         if tick_us is not None:
             self._previous = view
         self._view = next_view
@@ -184,7 +188,7 @@ class OnlineStore:
         return {name: len(state.index) for name, state in self._view.groups.items()}
 
 
-def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: Work) -> tuple[BlockLayer, ...]:
+def with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: Work) -> tuple[BlockLayer, ...]:
     """The group's layers with one more, emptied of what it rebuilds, and merged where sizes have come close."""
     if rows is None or rows.num_rows == 0:
         return state.layers
@@ -202,7 +206,7 @@ def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: W
     return tuple(layers)
 
 
-def _without_withdrawn(state: GroupState, rows: pa.Table | None) -> tuple[BlockLayer, ...] | None:
+def without_withdrawn(state: GroupState, rows: pa.Table | None) -> tuple[BlockLayer, ...] | None:
     """What event-fresh measures read in place of the group's layers; None where that is the layers."""
     if rows is None or rows.num_rows == 0 or not state.plan.fresh:
         return None

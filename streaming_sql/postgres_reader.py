@@ -3,19 +3,24 @@
 Only statements that read: repeating one after a broken connection changes nothing. Knows nothing of features.
 """
 
+import contextlib
 import logging
 import queue
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 
 from warehouse.errors import HeadraceError
 
 _LOG = logging.getLogger("headrace.stream")
+_T = TypeVar("_T")
+_SLACK_S = 0.05
+"""How much longer the reader waits than the server, so that it hears of the server's own timeout."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,26 @@ class ReaderSettings:
     attempts: int = 4
     first_pause_s: float = 0.1
     """Before the second attempt; it doubles with each."""
+    no_attempt_after_s: float = float("inf")
+    """Of the first: what has waited so long does not wait again."""
+
+
+class _Bounded(psycopg.Connection):
+    """Waits no longer than this for any answer: a server that hangs closes no connection, and its kernel answers probes."""
+
+    longest_wait_s: float | None = None
+
+    def wait(self, gen: PQGen[_T], interval: float = 0.1, timeout: float | None = None) -> _T:
+        return super().wait(gen, interval, self.longest_wait_s if timeout is None else timeout)
 
 
 class PostgresReader:
     """A pool of connections that are opened when they are needed and thrown away when they break. Thread-safe."""
 
     def __init__(self, dsn: str, settings: ReaderSettings | None = None):
+        """Raises HeadraceError, which does not repeat it, if dsn is no connection string."""
         self._dsn, self._settings = dsn, settings or ReaderSettings()
+        self._where = _where(dsn)
         self._idle: queue.LifoQueue[psycopg.Connection | None] = queue.LifoQueue()
         for _ in range(self._settings.connections):
             self._idle.put(None)
@@ -43,32 +61,37 @@ class PostgresReader:
         """Attempts that came after a failed one."""
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """All rows of one statement, all of one snapshot. Raises HeadraceError, saying where and why, when every attempt
-        failed, and at once where the statement itself is wrong."""
-        pause_s = self._settings.first_pause_s
+        """`fetch`, each row by the names of its columns."""
+        names, rows = self.fetch(sql, parameters)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """The names of its columns and all rows of one statement, all of one snapshot. Raises HeadraceError, saying where and
+        why, when every attempt failed, and at once where the statement itself is wrong."""
+        pause_s, began = self._settings.first_pause_s, time.monotonic()
         for attempt in range(1, self._settings.attempts + 1):
             try:
                 return self._once(sql, parameters)
             except (psycopg.OperationalError, psycopg.InterfaceError, queue.Empty) as error:
                 why = " ".join(str(error).split()) or "all connections are in use"
-                if attempt == self._settings.attempts:
-                    raise HeadraceError(f"{self._where()} did not answer in {attempt} attempts: {why}") from error
-                _LOG.warning("%s: %s; trying again", self._where(), why)
+                is_too_late = time.monotonic() - began > self._settings.no_attempt_after_s
+                if attempt == self._settings.attempts or is_too_late:
+                    raise HeadraceError(f"{self._where} did not answer in {attempt} attempts: {why}") from error
+                _LOG.warning("%s: %s; trying again", self._where, why)
                 self.num_repeated += 1
                 time.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s *= 2
             except psycopg.Error as error:
-                raise HeadraceError(f"{self._where()} refuses the statement: {' '.join(str(error).split())}") from error
+                raise HeadraceError(f"{self._where} refuses the statement: {' '.join(str(error).split())}") from error
         raise AssertionError("unreachable")
 
-    def _once(self, sql: str, parameters: Sequence[Any]) -> list[dict[str, Any]]:
+    def _once(self, sql: str, parameters: Sequence[Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         connection = self._idle.get(timeout=self._settings.statement_timeout_s)
         try:
             if connection is None or connection.closed:
                 connection = self._connected()
             cursor = connection.execute(sql, parameters)
-            names = [column.name for column in cursor.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            return [column.name for column in cursor.description or ()], cursor.fetchall()
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -79,7 +102,7 @@ class PostgresReader:
 
     def _connected(self) -> psycopg.Connection:
         milliseconds = round(self._settings.statement_timeout_s * 1000)
-        connection = psycopg.connect(
+        connection = _Bounded.connect(
             self._dsn,
             autocommit=True,
             connect_timeout=self._settings.connect_timeout_s,
@@ -89,17 +112,23 @@ class PostgresReader:
             keepalives_count=3,
             tcp_user_timeout=milliseconds,
         )
+        connection.longest_wait_s = self._settings.statement_timeout_s + _SLACK_S
         connection.execute(f"set statement_timeout = {milliseconds}")
         connection.execute("set time zone 'UTC'")
         return connection
 
-    def _where(self) -> str:
-        given = psycopg.conninfo.conninfo_to_dict(self._dsn)
-        return f"the database at {given.get('host', 'localhost')}:{given.get('port', 5432)}/{given.get('dbname', '')}"
-
     def close(self) -> None:
-        """Closes what is idle; nothing must be reading."""
-        for _ in range(self._settings.connections):
-            connection = self._idle.get(timeout=self._settings.statement_timeout_s)
-            if connection is not None:
-                connection.close()
+        """Closes what is idle; nothing is read from then on."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                connection = self._idle.get_nowait()
+                if connection is not None:
+                    connection.close()
+
+
+def _where(dsn: str) -> str:
+    try:
+        given = psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.Error:  # it would say the part that it cannot read, which may be a password
+        raise HeadraceError("the database's address is no connection string: neither `key=value …` nor a URL") from None
+    return f"the database at {given.get('host', 'localhost')}:{given.get('port', 5432)}/{given.get('dbname', '')}"

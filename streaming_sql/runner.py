@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from streaming_sql.attribute_tables import LakeTables
 from streaming_sql.event_log import Log
-from streaming_sql.feed import REMEMBERED, Feed, Taken
+from streaming_sql.feed import REMEMBERED, Feed, Taken, TickBlocks
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
@@ -80,13 +80,15 @@ class Runner:
         status_path: Path | None = None,
         only_reads: bool = False,
         publisher: Publisher | None = None,
+        elsewhere: TickBlocks | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
         only_reads: it follows the log beside a runner that lands, in another process, and writes neither lake nor log.
-        publisher: what writes each tick for other processes and the next start; none by default."""
+        publisher: what writes each tick for other processes and the next start; none by default. elsewhere: as in `Feed`."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, LakeAndLog(lake, log), LakeTables(lake, groups))
+        self._history, tables = LakeAndLog(lake, log), LakeTables(lake, groups)
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping = threading.Event()
@@ -186,7 +188,7 @@ class Runner:
         records = self._log.read(self._feed.position, limit)
         if self._hear is not None and records.num_rows:
             self._hear(records)
-        taken = self._feed.take(records, is_history) if records.num_rows else Taken()
+        taken = self._feed.take(records, is_history) if records.num_rows else self._feed.move()
         self._count(taken)
         if records.num_rows:
             self._tell_waiting()
@@ -250,6 +252,8 @@ class Runner:
 
     def _land_once(self) -> int:
         landed = self._lander.step()
+        if landed or not self._history.is_prepared:
+            self._history.prepare()
         self.publish()
         self.report()
         if not landed:

@@ -1,8 +1,9 @@
 """Dense numbers for the texts of map entries: the n-th text is n, and the number of one that went is given to a later one.
 
-One thread adds; any number look up. As with keys, codes are never forgotten here: `kept` gives another table that has.
+Any number of threads. As with keys, codes are never forgotten here: `kept` gives another table that has.
 """
 
+import threading
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,7 @@ class TextCodes:
         """By code; what a free one holds is nobody's."""
         self._given = array("q")
         self._free: list[int] = []
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._given)
@@ -58,12 +60,17 @@ class TextCodes:
     def code(self, text: str) -> int:
         """The text's code, a new one if need be."""
         code = self._code_of.get(text)
-        if code is None:
-            code = self._free.pop() if self._free else len(self._text_of)
-            if code == len(self._text_of):
-                self._text_of.append("")
-            self._assign(text, code)
-        return code
+        return self._added(text) if code is None else code
+
+    def _added(self, text: str) -> int:
+        with self._lock:
+            code = self._code_of.get(text)
+            if code is None:
+                code = self._free.pop() if self._free else len(self._text_of)
+                if code == len(self._text_of):
+                    self._text_of.append("")
+                self._assign(text, code)
+            return code
 
     def _assign(self, text: str, code: int) -> None:
         self._text_of[code] = text

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from pyiceberg.transforms import parse_transform
 from sqlalchemy.exc import IntegrityError
 
 from warehouse.connections import duckdb_connection, plain_connection, prepare_connection
+from warehouse.data_files import DataFiles
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
@@ -47,6 +48,13 @@ BUILT_UNTIL = "headrace.built_until"
 def quoted(text: str) -> str:
     """A SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def parquet_sql(paths: Sequence[str] | None) -> str | None:
+    """`select` of Parquet files; None where there are none, or a name that DuckDB would take for a pattern."""
+    if not paths or any(set(path) & set("*?[") for path in paths):
+        return None
+    return f"select * from read_parquet([{', '.join(map(quoted, paths))}])"
 
 
 @dataclass(frozen=True)
@@ -197,18 +205,12 @@ class Lake:
         table = self.table(name)
         if table.current_snapshot() is None:
             return self.view_sql(name)
-        tasks = list(table.scan().plan_files())
-        paths = [task.file.file_path.removeprefix("file://") for task in tasks]
-        if not paths or len(table.metadata.schemas) > 1 or any(task.delete_files for task in tasks):
-            return None
-        if any(set(path) & set("*?[") for path in paths):  # DuckDB would take the name for a pattern
-            return None
-        return f"select * from read_parquet([{', '.join(map(quoted, paths))}])"
+        return parquet_sql(DataFiles().of(table))
 
     def duckdb(self, read_only: bool = False) -> duckdb.DuckDBPyConnection:
         """An in-memory DuckDB with one view per table. `read_only` locks it down for SQL that a user wrote: no files
         outside the lake, no extensions, no settings."""
-        connection = duckdb_connection()
+        connection = duckdb_connection(always_check=read_only)
         self.create_views(connection)
         if read_only:
             connection.execute(f"set allowed_directories = [{quoted(str(self.folder))}]")

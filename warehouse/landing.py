@@ -72,7 +72,12 @@ def landed_position(lake: Lake) -> tuple[int, ...]:
     """The next offset of each log partition: events below it are in the lake."""
     if not lake.exists(EVENTS):
         return (0,) * NUM_PARTITIONS
-    text = landed_position_of(lake.table(EVENTS))
+    return position_of(lake.table(EVENTS))
+
+
+def position_of(table: Table) -> tuple[int, ...]:
+    """`landed_position` of the table `lake.events` as it is here. Raises HeadraceError as `landed_position_of` does."""
+    text = landed_position_of(table)
     return tuple(json.loads(text)) if text else (0,) * NUM_PARTITIONS
 
 

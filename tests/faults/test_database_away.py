@@ -77,15 +77,15 @@ def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, opened, co
         load_into_postgres(connection, as_table(a_log(5, 400)))
         create_views(connection, compiled)
     replica = Replica(opened(QUICK), GROUPS)
-    read, names = replica._rows, []
+    read, names = replica.views.rows, []
 
-    def read_and_kill(name, *given):
+    def read_and_kill(reader, name, *given):
         names.append(name)
         if len(names) == 2:
             server.kill()
-        return read(name, *given)
+        return read(reader, name, *given)
 
-    monkeypatch.setattr(replica, "_rows", read_and_kill)
+    monkeypatch.setattr(replica.views, "rows", read_and_kill)
     with pytest.raises(HeadraceError, match="did not answer"):
         replica.refresh()
     assert (replica.store.tick_us, len(names)) == (0, 2)
@@ -103,6 +103,17 @@ def test_a_statement_that_takes_too_long_ends_and_a_wrong_one_is_not_repeated(op
     with pytest.raises(HeadraceError, match=r"refuses the statement: .*no_such_view"):
         opened(QUICK).rows("select * from no_such_view")
     assert reader.num_repeated == 0
+
+
+def test_a_database_that_hangs_is_given_up_in_time_and_read_again_when_it_wakes(server, opened):
+    reader = opened(ReaderSettings(statement_timeout_s=0.3, attempts=2, no_attempt_after_s=0.15))
+    assert reader.rows("select 1 as one") == [{"one": 1}]
+    with server.hanging():
+        began = time.monotonic()
+        with pytest.raises(HeadraceError, match="did not answer in 1 attempts"):
+            reader.rows("select 2 as two")
+        assert time.monotonic() - began < 3
+    assert reader.rows("select 3 as three") == [{"three": 3}]
 
 
 def test_the_pool_has_a_bound(opened):

@@ -14,10 +14,13 @@ import psycopg
 import pytest
 
 from streaming_sql.changes import Changes
+from streaming_sql.cluster import Cluster
+from streaming_sql.feed import Feed
 from streaming_sql.postgres_reader import PostgresReader
 from streaming_sql.replica import Replica
+from tests.parity.test_cluster_equals_oracle import assert_each_reader_equals_oracle, end_of
+from tests.streaming_sql.generated import ListHistory, as_table, typed
 from tests.streaming_sql.generated import alive as living
-from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.test_replica import KEYS, fed
 from tests.streaming_sql.test_risingwave_models import (
     GROUPS,
@@ -36,7 +39,7 @@ from tests.streaming_sql.test_risingwave_models import (
 )
 from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
-from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
+from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, MINUTE_US
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
@@ -184,3 +187,19 @@ def test_a_replica_answers_as_the_embedded_store(cluster):
         for name in ("note_engagement", "author_engagement", "user_author_affinity"):
             mine, theirs = (one.view().assemble(name, KEYS[name], store.tick_us) for one in (replica.store, store))
             assert np.array_equal(mine.values, theirs.values, equal_nan=True), name
+
+
+def test_a_server_beside_the_cluster_reads_what_the_oracle_says(cluster):
+    _, records = cluster
+    found = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}")
+    here = Cluster(found, GROUPS, timeout_s=20.0, connections=1, num_readers=10)
+    try:
+        store, history = here.open_store(lambda: end_of(records)), ListHistory()
+        history.records += records
+        Feed(store, GROUPS, (0, 0), history, elsewhere=here).take(as_table(records), is_history=True)
+        here.look()
+        assert here.take(store.tick_us + DAY_US) is None
+        events = [typed(record) for record in living(records)]
+        assert_each_reader_equals_oracle(here, events, records[-1]["landed_at"] + MINUTE_US)
+    finally:
+        here.stop()

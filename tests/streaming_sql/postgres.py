@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +59,20 @@ class Server:
     def kill(self) -> None:
         """Ends it as a crash does: no connection is told."""
         self._run(_binary("pg_ctl"), "-D", str(self._data), "-m", "immediate", "stop")
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Meanwhile no process of it runs: connections stay open, and nothing is answered."""
+        parent = int((self._data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        stopped = [parent, *map(int, children)]
+        for process in stopped:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stopped:
+                os.kill(process, signal.SIGCONT)
 
     def connected(self) -> psycopg.Connection:
         return psycopg.connect(self.dsn, autocommit=True)

@@ -22,7 +22,7 @@ def keys_of(group):
     ]
 
 
-def assert_equals_oracle(view, events, t_us, groups):
+def assert_equals_oracle(view, events, t_us, groups, keys_of=keys_of):
     """Every feature of every key of every group, to the bit for integers."""
     for group in groups.values():
         keys = keys_of(group)

@@ -2,11 +2,7 @@
 the portable part of the very same text run on a real PostgreSQL beside DuckDB."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -14,16 +10,18 @@ import pytest
 import sqlglot
 from sqlglot import expressions as exp
 
+from streaming_sql.block_views import BlockViews
 from tests.streaming_sql.generated import alive as living
 from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS, OPERATORS
+from tests.warehouse.dbt_command import try_dbt
 from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA, RETRACTION
 from warehouse.features.declarations import load_groups
 from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
-from warehouse.home import REPOSITORY
+from warehouse.home import REPOSITORY, Home
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, SECOND_US, closed_tick
 
 GROUPS = load_groups()
@@ -37,16 +35,14 @@ START_US = 1_651_766_400_000_000
 
 def compile_models(home, *more, project=REPOSITORY):
     """`dbt compile` with no server to talk to."""
-    environment = {**os.environ, "HEADRACE_HOME": str(home), "DBT_PROFILES_DIR": str(REPOSITORY), "RISINGWAVE_PORT": "1"}
-    command = [str(Path(sys.executable).parent / "dbt"), "compile", "--target", "risingwave", "--no-introspect"]
-    words = [*command, "--no-populate-cache", "--select", "path:streaming_sql", *more]
-    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
+    words = ["compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache", "--select", "path:streaming_sql"]
+    return try_dbt(Home(home), *words, *more, project=project, DBT_PROFILES_DIR=str(REPOSITORY), RISINGWAVE_PORT="1")
 
 
 def compiled_texts(home, project):
     """Model's name -> its text, of a project that compiles."""
     done = compile_models(home, project=project)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     folder = home / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
     return {path.stem: path.read_text() for path in folder.glob("*.sql")}
 
@@ -60,7 +56,7 @@ def compiled_with(tmp_path):
 def manifest(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     done = compile_models(home)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     return json.loads((home / "dbt" / "target" / "manifest.json").read_text())
 
 
@@ -256,6 +252,15 @@ def test_a_silent_partition_leaves_no_tick(compiled):
         load_into_postgres(stream, as_table(records))
         create_views(stream, compiled, names=("arrivals", "closed_tick"))
         assert rows_of(stream.execute("select * from closed_tick")) == []
+
+
+def test_what_a_server_asks_of_a_reader_is_one_statement_that_risingwave_documents():
+    names = tuple(name for name, group in GROUPS.items() if group.keys[0] == "user_id")
+    sql = BlockViews(GROUPS).of_reader_sql(names)
+    tree = sqlglot.parse_one(sql.replace("%s", "null"), dialect="risingwave")
+    assert {table.name for table in tree.find_all(exp.Table)} == {"closed_tick", *names}
+    assert set(re.findall(r"([a-z_]+)\s*\(", re.sub(r"'[^']*'", "''", sql))) - KEYWORDS <= FUNCTIONS
+    assert sql.count("%s") == 4 * len(names)
 
 
 def test_every_view_that_servers_look_up_by_key_has_an_index_on_it(manifest):

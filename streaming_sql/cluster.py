@@ -1,0 +1,175 @@
+"""A server's features beside a RisingWave cluster: blocks from its views, the head from the log's tail.
+
+    groups of notes and authors    read whole, once a tick, ahead of the store (`TickBlocks`)
+    groups that begin with a reader  read when the reader asks, once a tick, in one statement
+    events that no block holds      the log's, as in the embedded store
+
+A tick counts once the cluster has closed it and this process has read the log as far. While the cluster is away the store stays
+at its tick, and what is not known of a reader at that tick is answered from an earlier one.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from cachetools import LRUCache
+
+from streaming_sql.block_views import READER, BlockViews
+from streaming_sql.group_state import GroupState
+from streaming_sql.key_index import KeyIndex
+from streaming_sql.online_store import OnlineStore, StoreView, Work, with_blocks, without_withdrawn
+from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
+from warehouse.errors import HeadraceError
+from warehouse.features.declarations import FeatureGroup
+
+_LOG = logging.getLogger("headrace.stream")
+AWAY, STALE = "risingwave_away", "reader_features_stale"
+"""What is said of a request: the cluster did not answer lately; the reader's own blocks are of an earlier tick, or none."""
+_WHOLE_GROUPS = ReaderSettings(statement_timeout_s=120.0, attempts=2)
+_STOPS_WITHIN_S = 2.0
+
+
+@dataclass
+class _OfReader:
+    """What is known of one reader: blocks of the groups that begin with one, at a tick."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    tick_us: int = 0
+    states: dict[str, GroupState] = field(default_factory=dict)
+    withdrawn: Mapping[str, pa.Table] = field(default_factory=dict)
+    """What `fresh_layers` of the states were made with."""
+
+
+class Cluster:
+    """`open_store` once, then `start`; any number of threads ask for views of a reader, one takes ticks."""
+
+    def __init__(self, dsn: str, groups: Mapping[str, FeatureGroup], timeout_s: float, connections: int, num_readers: int):
+        """timeout_s: how long a request waits for a statement, which is tried again only where the connection broke before;
+        num_readers: whose blocks are kept."""
+        self._groups = dict(groups)
+        self._of_reader = tuple(name for name, group in groups.items() if group.entity_keys[0] == READER)
+        self._whole = tuple(name for name in groups if name not in self._of_reader)
+        self._views = BlockViews(groups)
+        quick = ReaderSettings(
+            connections + 1,
+            statement_timeout_s=timeout_s,
+            attempts=2,
+            first_pause_s=timeout_s / 10,
+            no_attempt_after_s=timeout_s / 2,
+        )
+        self._quick, self._bulk = PostgresReader(dsn, quick), PostgresReader(dsn, _WHOLE_GROUPS)
+        self._readers: LRUCache[str, _OfReader] = LRUCache(max(num_readers, 1))
+        self._readers_lock = threading.Lock()
+        self._ahead: tuple[int, dict[str, pa.Table]] | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.is_away = False
+        """Whether the newest read failed; until one succeeds, requests do not try."""
+        self.store = OnlineStore({})
+
+    def open_store(self, end_of_log: Callable[[], tuple[int, ...]]) -> OnlineStore:
+        """A store at the cluster's closed tick, for a runner to take to the log's end. Raises HeadraceError if the cluster does
+        not answer, lacks the views, or has closed no tick."""
+        tick_us = self._views.closed_tick(self._bulk)
+        if not tick_us:
+            raise HeadraceError(
+                "RisingWave has closed no tick yet: a partition of the log is silent there; is its topic the event log's?"
+            )
+        store = self.store = OnlineStore(self._groups)
+        store.advance(store.position, {}, tick_us=tick_us, blocks=self._read_whole(0, tick_us))
+        store.blocks_through = end_of_log()  # asked after the tick: what the cluster had read by then is before it
+        return store
+
+    def start(self, every_s: float) -> None:
+        """Looks for a new tick that often, on a thread of its own, until `stop`."""
+        self._thread = threading.Thread(target=self._follow, args=(every_s,), name="headrace-risingwave", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(_STOPS_WITHIN_S)  # it may be waiting for a cluster that hangs
+        self._quick.close()
+        self._bulk.close()
+
+    def take(self, closed_us: int) -> tuple[int, dict[str, pa.Table]] | None:
+        """The store's next tick and the rows that it adds, as `Feed` asks; None where there is none up to closed_us."""
+        ahead = self._ahead
+        if ahead is None or ahead[0] > closed_us:
+            return None
+        self._ahead = None
+        return ahead
+
+    def look(self) -> None:
+        """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
+        tick_us, after_us = self._views.closed_tick(self._quick), self.store.tick_us
+        if self._ahead is None and tick_us > after_us == self.store.tick_us:
+            self._ahead = tick_us, self._read_whole(after_us, tick_us)
+
+    def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:
+        """The store's view with the reader's own blocks in it, and what is to be said of it (AWAY, STALE)."""
+        entry = self._entry(user_id)
+        with entry.lock:
+            view = self.store.view()
+            if entry.tick_us < view.tick_us and not self.is_away:
+                self._heard(lambda: self._read(entry, user_id, view.tick_us))
+            said = [AWAY] * self.is_away + [STALE] * (entry.tick_us < view.tick_us)
+            states = {name: self._state(entry, view, name, user_id) for name in self._of_reader}
+            entry.withdrawn = view.withdrawn
+        return replace(view, groups={**view.groups, **states}), said
+
+    def _entry(self, user_id: str) -> _OfReader:
+        with self._readers_lock:
+            entry = self._readers.get(user_id)
+            if entry is None:
+                entry = self._readers[user_id] = _OfReader()
+            return entry
+
+    def _read(self, entry: _OfReader, user_id: str, tick_us: int) -> None:
+        from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._of_reader}
+        found = self._views.rows_of(self._quick, user_id, entry.tick_us, tick_us, from_us)
+        states = {}
+        for name, rows in found.items():
+            state = entry.states.get(name) or _nothing_of(self.store.view().groups[name])
+            states[name] = replace(state, layers=with_blocks(state, rows, tick_us, Work()), fresh_layers=None)
+        entry.states, entry.tick_us, entry.withdrawn = states, tick_us, {}
+
+    def _state(self, entry: _OfReader, view: StoreView, name: str, user_id: str) -> GroupState:
+        """The group as the view has it, with the reader's blocks."""
+        shared = view.groups[name]
+        state = entry.states.get(name) or _nothing_of(shared)
+        if entry.withdrawn is not view.withdrawn:
+            rows = view.withdrawn.get(name)
+            own = None if rows is None else rows.filter(pc.equal(rows[READER], user_id))
+            state = replace(state, fresh_layers=without_withdrawn(state, own))
+        entry.states[name] = state
+        return replace(shared, index=state.index, layers=state.layers, fresh_layers=state.fresh_layers)
+
+    def _read_whole(self, after_us: int, tick_us: int) -> dict[str, pa.Table]:
+        from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._whole}
+        return {name: self._views.rows(self._bulk, name, after_us, tick_us, from_us[name]) for name in self._whole}
+
+    def _follow(self, every_s: float) -> None:
+        while not self._stopping.wait(every_s):
+            self._heard(self.look)
+
+    def _heard(self, read: Callable[[], None]) -> None:
+        """What `read` says of the cluster is kept, and told once when it changes."""
+        try:
+            read()
+        except HeadraceError as error:
+            if not self.is_away:
+                _LOG.warning("features stay as they are: %s", error)
+            self.is_away = True
+            return
+        if self.is_away:
+            _LOG.warning("RisingWave answers again")
+        self.is_away = False
+
+
+def _nothing_of(shared: GroupState) -> GroupState:
+    """A group without blocks, to which those of one reader are added. Texts of map entries have the codes of the head's."""
+    return replace(shared, index=KeyIndex(shared.plan.group.keys), layers=(), fresh_layers=None)
