@@ -52,7 +52,7 @@ def as_spines_ask(random: Random, questions: list[Read]) -> list[Read]:
 
 
 def answers(
-    connection: duckdb.DuckDBPyConnection, group: FeatureGroup, questions: list[Read], arrays: bool, chunk: int = 7
+    connection: duckdb.DuckDBPyConnection, group: FeatureGroup, questions: list[Read], arrays: bool, chunk: int = 15
 ) -> list[dict]:
     """Computed in chunks, so that several pass through the same tables."""
     spine = Spine(spine_of(group, questions), "the spine")
@@ -154,9 +154,9 @@ def test_a_models_rows_equal_the_equation_at_any_t_k_and_log_position(tmp_path_f
         connection.register("given", spine_table(group, questions))
         connection.execute("create table model as select *, -row_id as label from given")
         chunks = list(
-            model_chunks(connection, "from model", group, RELATIONS, "label", tmp_path_factory.mktemp("scratch"), rows=7)
+            model_chunks(connection, "from model", group, RELATIONS, "label", tmp_path_factory.mktemp("scratch"), rows=17)
         )
-    assert [chunk.num_rows for chunk in chunks] == [7, 7, 7, 7, 7, 5]
+    assert [chunk.num_rows for chunk in chunks] == [17, 17, 6]
     found = pa.concat_tables(chunks)
     assert found.column_names[:2] == ["row_id", "label"]
     assert found["row_id"].to_pylist() == list(reversed(range(len(questions))))
