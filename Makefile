@@ -57,7 +57,7 @@ lint: $(READY) ## format, imports between rooms, types, SQL
 	$(BIN)/sqlfluff lint --processes 1 warehouse/models streaming_sql/models
 
 test: lint ## lint, then every test this machine can run; those it cannot name what is missing
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: $(READY) ## kill collector, lander and runner KILLS times each (50), the trainer twice as often; CASES (10000) made-up requests
 	HEADRACE_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest -q tests/faults

@@ -8,8 +8,10 @@ Runs in a process of its own: a process that interprets kernels cannot also comp
 
 import argparse
 import importlib
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,10 @@ SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 _TENSOR_CORE = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA")}
 """Machine instructions that multiply floats, and int8; on sm_90 those of a whole warp group."""
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
+_INSTRUCTION_BYTES = 16
+_EXECUTABLE = 4
+"""SHF_EXECINSTR of the ELF specification."""
 
 
 @dataclass(frozen=True)
@@ -71,36 +76,68 @@ def source_of(case: Case) -> tuple[Any, dict[str, Any]]:
     return ASTSource(fn=case.kernel.jit, signature=signature, constexprs=constants, attrs=aligned), options
 
 
-def compile_case(operation: str, case: Case, capability: int) -> Resources:
-    """Down to machine code with the assembler in Triton's wheel, and what it says of it."""
+def compile_cases(cases: list[tuple[str, Case]], capability: int) -> list[Resources]:
+    """(operation, case) down to machine code with the assembler in Triton's wheel, and what it says of each."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source, options = source_of(case)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage, machine_code = (
-            subprocess.run([cuobjdump, option, cubin.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+    target = GPUTarget("cuda", capability, 32)
+    compiled = [triton.compile(source, target=target, options=options) for source, options in (source_of(c) for _, c in cases)]
+    counted = _instructions([one.asm["cubin"] for one in compiled], capability)
+    results = []
+    for (operation, case), one, instructions in zip(cases, compiled, counted, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(one.asm["cubin"])
+            cubin.flush()
+            usage = _printed("cuobjdump", "-res-usage", cubin.name)
+        if "EXIT" not in instructions:
+            raise RuntimeError(f"nvdisasm printed no machine code of {operation} {case.label}: {dict(instructions)}")
+        results.append(
+            Resources(
+                operation=operation,
+                label=case.label,
+                capability=capability,
+                shared_bytes=one.metadata.shared,
+                registers=_number(usage, "REG"),
+                stack_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
+                tensor_core_instructions=sum(instructions[name] for name in _TENSOR_CORE[capability]),
+                spill_instructions=instructions["STL"] + instructions["LDL"],
+                uses_tensor_cores=case.uses_tensor_cores,
+            )
         )
-    instructions = Counter(_INSTRUCTION.findall(machine_code))
-    if "EXIT" not in instructions:
-        raise RuntimeError(f"cuobjdump -sass printed no machine code of {operation} {case.label}: {machine_code[-200:]!r}")
-    return Resources(
-        operation=operation,
-        label=case.label,
-        capability=capability,
-        shared_bytes=compiled.metadata.shared,
-        registers=_number(usage, "REG"),
-        stack_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
-        tensor_core_instructions=sum(instructions[name] for name in _TENSOR_CORE[capability]),
-        spill_instructions=instructions["STL"] + instructions["LDL"],
-        uses_tensor_cores=case.uses_tensor_cores,
-    )
+    return results
+
+
+def _instructions(cubins: list[bytes], capability: int) -> list[Counter[str]]:
+    """How often each machine instruction stands in each cubin, by one run of the disassembler: its start costs the most."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as together:
+        together.write(b"".join(codes))
+        together.flush()
+        shown = _printed("nvdisasm", "--binary", {80: "SM80", 90: "SM90a"}[capability], together.name)
+    named = _INSTRUCTION.findall(shown)
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    if [int(place, 16) for place, _ in named] != list(range(0, ends[-1], _INSTRUCTION_BYTES)):
+        raise RuntimeError(f"nvdisasm printed {len(named)} instructions of {ends[-1]} bytes: {shown[-200:]!r}")
+    names = [name for _, name in named]
+    return [
+        Counter(names[start // _INSTRUCTION_BYTES : end // _INSTRUCTION_BYTES]) for start, end in itertools.pairwise((0, *ends))
+    ]
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The executable sections of a 64-bit ELF file, one after the other."""
+    (start,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + number * size) for number in range(count)]
+    return b"".join(cubin[offset : offset + length] for _, _, flags, _, offset, length in sections if flags & _EXECUTABLE)
+
+
+def _printed(tool: str, *words: str) -> str:
+    """What one of the tools in Triton's wheel prints."""
+    import triton
+
+    command = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([command, *words], capture_output=True, text=True, check=True).stdout
 
 
 def _number(usage: str, name: str) -> int:
@@ -110,18 +147,19 @@ def _number(usage: str, name: str) -> int:
     return int(found[1])
 
 
+def _shipped(operations: list[str], capability: int) -> list[tuple[str, Case]]:
+    modules = {operation: importlib.import_module(f"kernels.{operation}") for operation in operations}
+    return [(operation, case) for operation, module in modules.items() for case in module.shipped(capability)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.ahead_of_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     parser.add_argument("--only", choices=OPERATIONS, help="one operation")
     options = parser.parse_args(arguments)
-    results = [
-        compile_case(operation, case, capability)
-        for operation in OPERATIONS
-        if options.only in (None, operation)
-        for capability in SHARED_MEMORY_BYTES
-        for case in importlib.import_module(f"kernels.{operation}").shipped(capability)
-    ]
+    operations = [operation for operation in OPERATIONS if options.only in (None, operation)]
+    compiled = (compile_cases(_shipped(operations, capability), capability) for capability in SHARED_MEMORY_BYTES)
+    results = sorted(itertools.chain(*compiled), key=lambda result: OPERATIONS.index(result.operation))
     if options.json:
         json.dump([asdict(result) for result in results], sys.stdout)
         return 0

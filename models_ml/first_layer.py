@@ -7,7 +7,8 @@ moment.
 N candidates of all requests, F features of each, M different ones of the reader's, W outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numba import njit, types
@@ -16,6 +17,7 @@ from torch import Tensor
 from models_ml.features import FeatureInputs
 from models_ml.request_inputs import FeatureShare, columns_by_owner, only_read, part_of
 from models_ml.row_memo import NUM_BYTES, RowMemo
+from models_ml.scoring import Notes, together
 
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 
@@ -25,8 +27,8 @@ AddOfNotes = Callable[[np.ndarray, np.ndarray], None]
 class FirstLayer:
     """Safe for threads.
 
-    share: gives what a part of `inputs` adds, from (the part, int64: the places of its inputs among all, its columns among a
-    row's values). of_note: adds to rows [M, W] what hangs from the notes' codes, int64 [M], alone.
+    share: gives what a part of `inputs` adds, from (the part, int64: the places of its inputs among all, its columns among the
+    values it will be given). of_note: adds to rows [M, W] what hangs from the notes' codes, int64 [M], alone.
     """
 
     def __init__(
@@ -37,27 +39,36 @@ class FirstLayer:
         of_note: AddOfNotes | None = None,
         num_bytes: int = NUM_BYTES,
     ):
-        parts = [(*part_of(inputs, columns), columns) for columns in columns_by_owner(inputs.names)]
-        self._of_reader, self._of_request, self._of_notes = (share(*part) for part in parts)
-        reader_columns, request_columns, note_columns = (columns for _, _, columns in parts)
-        self._reader_columns_B, self._has_request = np.array(reader_columns, dtype=np.int64), bool(request_columns)
+        of_reader, of_request, of_notes = columns_by_owner(inputs.names)
+        self._note_names = tuple(inputs.names[column] for column in of_notes)
+        self._other_names = tuple(inputs.names[column] for column in (*of_reader, *of_request))
+        self._reader_columns_B, self._has_request = np.arange(len(of_reader)), bool(of_request)
+        self._of_notes = share(*part_of(inputs, of_notes), list(range(len(of_notes))))
+        self._of_reader = share(*part_of(inputs, of_reader), list(range(len(of_reader))))
+        self._of_request = share(*part_of(inputs, of_request), list(range(len(of_reader), len(self._other_names))))
         self._width, self._of_note = width, of_note
-        self.memo = RowMemo(note_columns, width, self._made, num_bytes)
+        self.memo = RowMemo(len(of_notes), width, self._made, num_bytes)
 
     def fill(
         self,
         out_NW: np.ndarray,
-        values_NF: np.ndarray,
+        notes: Sequence[Notes],
         number_N: np.ndarray,
         code_N: np.ndarray,
         of_user_RW: np.ndarray,
-        reader_of_N: np.ndarray,
     ) -> None:
         """Writes float32 [N, W]: what the candidates add, and what their readers do, of_user_RW.
 
-        values_NF: float32, raw; number_N, code_N: int64, as `RowMemo.fill` takes them; reader_of_N: int64.
+        notes: of each request; number_N, code_N: int64, as `RowMemo.fill` takes them as numbers and tags.
         """
-        self.memo.fill(out_NW, number_N, code_N, values_NF)
+        start = 0
+        for of_request in notes:
+            span = slice(start, start + len(of_request))
+            stamp_C, start = of_request.stamps(self._note_names), span.stop
+            features = partial(_picked_at, of_request, self._note_names)
+            self.memo.fill(out_NW[span], number_N[span], code_N[span], stamp_C, features)
+        values_NF = together([of_request.pick(self._other_names) for of_request in notes])
+        reader_of_N = np.repeat(np.arange(len(notes)), [len(of_request) for of_request in notes])
         place_N, first_M = distinct(values_NF, self._reader_columns_B, reader_of_N)
         different_MW = of_user_RW[reader_of_N[first_M]]
         self._of_reader.add_to(different_MW, values_NF[first_M])
@@ -71,6 +82,10 @@ class FirstLayer:
         if self._of_note is not None:
             self._of_note(rows_MW, code_M)
         return rows_MW
+
+
+def _picked_at(notes: Notes, names: tuple[str, ...], places_M: np.ndarray) -> np.ndarray:
+    return notes.take(places_M).pick(names)
 
 
 def distinct(values_NF: np.ndarray, columns_B: np.ndarray, group_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

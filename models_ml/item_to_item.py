@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numba import njit, types
 
 from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
+from models_ml.ordering import largest_first
 from warehouse.connections import plain_connection
 
 NEIGHBOURS = "neighbours.parquet"
@@ -92,12 +94,14 @@ class ItemToItem:
         self._seed_decay = seed_decay
         self.names = sorted(set(neighbours["neighbour_id"].to_pylist()))  # so that codes break ties as ids do
         self._code_of = {name: code for code, name in enumerate(self.names)}
-        codes = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], dtype=np.int64)
-        scores = neighbours["score"].to_numpy().astype(np.float64)
-        rows_of: dict[str, list[int]] = {}
-        for row, note_id in enumerate(neighbours["note_id"].to_pylist()):
-            rows_of.setdefault(note_id, []).append(row)
-        self._lists = {note_id: (codes[rows], scores[rows]) for note_id, rows in rows_of.items()}
+        note_ids = neighbours["note_id"].to_pylist()
+        place_of = {note_id: place for place, note_id in enumerate(dict.fromkeys(note_ids))}
+        place_E = np.array([place_of[note_id] for note_id in note_ids], np.int64)
+        order = np.argsort(place_E, kind="stable")  # a note's neighbours together
+        self._code_E = np.array([self._code_of[name] for name in neighbours["neighbour_id"].to_pylist()], np.int64)[order]
+        self._score_E = neighbours["score"].to_numpy().astype(np.float64)[order]
+        ends = np.cumsum(np.bincount(place_E)).tolist()
+        self._range_of = dict(zip(place_of, zip([0, *ends], ends, strict=False), strict=True))
 
     def neighbours(self, note_ids: Sequence[str], k: int) -> list[tuple[str, float]]:
         """The k best neighbours of all `note_ids` together, best first, as (note_id, score); ties by note_id.
@@ -112,18 +116,66 @@ class ItemToItem:
         """`neighbours` as (int64 places in `names`, float64 scores), at most k of each. Raises ValueError if k is below 1."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        codes, scores, weight = [np.empty(0, np.int64)], [np.empty(0)], 1.0
+        ranges, weights, weight = [], [], 1.0
         for note_id in reversed(note_ids):
-            if note_id in self._lists:
-                codes.append(self._lists[note_id][0])
-                scores.append(weight * self._lists[note_id][1])
+            if note_id in self._range_of:
+                ranges.append(self._range_of[note_id])
+                weights.append(weight)
             weight *= self._seed_decay
-        code_C, place = np.unique(np.concatenate(codes), return_inverse=True)
-        total_C = np.bincount(place, np.concatenate(scores), len(code_C))
         asked = [self._code_of[note_id] for note_id in note_ids if note_id in self._code_of]
-        kept = np.flatnonzero(~np.isin(code_C, asked))
-        best = kept[np.argsort(-total_C[kept], kind="stable")[:k]]
+        code_C, total_C = _add_up(
+            np.array(ranges, np.int64).reshape(-1, 2), np.array(weights), self._code_E, self._score_E, np.array(asked, np.int64)
+        )
+        best = largest_first(total_C, code_C)[:k]
         return code_C[best], total_C[best]
+
+
+def _only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
+    return types.Array(dtype, ndim, "C", readonly=True)
+
+
+@njit
+def _slot(code_H, code):
+    """Where a code stands in the table, or may be put."""
+    at = (code * 0x9E3779B1) & (len(code_H) - 1)
+    while code_H[at] >= 0 and code_H[at] != code:
+        at = (at + 1) & (len(code_H) - 1)
+    return at
+
+
+@njit(
+    types.Tuple((types.int64[::1], types.float64[::1]))(
+        *(_only_read(types.int64, 2), _only_read(types.float64)),
+        *(_only_read(types.int64), _only_read(types.float64), _only_read(types.int64)),
+    ),
+    cache=True,
+    nogil=True,
+)
+def _add_up(range_L2, weight_L, code_E, score_E, asked_A):
+    """(codes, each once, in the order in which they come first; the weighted sum of each one's scores) of L lists, which are
+    ranges of code_E and score_E, without those asked with."""
+    most = len(asked_A)
+    for start, end in range_L2:
+        most += end - start
+    size = 8
+    while size < 2 * most:
+        size *= 2
+    code_H, place_H = np.full(size, -1), np.empty(size, np.int64)  # by the code's hash
+    code_C, total_C, count = np.empty(most, np.int64), np.empty(most), 0
+    for asked in asked_A:
+        at = _slot(code_H, asked)
+        code_H[at], place_H[at] = asked, -1
+    for item in range(len(weight_L)):
+        for entry in range(range_L2[item, 0], range_L2[item, 1]):
+            code = code_E[entry]
+            at = _slot(code_H, code)
+            if code_H[at] < 0:
+                code_H[at], place_H[at] = code, count
+                code_C[count], total_C[count] = code, 0.0
+                count += 1
+            if place_H[at] >= 0:
+                total_C[place_H[at]] += weight_L[item] * score_E[entry]
+    return code_C[:count], total_C[:count]
 
 
 def load(path: Path) -> ItemToItem:

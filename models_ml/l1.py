@@ -22,7 +22,7 @@ from models_ml.first_layer import FirstLayer
 from models_ml.request_inputs import LinearShare, filled_up
 from models_ml.request_rows import AnyRows, RequestTable
 from models_ml.row_memo import RowMemo
-from models_ml.scoring import RankingRequest, check_shapes, rows_of, together
+from models_ml.scoring import Notes, RankingRequest, notes_of, rows_of
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.settings import Plan
@@ -157,11 +157,12 @@ class L1:
         )
 
     def score(
-        self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None, rows: np.ndarray | None = None
+        self, user: np.ndarray, notes: np.ndarray | Notes, *, surface: str | None = None, rows: np.ndarray | None = None
     ) -> np.ndarray:
         """float32 [N] in [0, 1], higher is better; a row's score depends on nothing in the other rows.
 
-        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
+        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features, NaN for NULL, or what
+        can give them.
         surface: where the feed is shown; None or unknown takes the one seen most in training. rows: int64 [N], a number of each
         note, small and its own, so that what notes add by themselves can be kept; -1 where it has none. Raises ValueError on
         wrong shapes.
@@ -174,17 +175,14 @@ class L1:
         where the rows of all come to the same bucket (`request_inputs.filled_up`), else within 2e-6."""
         if not requests:
             return []
-        for request in requests:
-            check_shapes(NAME, request, self.user_features, self.note_features)
-        sizes = [len(request.notes) for request in requests]
-        notes_NF, row_N = together([request.notes for request in requests]), rows_of(requests)
-        N = len(notes_NF)
+        notes = [notes_of(NAME, request, self.user_features, self.note_features) for request in requests]
+        sizes, row_N = [len(of_request) for of_request in notes], rows_of(requests)
+        N = len(row_N)
         hidden_NH = torch.empty(filled_up(N), self.network.second.in_features)
         hidden_NH[N:] = 0
         half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
         self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
-        no_code_N, reader_of_N = np.zeros(N, dtype=np.int64), np.repeat(np.arange(len(requests)), sizes)
-        self._first.fill(hidden_NH.numpy()[:N], notes_NF, row_N, no_code_N, half_RH, reader_of_N)
+        self._first.fill(hidden_NH.numpy()[:N], notes, row_N, np.zeros(N, dtype=np.int64), half_RH)
         second, last = self.network.second, self.network.last
         hidden_NG = torch.addmm(second.bias, hidden_NH.relu_(), second.weight.T).relu_()
         # One column per candidate: a product that gives but a few rows is many times faster than one that gives a few columns.

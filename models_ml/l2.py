@@ -23,7 +23,7 @@ from models_ml.l2_scorer import Asked, L2Scorer
 from models_ml.notes import NoteWords
 from models_ml.request_rows import AnyRows, Encode, RequestTable
 from models_ml.row_memo import RowMemo
-from models_ml.scoring import RankingRequest, check_shapes
+from models_ml.scoring import Notes, RankingRequest, notes_of
 from models_ml.seeding import seeded
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.rows import Rows
@@ -193,7 +193,7 @@ class L2:
         user: np.ndarray,
         history_note_ids: Sequence[str],
         note_ids: Sequence[str],
-        notes: np.ndarray,
+        notes: np.ndarray | Notes,
         *,
         surface: str | None = None,
         user_attributes: str | None = None,
@@ -202,7 +202,8 @@ class L2:
     ) -> dict[str, np.ndarray]:
         """Head -> float32 [N] probabilities; a row's depends on nothing in the other rows.
 
-        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features; NaN for NULL.
+        user: raw values [Fu] in the order of user_features; notes: [N, Fn] in the order of note_features, NaN for NULL, or what
+        can give them.
         history_note_ids: oldest first (what was watched before the log, then the clicks); the last `history_length` count.
         surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
         `lake.users.attributes`, or None. rows: as `L1.score` takes them; by default a note's place among those of training.
@@ -229,7 +230,7 @@ class L2:
         self.memo.forget()
 
     def _asked(self, request: RankingRequest) -> Asked:
-        check_shapes(NAME, request, self.user_features, self.note_features)
+        notes = notes_of(NAME, request, self.user_features, self.note_features)
         if len(request.note_ids) != len(request.notes):
             raise ValueError(
                 f"note_ids and notes must have one row per candidate, got {len(request.note_ids)} and {len(request.notes)}"
@@ -238,7 +239,7 @@ class L2:
         codes = self.encoded_notes(request.note_ids) if request.codes is None else request.codes
         rows = np.where(codes > 0, codes, -1) if request.rows is None else request.rows
         attributes_A = self.encoded_attributes(request.user_attributes)
-        return Asked(request.user, self.code_of_surface(request.surface), attributes_A, history, codes, rows, request.notes)
+        return Asked(request.user, self.code_of_surface(request.surface), attributes_A, history, codes, rows, notes)
 
     def code_of_surface(self, surface: str | None) -> int:
         """Its row in the embedding; None and the unknown have that of the surface seen most in training."""

@@ -24,11 +24,11 @@ from models_ml.first_layer import FirstLayer
 from models_ml.l2_network import HistoryLayer, L2Network, MemberLinear
 from models_ml.request_inputs import PiecewiseTable, add_products, filled_up
 from models_ml.row_memo import RowMemo
-from models_ml.scoring import together
+from models_ml.scoring import Notes
 
 
 class Asked(NamedTuple):
-    """One request. user [Fu], notes [N, Fn]: raw features, NaN for NULL. attributes: 0 and 1. history: int64
+    """One request. user [Fu], notes: raw features, NaN for NULL. attributes: 0 and 1. history: int64
     codes, newest first, at most as many as there are places; codes, rows: int64 [N]. Code 0 is an unknown note; a note's row
     is where what it adds is kept, -1 for nowhere."""
 
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
     history: np.ndarray
     codes: np.ndarray
     rows: np.ndarray
-    notes: np.ndarray
+    notes: Notes
 
 
 class L2Scorer:
@@ -94,7 +94,6 @@ class L2Scorer:
         spans = [slice(*ends) for ends in pairwise(ends)]
         N, width = ends[-1], self._width
         codes_N = np.concatenate([request.codes for request in asked])
-        notes_NF = together([request.notes for request in asked])
 
         note_ND = self._table_ND.index_select(0, torch.from_numpy(codes_N))
         inputs_NE, likeness_N1 = torch.empty(filled_up(N), 2 * width), torch.empty(N, 1)
@@ -114,11 +113,8 @@ class L2Scorer:
         hidden_NW = torch.empty(len(inputs_NE), self._of_read_EW.shape[1])
         hidden_NW[N:] = 0
         of_candidates_NW = hidden_NW.numpy()[:N]
-        row_N, reader_of_N = (
-            np.concatenate([request.rows for request in asked]),
-            np.repeat(np.arange(len(asked)), np.diff(ends)),
-        )
-        self._first.fill(of_candidates_NW, notes_NF, row_N, codes_N, self._of_users(asked, histories), reader_of_N)
+        row_N, notes = np.concatenate([request.rows for request in asked]), [request.notes for request in asked]
+        self._first.fill(of_candidates_NW, notes, row_N, codes_N, self._of_users(asked, histories))
         add_products(likeness_N1.numpy(), self._of_likeness_1W, of_candidates_NW)
         hidden_NW.addmm_(inputs_NE, self._of_read_EW).relu_()
         hidden_KNH = hidden_NW.unflatten(1, (self._members, -1)).transpose(0, 1)

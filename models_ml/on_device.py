@@ -23,7 +23,7 @@ from kernels.graphed import Graphed, Recording, record_cuda_graph
 from kernels.top_k import SMALLEST_PROBLEM, top_k
 from models_ml.l1 import L1
 from models_ml.l2 import L2
-from models_ml.scoring import RankingRequest, check_shapes
+from models_ml.scoring import Notes, RankingRequest, notes_of
 from warehouse.errors import HeadraceError
 
 Record = Callable[..., Recording]
@@ -95,11 +95,11 @@ class L1OnDevice:
         return self._network.utility(self._weights_T, user_U[None], surface_1, note_NI)
 
     def score(
-        self, user: np.ndarray, notes: np.ndarray, *, surface: str | None = None, rows: np.ndarray | None = None
+        self, user: np.ndarray, notes: np.ndarray | Notes, *, surface: str | None = None, rows: np.ndarray | None = None
     ) -> np.ndarray:
         """As `L1.score`; nothing is kept there, so the rows are not read."""
-        check_shapes("l1", RankingRequest(user, notes), self.user_features, self.note_features)
-        return self.ranker(user=user, surface=np.array([self._model.code_of_surface(surface)]), notes=notes)
+        picked = notes_of("l1", RankingRequest(user, notes), self.user_features, self.note_features).pick(self.note_features)
+        return self.ranker(user=user, surface=np.array([self._model.code_of_surface(surface)]), notes=picked)
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
         """As `L1.score_many`, one graph after the other."""
@@ -153,7 +153,7 @@ class L2OnDevice:
         user: np.ndarray,
         history_note_ids: Sequence[str],
         note_ids: Sequence[str],
-        notes: np.ndarray,
+        notes: np.ndarray | Notes,
         *,
         surface: str | None = None,
         user_attributes: str | None = None,
@@ -161,10 +161,10 @@ class L2OnDevice:
         codes: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """As `L2.score`; nothing is kept there, so rows and codes are not read."""
-        check_shapes("l2", RankingRequest(user, notes), self.user_features, self.note_features)
+        picked = notes_of("l2", RankingRequest(user, notes), self.user_features, self.note_features).pick(self.note_features)
         if len(note_ids) != len(notes):
             raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
-        scores_NT = self.ranker(**self._values(user, history_note_ids, note_ids, notes, surface, user_attributes))
+        scores_NT = self.ranker(**self._values(user, history_note_ids, note_ids, picked, surface, user_attributes))
         return {head: scores_NT[:, column] for column, head in enumerate(self.heads)}
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:

@@ -1,12 +1,13 @@
 """Rows of a layer's outputs, kept from request to request for as long as what they are made of stays the same.
 
 Between two ticks a note's block features never change: the same rows of features come again and again. Nothing here knows of
-ticks: a row has its place by its number, and is used only where the features that it was made of are the same bit for bit.
-N rows asked for, M of them to be made, S places, B features that a row is made of, among the F given; W outputs.
+ticks: a row has its place by its number. It is used where its stamp says that nothing changed, which needs no look at the
+features; and where the features that it was made of are the same bit for bit, whatever the stamp.
+N rows asked for, M of them whose stamp is another, S places, B features that a row is made of, W outputs.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit, types
@@ -16,28 +17,28 @@ from models_ml.request_inputs import only_read
 NUM_BYTES = 256 << 20
 """What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
 
+_HEAD = 3  # numbers of a place before its outputs
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 
 
 class RowMemo:
-    """Safe for threads. make: (features float32 [M, F], tags int64 [M]) -> float32 [M, W], each row from its own alone.
+    """Safe for threads. make: (features float32 [M, B], tags int64 [M]) -> float32 [M, W], each row from its own alone.
 
-    columns: those of the features that a row is made of. num_hits, num_misses: rows found and made since the start.
+    num_hits, num_misses: rows found and made since the start.
     """
 
     def __init__(
         self,
-        columns: Sequence[int],
+        num_features: int,
         width: int,
         make: Callable[[np.ndarray, np.ndarray], np.ndarray],
         num_bytes: int = NUM_BYTES,
     ):
         self._make, self._lock = make, threading.Lock()
-        self._columns_B = np.array(columns, dtype=np.int64)
-        num_numbers = 2 + len(columns) + width
+        num_numbers = _HEAD + num_features + width
         self._places = max(1, num_bytes // (4 * num_numbers))
-        # of a place: since when its row is kept (0: none is), the row's tag, its features' bits, its outputs' bits: side by
-        # side, so that memory is asked once
+        # of a place: since when its row is kept (0: none is), the row's tag and stamp, its outputs' bits, its features' bits:
+        # side by side, so that memory is asked once
         self._kept_SR = np.zeros((self._places, num_numbers), dtype=np.int32)
         self._since = 1
         self._num_kept = self.num_hits = self.num_misses = 0
@@ -51,26 +52,44 @@ class RowMemo:
         """Of the places, those never used as well."""
         return self._kept_SR.nbytes
 
-    def fill(self, rows_NW: np.ndarray, number_N: np.ndarray, tag_N: np.ndarray, features_NF: np.ndarray) -> None:
-        """Writes the row of each row of features, all float32 and contiguous.
+    def fill(
+        self,
+        rows_NW: np.ndarray,
+        number_N: np.ndarray,
+        tag_N: np.ndarray,
+        stamp_N: np.ndarray,
+        features: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Writes the row of each, float32 and contiguous.
 
         number_N: int64, whose row it is; rows of one number, or of two that are a multiple of the places apart, take turns. One
-        below 0 is made each time. tag_N: int64, what else a row is made of, not below 0.
+        below 0 is made each time. tag_N: int64, what else a row is made of, not below 0. stamp_N: int64, above 0 where the
+        features are those of every row of this number with this stamp. features: those at some places of the N, float32
+        [M, B], contiguous.
         """
-        bits_NF = features_NF.view(np.int32)  # as bits NULL equals NULL
-        missing_N = np.empty(len(rows_NW), dtype=np.int64)
-        kept = self._columns_B, self._kept_SR, self._kept_SR.view(np.float32)
+        kept = self._kept_SR, self._kept_SR.view(np.float32)
+        other_N = np.empty(len(rows_NW), dtype=np.int64)
         with self._lock:
             since = self._since
-            num_missing = _find(since, number_N, tag_N, bits_NF, *kept, rows_NW, missing_N)
-            self.num_hits += len(rows_NW) - num_missing
+            num_others = _find_by_stamp(since, number_N, tag_N, stamp_N, *kept, rows_NW, other_N)
+            self.num_hits += len(rows_NW) - num_others
+        if not num_others:
+            return
+        other_M = other_N[:num_others]
+        features_MB = features(other_M)
+        bits_MB = features_MB.view(np.int32)  # as bits NULL equals NULL
+        missing_M = np.empty(num_others, dtype=np.int64)
+        with self._lock:
+            num_missing = _find_by_bits(since, other_M, number_N, tag_N, stamp_N, bits_MB, *kept, rows_NW, missing_M)
+            self.num_hits += num_others - num_missing
             self.num_misses += num_missing
         if not num_missing:
             return
-        missing_M = missing_N[:num_missing]
-        made_MW = self._make(features_NF[missing_M], tag_N[missing_M])
+        missing = missing_M[:num_missing]
+        missing_of_N = other_M[missing]
+        made_MW = self._make(features_MB[missing], tag_N[missing_of_N])
         with self._lock:
-            num_new = _keep(since, missing_M, made_MW, number_N, tag_N, bits_NF, *kept, rows_NW)
+            num_new = _keep(since, missing_of_N, made_MW, number_N, tag_N, stamp_N, bits_MB[missing], *kept, rows_NW)
             if since == self._since:
                 self._num_kept += num_new
 
@@ -83,46 +102,80 @@ class RowMemo:
 
 @njit(
     types.int64(
-        types.int64, _NUMBERS, _NUMBERS, _BITS, _NUMBERS, types.int32[:, ::1], types.float32[:, ::1], types.float32[:, ::1],
+        types.int64, _NUMBERS, _NUMBERS, _NUMBERS, types.int32[:, ::1], types.float32[:, ::1], types.float32[:, ::1],
         types.int64[::1],
     ),
     cache=True,
     nogil=True,
 )  # fmt: skip
-def _find(
+def _find_by_stamp(
     since: int,
     number_N: np.ndarray,
     tag_N: np.ndarray,
-    bits_NF: np.ndarray,
-    columns_B: np.ndarray,
+    stamp_N: np.ndarray,
     kept_SR: np.ndarray,
     kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
-    missing_N: np.ndarray,
+    other_N: np.ndarray,
 ) -> int:
-    """Writes the rows that are kept; the others' places into missing_N, and says how many."""
-    num_missing, first_output = 0, 2 + len(columns_B)
+    """Writes the rows whose stamp is kept; the others' places into other_N, and says how many."""
+    num_others, width = 0, rows_NW.shape[1]
     for n in range(len(number_N)):
-        kept_R = kept_SR[number_N[n] % len(kept_SR)]
-        is_same = number_N[n] >= 0 and kept_R[0] == since and kept_R[1] == tag_N[n]
-        if is_same:
-            for b in range(len(columns_B)):
-                if bits_NF[n, columns_B[b]] != kept_R[2 + b]:
-                    is_same = False
-                    break
-        if is_same:
-            row_W = kept_as_floats_SR[number_N[n] % len(kept_SR), first_output:]
-            for w in range(rows_NW.shape[1]):
-                rows_NW[n, w] = row_W[w]
+        place = number_N[n] % len(kept_SR)
+        kept_R = kept_SR[place]
+        if number_N[n] >= 0 and stamp_N[n] > 0 and kept_R[0] == since and kept_R[1] == tag_N[n] and kept_R[2] == stamp_N[n]:
+            for w in range(width):
+                rows_NW[n, w] = kept_as_floats_SR[place, _HEAD + w]
         else:
-            missing_N[num_missing] = n
+            other_N[num_others] = n
+            num_others += 1
+    return num_others
+
+
+@njit(
+    types.int64(
+        types.int64, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1], types.float32[:, ::1],
+        types.float32[:, ::1], types.int64[::1],
+    ),
+    cache=True,
+    nogil=True,
+)  # fmt: skip
+def _find_by_bits(
+    since: int,
+    other_M: np.ndarray,
+    number_N: np.ndarray,
+    tag_N: np.ndarray,
+    stamp_N: np.ndarray,
+    bits_MB: np.ndarray,
+    kept_SR: np.ndarray,
+    kept_as_floats_SR: np.ndarray,
+    rows_NW: np.ndarray,
+    missing_M: np.ndarray,
+) -> int:
+    """Writes the rows whose features are kept, and keeps their stamps; the others among the M into missing_M, and how many."""
+    num_missing, num_features, width = 0, bits_MB.shape[1], rows_NW.shape[1]
+    for m in range(len(other_M)):
+        n = other_M[m]
+        place = number_N[n] % len(kept_SR)
+        kept_R = kept_SR[place]
+        is_same = number_N[n] >= 0 and kept_R[0] == since and kept_R[1] == tag_N[n]
+        for b in range(num_features):
+            if not is_same:
+                break
+            is_same = bits_MB[m, b] == kept_R[_HEAD + width + b]
+        if is_same:
+            kept_R[2] = stamp_N[n]
+            for w in range(width):
+                rows_NW[n, w] = kept_as_floats_SR[place, _HEAD + w]
+        else:
+            missing_M[num_missing] = m
             num_missing += 1
     return num_missing
 
 
 @njit(
     types.int64(
-        types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _BITS, _NUMBERS, types.int32[:, ::1],
+        types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1],
         types.float32[:, ::1], types.float32[:, ::1],
     ),
     cache=True,
@@ -134,22 +187,22 @@ def _keep(
     made_MW: np.ndarray,
     number_N: np.ndarray,
     tag_N: np.ndarray,
-    bits_NF: np.ndarray,
-    columns_B: np.ndarray,
+    stamp_N: np.ndarray,
+    bits_MB: np.ndarray,
     kept_SR: np.ndarray,
     kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
 ) -> int:
-    """Writes the rows that were made, and keeps them; says how many places had none."""
-    num_new = 0
+    """Writes the rows that were made, and keeps them; says how many places had none. missing_M: places among the N."""
+    num_new, num_features, width = 0, bits_MB.shape[1], rows_NW.shape[1]
     for m in range(len(missing_M)):
         n = missing_M[m]
         rows_NW[n] = made_MW[m]
         if number_N[n] >= 0:
             place = number_N[n] % len(kept_SR)
             num_new += kept_SR[place, 0] != since
-            kept_SR[place, 0], kept_SR[place, 1] = since, tag_N[n]
-            for b in range(len(columns_B)):
-                kept_SR[place, 2 + b] = bits_NF[n, columns_B[b]]
-            kept_as_floats_SR[place, 2 + len(columns_B) :] = made_MW[m]
+            kept_SR[place, 0], kept_SR[place, 1], kept_SR[place, 2] = since, tag_N[n], stamp_N[n]
+            for b in range(num_features):
+                kept_SR[place, _HEAD + width + b] = bits_MB[m, b]
+            kept_as_floats_SR[place, _HEAD : _HEAD + width] = made_MW[m]
     return num_new

@@ -3,8 +3,46 @@ none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+
+class Notes(Protocol):
+    """Features of C candidates, copied when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def pick(self, names: Sequence[str]) -> np.ndarray:
+        """float32 [C, len(names)], contiguous, in the order asked for; NaN for NULL."""
+
+    def take(self, places: np.ndarray) -> "Notes":
+        """Those at these places."""
+
+    def stamps(self, names: Sequence[str]) -> np.ndarray:
+        """int64 [C]: wherever one above 0 comes again with the same row, as `RankingRequest.rows` names it, these features have
+        the same bits. 0 where that is not known."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Features as a matrix: [C, the names]."""
+
+    values_CF: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.values_CF)
+
+    def pick(self, names: Sequence[str]) -> np.ndarray:
+        columns = [self.names.index(name) for name in names]
+        return np.ascontiguousarray(self.values_CF[:, columns], dtype=np.float32)
+
+    def take(self, places: np.ndarray) -> "Given":
+        return Given(self.values_CF[places], self.names)
+
+    def stamps(self, names: Sequence[str]) -> np.ndarray:
+        return np.zeros(len(self.values_CF), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -13,7 +51,7 @@ class RankingRequest:
     there."""
 
     user: np.ndarray
-    notes: np.ndarray
+    notes: np.ndarray | Notes
     surface: str | None = None
     history_note_ids: Sequence[str] = ()
     note_ids: Sequence[str] = ()
@@ -34,16 +72,18 @@ def rows_of(requests: Sequence[RankingRequest]) -> np.ndarray:
     return np.concatenate([np.full(len(one.notes), -1) if one.rows is None else one.rows for one in requests])
 
 
-def check_shapes(name: str, request: RankingRequest, user_features: Sequence[str], note_features: Sequence[str]) -> None:
-    """Raises ValueError unless there is one value per feature, and one of each number per candidate."""
+def notes_of(name: str, request: RankingRequest, user_features: Sequence[str], note_features: Sequence[str]) -> Notes:
+    """The request's candidates. Raises ValueError unless there is one value per feature, one of each number per candidate."""
     user, notes = request.user, request.notes
-    if user.shape != (len(user_features),) or notes.ndim != 2 or notes.shape[1] != len(note_features):
+    given = notes.shape if isinstance(notes, np.ndarray) else (len(notes), len(note_features))
+    if user.shape != (len(user_features),) or len(given) != 2 or given[1] != len(note_features):
         raise ValueError(
-            f"{name} takes user [{len(user_features)}] and notes [N, {len(note_features)}], got {user.shape} and {notes.shape}"
+            f"{name} takes user [{len(user_features)}] and notes [N, {len(note_features)}], got {user.shape} and {given}"
         )
     for what, numbers in (("rows", request.rows), ("codes", request.codes)):
         if numbers is not None and (numbers.shape != (len(notes),) or numbers.dtype != np.int64):
             raise ValueError(f"{name} takes {what} int64 [{len(notes)}], got {numbers.dtype} {numbers.shape}")
+    return Given(notes, tuple(note_features)) if isinstance(notes, np.ndarray) else notes
 
 
 def default_surface(train_codes: np.ndarray, surfaces: Sequence[str]) -> str | None:

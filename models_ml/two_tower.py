@@ -8,6 +8,7 @@ B pairs in a batch, L places of a history (newest first, code 0 = padding), D wi
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +202,8 @@ class TwoTower:
     def user_vector(self, history_note_ids: Sequence[str]) -> np.ndarray:
         """float32 [D], unit length, zeros if no note of the history is known. Oldest first; the last `history_length` known
         ones count."""
-        codes = [self._code_of[note_id] for note_id in reversed(history_note_ids) if note_id in self._code_of]
-        kept_n = np.array(codes[: self.history_length], dtype=np.int64) - 1
+        known = (code for note_id in reversed(history_note_ids) if (code := self._code_of.get(note_id)) is not None)
+        kept_n = np.fromiter(islice(known, self.history_length), np.int64) - 1
         if not len(kept_n):
             return np.zeros(self.note_vectors.shape[1], dtype=np.float32)
         # `TwoTowerNetwork.user_vectors` of one reader, in numpy: each operation of PyTorch gives the interpreter away

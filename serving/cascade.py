@@ -104,8 +104,8 @@ def rank_l1_alone(
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    scores_C, order = run_l1(request, features_C, as_given(len(note_ids)), top_k)
-    return author_ids, scores_C, order, request.steps.degraded
+    scores_C = run_l1(request, features_C)
+    return author_ids, scores_C, best_first(score_so_far(scores_C), top_k), request.steps.degraded
 
 
 def rank_l2_alone(
@@ -148,7 +148,7 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
         with steps.timed("hydrate_candidates", len(candidates)):
             made = _Some.of(request, candidates, np.arange(len(candidates)))
         with steps.timed("l1", len(candidates)):
-            l1_score_C, _ = run_l1(request, made.features, candidates.recall_score_C, len(candidates))
+            l1_score_C = run_l1(request, made.features)
         return Scored(candidates, l1_score_C), "l1" not in steps.degraded
 
     key = (request.user_id, request.feed_type, request.geohash, request.surface)

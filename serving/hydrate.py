@@ -26,6 +26,7 @@ from warehouse.time_algebra import floor_5m
 
 KEY_COLUMNS = ("user_id", "note_id", "author_id")
 USER = ("user_id",)
+_AGE = "note_age_min"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ class CandidateFeatures:
 @dataclass(frozen=True)
 class Hydrated:
     """Where every feature of every candidate is: note, author, reader × author, and request-time ones. Models are given the
-    numbers that they ask for. row_C: the notes' rows of the catalogue, -1 for unknown ones."""
+    numbers that they ask for. row_C: the notes' rows of the catalogue, -1 for unknown ones; parts: REQUEST_FEATURES last."""
 
     row_C: np.ndarray
     parts: tuple[FeatureRows, ...]
+
+    def __len__(self) -> int:
+        return len(self.row_C)
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float32 [C, len(names)], contiguous, in the order asked for; NaN for NULL. Raises KeyError for an unknown name."""
@@ -84,6 +88,20 @@ class Hydrated:
         for part, (from_columns, to_columns) in zip(self.parts, columns, strict=True):
             part.write(picked_CF, from_columns, to_columns)
         return picked_CF
+
+    def stamps(self, names: Sequence[str]) -> np.ndarray:
+        """int64 [C]: above 0 where these features are those of the row of the catalogue wherever the number comes again: held
+        for one tick, all of them, and of the request itself no more than what stands once a note is created."""
+        columns = _columns_of_parts(tuple(part.names for part in self.parts), tuple(names))
+        held = [part for part, (own_columns, _) in zip(self.parts[:-1], columns[:-1], strict=True) if len(own_columns)]
+        stamps = {part.stamp for part in held}
+        stamp = stamps.pop() if len(stamps) == 1 and _AGE not in names else 0
+        stamp_C = np.full(len(self.row_C), stamp)
+        for part in held:
+            stamp_C[part.place_C < 0] = 0
+        of_request = self.parts[-1]
+        stamp_C[np.isnan(of_request.held.values[of_request.place_C, REQUEST_FEATURES.index(_AGE)])] = 0
+        return stamp_C
 
     def take(self, order: np.ndarray) -> "Hydrated":
         return Hydrated(self.row_C[order], tuple(part.take(order) for part in self.parts))

@@ -4,11 +4,14 @@ Shape letters: C candidates in order of recall, S survivors of L1, N notes of th
 """
 
 import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from random import Random
 
 import numpy as np
 
-from serving.policy import COLD_START, PROMOTED, Placed, Pool, arrange
+from serving.placing import as_relevance
+from serving.policy import COLD_START, PROMOTED, Placed, Pool, arrange_best
 from serving.request import Request
 from serving.retrieve import Candidates
 from serving.settings import Settings
@@ -57,31 +60,38 @@ def lay_out(
     order_C: candidates to choose from, best first. What is explored depends on the request's id alone, so that a page can be
     made again.
     """
-    world = request.world
-    row_S = candidates.row_C[order_C]
-    vectors_VD, vector_S = _vectors(request, row_S)
-    pool = Pool(
-        note_S=row_S,
-        author_S=world.catalogue.author_row_N[row_S],
-        topic_S=world.catalogue.topic_code_N[row_S],
-        scores_S=score_C[order_C],
-        vectors_VD=vectors_VD,
-        vector_S=vector_S,
-        may_show_S=_may_show(request, row_S),
-        is_promoted_S=_promoted(request, row_S),
-        is_cold_S=_cold(request, row_S),
-    )
-    placed, relaxed = arrange(pool, page_size, world.settings.rules, Random(request_id))
+    rules, relevance_S = request.world.settings.rules, as_relevance(score_C[order_C])
+
+    def head_of(size: int) -> Pool:
+        return _pool(request, candidates.row_C[order_C[:size]], relevance_S[:size])
+
+    placed, relaxed = arrange_best(head_of, len(order_C), page_size, rules, Random(request_id))
     request.steps.degraded.extend(relaxed)
     return [Placed(int(order_C[item.candidate]), item.slot, item.propensity) for item in placed]
 
 
-def showable(request: Request) -> np.ndarray:
-    """bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or not."""
+def _pool(request: Request, row_S: np.ndarray, relevance_S: np.ndarray) -> Pool:
+    catalogue, slots = request.world.catalogue, request.world.settings.rules.slots.values()
+    vectors_VD, vector_S = _vectors(request, row_S)
+    return Pool(
+        note_S=row_S,
+        author_S=catalogue.author_row_N[row_S],
+        topic_S=catalogue.topic_code_N[row_S],
+        relevance_S=relevance_S,
+        vectors_VD=vectors_VD,
+        vector_S=vector_S,
+        may_show_S=_may_show(request, row_S),
+        is_promoted_S=_promoted(request, row_S),
+        is_cold_S=_cold(request, row_S) if COLD_START in slots else np.zeros(len(row_S), dtype=bool),
+    )
+
+
+def showable(request: Request, seen: Sequence[str] = ()) -> AbstractContextManager[np.ndarray]:
+    """Lends bool [N]: notes that exist at t and that neither the settings nor the reader's own `hide` forbid, short page or
+    not; without those that are named as seen."""
     world = request.world
-    may_N = world.catalogue.exists_at(request.t_us) & world.allowed_N
-    may_N[_hidden(request)] = False
-    return may_N
+    rows = world.catalogue.rows([*world.readers.hidden(request.user_id), *seen])
+    return world.showable.without(request.t_us, rows[rows >= 0])
 
 
 def _may_show(request: Request, row_S: np.ndarray) -> np.ndarray:
@@ -106,7 +116,8 @@ def _vectors(request: Request, row_S: np.ndarray) -> tuple[np.ndarray, np.ndarra
             return request.world.models.two_tower.note_vectors, request.world.models.vector_of_row[row_S]
         except Exception:  # costs the page its variety, never the page
             log.exception("no vectors of notes; the page is laid out without diversity")
-            request.steps.degraded.append("diversity")
+            if "diversity" not in request.steps.degraded:
+                request.steps.degraded.append("diversity")
     return np.empty((0, 1), np.float32), np.full(len(row_S), -1)
 
 

@@ -6,8 +6,8 @@ this place, given the places before it. It is what off-policy estimates divide b
 stands in `placing`; chance stands here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from random import Random
 
 import numpy as np
@@ -39,13 +39,13 @@ class Rules:
 @dataclass(frozen=True)
 class Pool:
     """S candidates, best first. note_S, author_S, topic_S: int64, one number for each note, author and topic, -1 for none.
-    vectors_VD: float32, unit rows. vector_S: int64, each candidate's row of them, -1 for none. may_show_S: false is never
-    shown."""
+    relevance_S: float64, from 0 to 1. vectors_VD: float32, unit rows. vector_S: int64, each candidate's row of them, -1 for
+    none. may_show_S: false is never shown."""
 
     note_S: np.ndarray
     author_S: np.ndarray
     topic_S: np.ndarray
-    scores_S: np.ndarray
+    relevance_S: np.ndarray
     vectors_VD: np.ndarray
     vector_S: np.ndarray
     may_show_S: np.ndarray
@@ -55,6 +55,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self.note_S)
 
+    def head(self, size: int) -> "Pool":
+        """The best of them."""
+        rows = {field.name: getattr(self, field.name)[:size] for field in fields(self) if field.name != "vectors_VD"}
+        return Pool(vectors_VD=self.vectors_VD, **rows)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -63,6 +68,24 @@ class Placed:
     candidate: int
     slot: str
     propensity: float
+
+
+def arrange_best(
+    head_of: Callable[[int], Pool], num_candidates: int, page_size: int, rules: Rules, random: Random
+) -> tuple[list[Placed], list[str]]:
+    """`arrange` of all candidates, of which only as many are looked at as it takes. head_of: so many of the best, each note
+    once."""
+    reached = page_size + rules.max_displacement
+    head = num_candidates if rules.slots else 2 * reached
+    while True:
+        pool = head_of(head)
+        placed, relaxed = arrange(pool, page_size, rules, random)
+        if head >= num_candidates:
+            return placed, relaxed
+        # no slot looks beyond the head, so a full page for which no rule gave way is the page of all
+        if len(placed) == page_size and not relaxed and pool.may_show_S.sum() >= reached:
+            return placed, relaxed
+        head *= 4
 
 
 def arrange(pool: Pool, page_size: int, rules: Rules, random: Random) -> tuple[list[Placed], list[str]]:
@@ -77,14 +100,13 @@ def arrange(pool: Pool, page_size: int, rules: Rules, random: Random) -> tuple[l
     for place, slot in rules.slots.items():
         if 0 <= place < page_size:
             kept_P[place] = placing.SLOTS.index(slot)
-    relevance_S = placing.as_relevance(pool.scores_S)
     explored: dict[int, Placed] = {}
     while True:
         num_filled, chosen_P, slot_P, relaxed, ranked, may_draw_S = placing.fill(
             pool.note_S,
             pool.author_S,
             pool.topic_S,
-            relevance_S,
+            pool.relevance_S,
             pool.vectors_VD,
             pool.vector_S,
             pool.may_show_S,

@@ -19,24 +19,20 @@ class StageError(Exception):
     """A model gave no usable scores; the cascade goes on without that stage and says so."""
 
 
-def run_l1(request: Request, candidates: Hydrated, order_so_far_C: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(l1_score float64 [C], positions of the top_k best first). If L1 fails, scores are NaN and the order so far stands."""
-    if len(order_so_far_C) == 0:
-        return np.empty(0), np.empty(0, dtype=np.int64)
+def run_l1(request: Request, candidates: Hydrated) -> np.ndarray:
+    """l1_score float64 [C], NaN if L1 fails."""
+    if len(candidates) == 0:
+        return np.empty(0)
     model = request.world.models.l1
     try:
         scores_C = model.score(
-            request.user.pick(model.user_features),
-            candidates.pick(model.note_features),
-            surface=request.surface,
-            rows=candidates.row_C,
+            request.user.pick(model.user_features), candidates, surface=request.surface, rows=candidates.row_C
         )
-        l1_score_C = _usable("L1", scores_C, len(order_so_far_C))
+        return _usable("L1", scores_C, len(candidates))
     except Exception:
         log.exception("L1 failed; the order of the stage before it stands")
         request.steps.degraded.append("l1")
-        return np.full(len(order_so_far_C), np.nan), best_first(order_so_far_C, top_k)
-    return l1_score_C, best_first(l1_score_C, top_k)
+        return np.full(len(candidates), np.nan)
 
 
 def run_l2(
@@ -51,7 +47,7 @@ def run_l2(
             request.user.pick(model.user_features),
             request.history,
             list(note_ids),
-            candidates.pick(model.note_features),
+            candidates,
             surface=request.surface,
             user_attributes=world.readers.attributes(request.user_id),
             rows=candidates.row_C,

@@ -28,17 +28,16 @@ def find_candidates(request: Request, at_least: int) -> Candidates:
     followed authors or only nearby notes, then only unseen ones) and `degraded` says so.
     """
     limits, degraded = request.world.settings.generators, request.steps.degraded
-    may_N = showable(request)
-    unseen_N = _without_seen(request, may_N)
     if request.feed_type == "NEARBY" and request.geohash is None:
         degraded.append(NO_LOCATION)
     elif request.feed_type in ONLY:
         generator, without = ONLY[request.feed_type]
-        candidates = _found(request, unseen_N, {generator: limits.get(generator, 0)})
+        with showable(request, _seen(request)) as unseen_N:
+            candidates = _found(request, unseen_N, {generator: limits.get(generator, 0)})
         if len(candidates) > 0:
             return candidates
         degraded.append(without)
-    return _at_least(request, at_least, may_N, unseen_N, limits)
+    return _at_least(request, at_least, limits)
 
 
 def find_or_recall(request: Request, at_least: int) -> Candidates:
@@ -63,31 +62,23 @@ def find_or_recall(request: Request, at_least: int) -> Candidates:
 def find_popular(request: Request, at_least: int) -> Candidates:
     """What is trending and fresh, without asking any model; seen notes too where there is too little else."""
     limits = {"trending": 4 * at_least, "fresh": 4 * at_least}
-    may_N = showable(request)
-    return _at_least(request, at_least, may_N, _without_seen(request, may_N), limits, ranked=False)
+    return _at_least(request, at_least, limits, ranked=False)
 
 
-def _at_least(
-    request: Request,
-    number: int,
-    may_N: np.ndarray,
-    unseen_N: np.ndarray,
-    limits: Mapping[str, int],
-    ranked: bool = True,
-) -> Candidates:
+def _at_least(request: Request, number: int, limits: Mapping[str, int], ranked: bool = True) -> Candidates:
     """Unseen notes; where they are too few, and there are more, any that may be shown."""
-    candidates = _found(request, unseen_N, limits, ranked)
-    if len(candidates) < number and may_N.sum() > len(candidates):
-        request.steps.degraded.append(SEEN_AGAIN)
-        candidates = _found(request, may_N, limits, ranked)
+    with showable(request, _seen(request)) as unseen_N:
+        candidates = _found(request, unseen_N, limits, ranked)
+    if len(candidates) < number:
+        with showable(request) as may_N:
+            if may_N.sum() > len(candidates):
+                request.steps.degraded.append(SEEN_AGAIN)
+                candidates = _found(request, may_N, limits, ranked)
     return candidates
 
 
-def _without_seen(request: Request, may_N: np.ndarray) -> np.ndarray:
-    unseen_N = may_N.copy()
-    rows = request.world.catalogue.rows([*request.world.readers.seen(request.user_id), *request.history])
-    unseen_N[rows[rows >= 0]] = False
-    return unseen_N
+def _seen(request: Request) -> list[str]:
+    return [*request.world.readers.seen(request.user_id), *request.history]
 
 
 def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int], ranked: bool = True) -> Candidates:

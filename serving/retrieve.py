@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numba import njit, types
 
+from models_ml.ordering import largest_first
 from serving.catalogue import Catalogue
+from serving.union import Union
 
 log = logging.getLogger(__name__)
-
-RANK_DAMPING = 60
-"""Of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009): scores of generators do not compare, ranks do."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Retrieval:
 
     catalogue: Catalogue
     models: object  # with `.item_to_item`, `.rows_of_neighbours`, `.two_tower`, `.rows_of_vectors`, `.shards` and `.vectors`
-    eligible_N: np.ndarray
+    eligible_N: np.ndarray  # only lent, for the time of the request
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
     seeds: Sequence[str]  # the newest part of it
@@ -99,15 +99,11 @@ def topics(request: Retrieval, limit: int) -> np.ndarray:
     if not of_topic:
         return np.empty(0, dtype=np.int64)
     codes, catalogue = [request.catalogue.topic_codes[topic] for topic in of_topic], request.catalogue
-    weight_T = np.zeros(len(catalogue.topic_codes) + 1)
+    weight_T = np.zeros(len(catalogue.topic_codes))
     weight_T[codes] = list(of_topic.values())
-    rows = trending(request, len(catalogue))
-    code_R = catalogue.topic_code_N[rows]
-    rows, code_R = rows[weight_T[code_R] > 0], code_R[weight_T[code_R] > 0]
-    by_topic = np.argsort(code_R, kind="stable")
-    place_R = np.empty(len(rows))
-    place_R[by_topic] = _place_in_run(code_R[by_topic])
-    return rows[np.argsort((place_R + 0.5) / weight_T[code_R], kind="stable")][:limit]
+    rows = np.ascontiguousarray(request.trending_rows, np.int64)
+    rows_R, key_R = _of_topics(rows, request.eligible_N, catalogue.topic_code_N, weight_T, limit)
+    return rows_R[largest_first(-key_R, np.arange(len(key_R)))[:limit]]
 
 
 def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
@@ -129,7 +125,7 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     if not user_D.any():  # the model knows none of these notes: every product would be 0
         return np.empty(0, dtype=np.int64)
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
-    usable_V = (rows_V >= 0) & request.eligible_N.take(rows_V)
+    usable_V = _usable(rows_V, request.eligible_N)
     vectors = request.models.vectors  # type: ignore[attr-defined]
     if vectors is not None:
         return rows_V[vectors.best(user_D, usable_V, limit)]
@@ -188,11 +184,11 @@ def retrieve(
     A note's sources stand in the order of what each added to its score.
     recall_score is the sum over a note's sources of 1 / (60 + rank): higher is better, and more sources are better.
     """
-    union = _Union(request.catalogue)
+    union = Union(sum(max(int(limit), 0) for limit in limits.values()), len(limits))
     failed: list[str] = request.failed
     is_cut = False
     for name, limit in limits.items():
-        if union.found and is_late(union.num_notes):
+        if union.generators and is_late(union.num_notes):
             is_cut = True
             break
         try:
@@ -200,44 +196,42 @@ def retrieve(
         except Exception:  # one generator's failure costs its notes, never the page
             log.exception("generator %s failed; the feed goes on without it", name)
             failed.append(name)
-    return union.candidates(), failed, is_cut
+    return Candidates(request.catalogue, tuple(union.generators), *union.ranked()), failed, is_cut
 
 
-class _Union:
-    """What the generators have found so far. Rows are small numbers, so what was found is looked up, not sorted."""
-
-    def __init__(self, catalogue: Catalogue):
-        self._catalogue = catalogue
-        self._place_N = np.full(len(catalogue), -1, dtype=np.int32)
-        self._rows = [np.empty(0, dtype=np.int64)]  # each note once
-        self.found: dict[str, np.ndarray] = {}
-        self.num_notes = 0
-
-    def add(self, name: str, rows: np.ndarray) -> None:
-        rows = _first_of_each(rows)
-        new = rows[self._place_N[rows] < 0]
-        self._place_N[new] = 0
-        self._rows.append(new)
-        self.num_notes += len(new)
-        self.found[name] = rows
-
-    def candidates(self) -> Candidates:
-        row_C = np.sort(np.concatenate(self._rows))  # ties of the scores stand in the order of rows
-        self._place_N[row_C] = np.arange(len(row_C))
-        share_CG = np.zeros((len(row_C), len(self.found)))
-        score_C = np.zeros(len(row_C))
-        for generator, rows in enumerate(self.found.values()):
-            place, share = self._place_N[rows], 1.0 / (RANK_DAMPING + 1 + np.arange(len(rows)))
-            share_CG[place, generator] = share
-            score_C[place] += share
-        order = np.argsort(-score_C, kind="stable")
-        return Candidates(self._catalogue, tuple(self.found), row_C[order], score_C[order], share_CG[order])
+_INTS, _FLOATS, _MASK = (types.Array(of, 1, "C", readonly=True) for of in (types.int64, types.float64, types.boolean))
 
 
-def _first_of_each(rows: np.ndarray) -> np.ndarray:
-    """The rows, each where it comes first."""
-    first = np.unique(rows, return_index=True)[1]
-    return rows if len(first) == len(rows) else rows[np.sort(first)]
+@njit(
+    types.Tuple((types.int64[::1], types.float64[::1]))(_INTS, _MASK, _INTS, _FLOATS, types.int64),
+    cache=True,
+    nogil=True,
+)
+def _of_topics(rows, eligible_N, topic_code_N, weight_T, limit):
+    """(eligible rows of topics with a weight, in their order, the first `limit` of each topic; how far down each comes in its
+    topic, for its topic's weight)."""
+    number_T = np.zeros(len(weight_T), np.int64)
+    open_topics = np.sum(weight_T > 0)
+    most = min(len(rows), open_topics * limit)
+    row_R, key_R, count = np.empty(most, np.int64), np.empty(most), 0
+    for row in rows:
+        if count == most:
+            break
+        topic = topic_code_N[row]
+        if eligible_N[row] and topic >= 0 and weight_T[topic] > 0 and number_T[topic] < limit:
+            row_R[count], key_R[count] = row, (number_T[topic] + 0.5) / weight_T[topic]
+            number_T[topic] += 1
+            count += 1
+    return row_R[:count], key_R[:count]
+
+
+@njit(types.boolean[::1](_INTS, _MASK), cache=True, nogil=True)
+def _usable(rows_V, eligible_N):
+    """bool [V]: vectors of eligible notes; a row of -1 is none."""
+    usable_V = np.empty(len(rows_V), np.bool_)
+    for vector, row in enumerate(rows_V):
+        usable_V[vector] = row >= 0 and eligible_N[row]
+    return usable_V
 
 
 def _first_eligible(rows: np.ndarray, eligible_N: np.ndarray, limit: int) -> np.ndarray:
@@ -249,10 +243,3 @@ def _first_eligible(rows: np.ndarray, eligible_N: np.ndarray, limit: int) -> np.
         if len(found) >= limit or size >= len(rows):
             return found[:limit]
         size = 4 * size
-
-
-def _place_in_run(sorted_R: np.ndarray) -> np.ndarray:
-    """int64 [R]: 0, 1, 2 … within each run of equal values."""
-    starts = np.flatnonzero(np.diff(sorted_R, prepend=-1))
-    lengths = np.diff(np.append(starts, len(sorted_R)))
-    return np.arange(len(sorted_R)) - np.repeat(starts, lengths)

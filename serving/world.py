@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from serving.fetch import Fetcher
 from serving.models import Models
 from serving.readers import Readers
 from serving.settings import Settings
+from serving.showable import Showable
 from streaming_sql.assembled import Assembled
 from streaming_sql.cluster import Cluster
 from streaming_sql.online_store import OnlineStore, StoreView
@@ -51,6 +53,10 @@ class World:
     """Where the reader's own blocks come from, if not from the store."""
     pace: Pace = field(default_factory=Pace)
     trending: "Trending" = field(default_factory=lambda: Trending())
+
+    @cached_property
+    def showable(self) -> Showable:
+        return Showable(self.catalogue.created_us_N, self.allowed_N)
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:
         """What a request of this reader reads, and what of it is degraded."""

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ _PIECE = 4096
 """Keys assembled at once: a request that comes meanwhile waits no longer than one piece takes."""
 _TICKS_KEPT = 2
 _LOOKED_AT_EVERY_S = 0.2
+_STAMPS = count(1)
 
 
 def can_be_assembled(plan: GroupPlan) -> bool:
@@ -36,6 +38,7 @@ def can_be_assembled(plan: GroupPlan) -> bool:
 class _OfTick:
     tick_us: int
     matrices: Mapping[str, FeatureMatrix]
+    stamp: int
 
 
 class Assembled:
@@ -67,12 +70,15 @@ class Assembled:
         if any(of_tick.tick_us == view.tick_us for of_tick in self._ticks):
             return
         matrices = {name: _in_pieces(view, name, keys) for name, keys in self._keys.items()}
-        self._ticks = (_OfTick(view.tick_us, matrices), *self._ticks)[:_TICKS_KEPT]
+        self._ticks = (_OfTick(view.tick_us, matrices, next(_STAMPS)), *self._ticks)[:_TICKS_KEPT]
 
     def matrix(self, view: StoreView, name: str) -> FeatureMatrix | None:
         """A group's features of all keys that are held, at the view's tick; None where the group or the tick is not held."""
-        of_tick = next((one for one in self._ticks if one.tick_us == view.tick_us), None)
+        of_tick = self._of(view)
         return None if of_tick is None else of_tick.matrices.get(name)
+
+    def _of(self, view: StoreView) -> _OfTick | None:
+        return next((one for one in self._ticks if one.tick_us == view.tick_us), None)
 
     def gather(
         self, view: StoreView, name: str, row_C: np.ndarray, key_of: Callable[[int], Key], t_us: int
@@ -81,15 +87,17 @@ class Assembled:
 
         row_C: int64, -1 for a key that is not held; it is assembled now, key_of(its place among the C) being the key.
         """
-        held = self.matrix(view, name)
-        if held is None:
+        of_tick = self._of(view)
+        if of_tick is None or name not in of_tick.matrices:
             return None
+        held = of_tick.matrices[name]
         missing = np.flatnonzero(row_C < 0)
         if not len(missing):
-            return FeatureRows(held, row_C)
+            return FeatureRows(held, row_C, stamp=of_tick.stamp)
         place_C = row_C.copy()
         place_C[missing] = -1 - np.arange(len(missing))
-        return FeatureRows(held, place_C, view.assemble(name, [key_of(place) for place in missing.tolist()], t_us))
+        own = view.assemble(name, [key_of(place) for place in missing.tolist()], t_us)
+        return FeatureRows(held, place_C, own, of_tick.stamp)
 
     def start(self, view: Callable[[], StoreView]) -> None:
         """Assembles each new tick on a thread of its own, until `stop`."""

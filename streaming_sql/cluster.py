@@ -47,12 +47,19 @@ class Cluster:
     """`open_store` once, then `start`; any number of threads ask for views of a reader, one takes ticks."""
 
     def __init__(self, dsn: str, groups: Mapping[str, FeatureGroup], timeout_s: float, connections: int, num_readers: int):
-        """timeout_s: how long a request waits for a statement, which is tried twice; num_readers: whose blocks are kept."""
+        """timeout_s: how long a request waits for a statement, which is tried again only where the connection broke before;
+        num_readers: whose blocks are kept."""
         self._groups = dict(groups)
         self._of_reader = tuple(name for name, group in groups.items() if group.entity_keys[0] == READER)
         self._whole = tuple(name for name in groups if name not in self._of_reader)
         self._views = BlockViews(groups)
-        quick = ReaderSettings(connections + 1, statement_timeout_s=timeout_s, attempts=2, first_pause_s=timeout_s / 10)
+        quick = ReaderSettings(
+            connections + 1,
+            statement_timeout_s=timeout_s,
+            attempts=2,
+            first_pause_s=timeout_s / 10,
+            no_attempt_after_s=timeout_s / 2,
+        )
         self._quick, self._bulk = PostgresReader(dsn, quick), PostgresReader(dsn, _WHOLE_GROUPS)
         self._readers: LRUCache[str, _OfReader] = LRUCache(max(num_readers, 1))
         self._readers_lock = threading.Lock()

@@ -20,13 +20,15 @@ class FeatureRows:
     held: FeatureMatrix
     place_C: np.ndarray
     own: FeatureMatrix | None = None
+    stamp: int = 0
+    """Above 0 where a row of `held` has the same values wherever this number comes again."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.held.names
 
     def take(self, order: np.ndarray) -> "FeatureRows":
-        return FeatureRows(self.held, self.place_C[order], self.own)
+        return FeatureRows(self.held, self.place_C[order], self.own, self.stamp)
 
     def write(self, out_CW: np.ndarray, from_columns: np.ndarray, to_columns: np.ndarray) -> None:
         """Copies columns of the features to columns of out_CW, float64 or float32, contiguous. Columns: int64."""

@@ -34,6 +34,8 @@ class ReaderSettings:
     attempts: int = 4
     first_pause_s: float = 0.1
     """Before the second attempt; it doubles with each."""
+    no_attempt_after_s: float = float("inf")
+    """Of the first: what has waited so long does not wait again."""
 
 
 class _Bounded(psycopg.Connection):
@@ -66,13 +68,14 @@ class PostgresReader:
     def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
         """The names of its columns and all rows of one statement, all of one snapshot. Raises HeadraceError, saying where and
         why, when every attempt failed, and at once where the statement itself is wrong."""
-        pause_s = self._settings.first_pause_s
+        pause_s, began = self._settings.first_pause_s, time.monotonic()
         for attempt in range(1, self._settings.attempts + 1):
             try:
                 return self._once(sql, parameters)
             except (psycopg.OperationalError, psycopg.InterfaceError, queue.Empty) as error:
                 why = " ".join(str(error).split()) or "all connections are in use"
-                if attempt == self._settings.attempts:
+                is_too_late = time.monotonic() - began > self._settings.no_attempt_after_s
+                if attempt == self._settings.attempts or is_too_late:
                     raise HeadraceError(f"{self._where} did not answer in {attempt} attempts: {why}") from error
                 _LOG.warning("%s: %s; trying again", self._where, why)
                 self.num_repeated += 1

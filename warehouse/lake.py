@@ -217,7 +217,7 @@ class Lake:
     def duckdb(self, read_only: bool = False) -> duckdb.DuckDBPyConnection:
         """An in-memory DuckDB with one view per table. `read_only` locks it down for SQL that a user wrote: no files
         outside the lake, no extensions, no settings."""
-        connection = duckdb_connection()
+        connection = duckdb_connection(always_check=read_only)
         self.create_views(connection)
         if read_only:
             connection.execute(f"set allowed_directories = [{quoted(str(self.folder))}]")

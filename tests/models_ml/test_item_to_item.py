@@ -59,6 +59,27 @@ def test_answers_are_best_first_without_the_notes_asked_with():
     assert model.neighbours(["unknown"], 5) == model.neighbours([], 5) == []
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_of_many_lists_are_those_of_a_dictionary(seed):
+    rng = np.random.default_rng(seed)
+    pairs = np.unique(rng.integers(0, 40, (300, 2)), axis=0)
+    scores = rng.integers(1, 9, len(pairs)) / 8  # few values, so many ties
+    names = {"note_id": [f"n{one:02d}" for one in pairs[:, 0]], "neighbour_id": [f"n{one:02d}" for one in pairs[:, 1]]}
+    order = rng.permutation(len(pairs))  # a note's neighbours need not stand together
+    model = ItemToItem(pa.table({**names, "score": scores}).take(order), seed_decay=0.5)
+    asked = [f"n{one:02d}" for one in rng.integers(0, 45, rng.integers(1, 12))]
+    totals, weight = {}, 1.0
+    for seed_note in reversed(asked):
+        for place in order:
+            if names["note_id"][place] == seed_note and names["neighbour_id"][place] not in asked:
+                note = names["neighbour_id"][place]
+                totals[note] = totals.get(note, 0.0) + weight * scores[place]
+        weight *= 0.5
+    expected = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+    assert model.neighbours(asked, 50) == expected
+    assert model.neighbours(asked, 3) == expected[:3]
+
+
 def test_a_saved_model_answers_the_same(loaded, tmp_path):
     config = ItemToItemConfig(window=3, seed_decay=0.7)
     table = item_to_item.train(loaded, config)

@@ -7,52 +7,48 @@ import numpy as np
 from models_ml.first_layer import distinct
 from models_ml.row_memo import RowMemo
 
-BYTES_OF_A_PLACE = 4 * (2 + 2 + 2)
-COLUMNS = (0, 2)
+BYTES_OF_A_PLACE = 4 * (3 + 2 + 2)
 
 
 def _features(rows, seed=0):
-    values = np.random.default_rng(seed).integers(0, 50, (rows, 3)).astype(np.float32)
-    values[::7, 2] = np.nan
+    values = np.random.default_rng(seed).integers(0, 50, (rows, 2)).astype(np.float32)
+    values[::7, 1] = np.nan
     return values
 
 
 class _Maker:
-    """The numbers and NULLs of the columns, and the tag."""
+    """The numbers and NULLs, and the tag."""
 
     def __init__(self):
         self.asked = 0
 
-    def __call__(self, features_MF, tag_M):
-        self.asked += len(features_MF)
-        columns = np.nan_to_num(features_MF[:, COLUMNS], nan=-1.0)
-        return np.ascontiguousarray(columns + 100 * tag_M[:, None], dtype=np.float32)
+    def __call__(self, features_MB, tag_M):
+        self.asked += len(features_MB)
+        return np.ascontiguousarray(np.nan_to_num(features_MB, nan=-1.0) + 100 * tag_M[:, None], dtype=np.float32)
 
 
 def _memo(make, places):
-    return RowMemo(COLUMNS, 2, make, places * BYTES_OF_A_PLACE)
+    return RowMemo(2, 2, make, places * BYTES_OF_A_PLACE)
 
 
-def _filled(memo, numbers, features_NF, tags=None):
-    rows_NW = np.full((len(features_NF), 2), np.nan, dtype=np.float32)
-    tag_N = np.zeros(len(features_NF), dtype=np.int64) if tags is None else np.array(tags)
-    memo.fill(rows_NW, np.array(numbers, dtype=np.int64), tag_N, features_NF)
+def _filled(memo, numbers, features_NB, tags=None, stamps=None):
+    rows_NW = np.full((len(features_NB), 2), np.nan, dtype=np.float32)
+    tag_N, stamp_N = (np.array([0] * len(features_NB) if some is None else some, dtype=np.int64) for some in (tags, stamps))
+    memo.fill(rows_NW, np.array(numbers, dtype=np.int64), tag_N, stamp_N, lambda places_M: features_NB[places_M])
     return rows_NW
 
 
-def _made(features_NF, tags=None):
-    return _Maker()(features_NF, np.zeros(len(features_NF), dtype=np.int64) if tags is None else np.array(tags))
+def _made(features_NB, tags=None):
+    return _Maker()(features_NB, np.zeros(len(features_NB), dtype=np.int64) if tags is None else np.array(tags))
 
 
-def test_a_row_is_made_once_and_again_when_a_feature_of_its_columns_or_its_tag_changes():
+def test_a_row_is_made_once_and_again_when_a_feature_or_its_tag_changes():
     make = _Maker()
     memo, features, numbers = _memo(make, 256), _features(20), np.arange(20) * 5
     assert np.array_equal(_filled(memo, numbers, features), _made(features))
     assert np.array_equal(_filled(memo, numbers[::-1], features[::-1].copy()), _made(features[::-1]))
-    features[:, 1] += 1  # of no column
-    assert np.array_equal(_filled(memo, numbers, features), _made(features))
-    assert (make.asked, len(memo), memo.num_hits, memo.num_misses) == (20, 20, 40, 20)
-    features[3, 2] += 100
+    assert (make.asked, len(memo), memo.num_hits, memo.num_misses) == (20, 20, 20, 20)
+    features[3, 1] += 100
     assert np.array_equal(_filled(memo, numbers, features), _made(features))
     assert make.asked == 21
     tags = [0] * 19 + [4]
@@ -65,9 +61,36 @@ def test_a_row_is_made_once_and_again_when_a_feature_of_its_columns_or_its_tag_c
     assert (make.asked, len(memo)) == (42, 20)
 
 
+def test_features_whose_stamp_is_known_are_not_looked_at():
+    make = _Maker()
+    memo, features, numbers = _memo(make, 8), _features(3), [0, 1, 2]
+    assert np.array_equal(_filled(memo, numbers, features, stamps=[5, 5, 0]), _made(features))
+    seen = []
+
+    def asked(stamps):
+        rows_NW = np.empty((3, 2), dtype=np.float32)
+        tag_N, seen[:] = np.zeros(3, dtype=np.int64), []
+        memo.fill(
+            rows_NW, np.array(numbers), tag_N, np.array(stamps), lambda places_M: (seen.extend(places_M), features[places_M])[1]
+        )
+        assert np.array_equal(rows_NW, _made(features))
+        return list(seen)
+
+    assert asked([5, 5, 0]) == [2]
+    assert asked([5, 6, 6]) == [1, 2]  # found by their bits, and stamped anew
+    assert asked([5, 6, 6]) == []
+    assert asked([6, 6, 6]) == [0]
+    assert make.asked == 3
+    features[1] += 1
+    assert asked([6, 7, 6]) == [1]
+    assert make.asked == 4
+    memo.forget()
+    assert asked([6, 7, 6]) == [0, 1, 2]
+
+
 def test_a_row_of_zeros_that_was_never_made_is_not_taken_for_one_that_is_kept():
     make = _Maker()
-    features = np.zeros((3, 3), dtype=np.float32)
+    features = np.zeros((3, 2), dtype=np.float32)
     tags = [0, 0, 7]
     assert np.array_equal(_filled(_memo(make, 4), [0, 1, 2], features, tags), _made(features, tags))
     assert make.asked == 3
@@ -82,7 +105,7 @@ def test_a_row_without_a_number_is_made_each_time():
 
 
 def test_no_columns_and_no_rows_are_filled():
-    memo = RowMemo((), 2, lambda features_MF, tag_M: np.ones((len(features_MF), 2), dtype=np.float32))
+    memo = RowMemo(0, 2, lambda features_MB, tag_M: np.ones((len(features_MB), 2), dtype=np.float32))
     assert np.array_equal(_filled(memo, [0, 1, 1], np.empty((3, 0), dtype=np.float32)), np.ones((3, 2)))
     assert _filled(memo, [], np.empty((0, 0), dtype=np.float32)).shape == (0, 2)
 
@@ -95,7 +118,7 @@ def test_more_rows_than_places_are_right_all_the_same():
 
 
 def test_a_memo_takes_no_more_than_it_may():
-    assert 0.99 * (1 << 20) < RowMemo(range(40), 384, _Maker(), 1 << 20).num_bytes <= 1 << 20
+    assert 0.99 * (1 << 20) < RowMemo(40, 384, _Maker(), 1 << 20).num_bytes <= 1 << 20
 
 
 def test_threads_that_fill_and_replace_get_their_own_rows():

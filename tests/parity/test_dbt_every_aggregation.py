@@ -7,7 +7,8 @@ from random import Random
 from tests.parity.generated_events import CLOCKS_CHANGE_US, event_log, heartbeats
 from tests.parity.test_batch_equals_oracle import GROUPS, assert_equal
 from tests.parity.test_dbt_equals_oracle import in_us, land
-from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
+from tests.warehouse.dbt_command import dbt
+from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.features.oracle import Read, first_arrivals, values
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -40,8 +41,7 @@ def test_features_of_impressions_equal_the_equation(copied, tmp_path):  # noqa: 
     for first, last in ((0, 150), (150, len(rows))):
         land(lake, rows[first:last])
         selected = [f"+impression_{name}" for name in BUILT]
-        status, printed = finish(start(home, "run", "--quiet", "--select", *selected, project=copied))
-        assert status == 0, printed
+        dbt(home, "run", "--quiet", "--select", *selected, project=copied)
     views = {row["impression_id"]: row for row in first_arrivals(rows) if row["event_type"] == "view"}
     with lake.duckdb() as connection:
         times = connection.execute("select impression_id, request_ts, feature_watermark from training.impressions").fetchall()

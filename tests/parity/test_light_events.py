@@ -23,7 +23,8 @@ from tests.parity.test_batch_equals_oracle import assert_equal, build, read_batc
 from tests.parity.test_dbt_equals_oracle import land
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.test_risingwave_models import compiled_texts
-from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
+from tests.warehouse.dbt_command import dbt
+from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.features import render
@@ -211,8 +212,7 @@ def test_dbt_stages_in_steps_what_the_oracle_says_and_blocks_follow(copied, tmp_
             new = {relation: found[given[relation] : due]}
             lake.append(relation, attribute_tables(ATTRIBUTES, new)[relation])
             given[relation] = due
-        status, printed = finish(start(home, "run", "--quiet", "--select", "+light_authors", project=copied))
-        assert status == 0, printed
+        dbt(home, "run", "--quiet", "--select", "+light_authors", project=copied)
     expected = {(row["log_partition"], row["log_offset"]): row for row in rows}
     with lake.duckdb() as connection, duckdb.connect() as other:
         built = connection.execute("from staging.stg_engagements").to_arrow_table()

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from streaming_sql.table_store import TableStore
-from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
+from tests import forked
+from tests.warehouse.dbt_command import dbt
+from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.events import EVENTS_SCHEMA, TIMESTAMP
 from warehouse.features.compute import compute
 from warehouse.features.kinds.declared import Kinds, TableFeatures
@@ -233,8 +233,7 @@ def test_dbt_builds_what_the_oracle_says(tmp_path, lake, copied):  # noqa: F811
     models = copied / "warehouse" / "models" / "training"
     (models / "_affinity.yml").write_text(SOURCE + "      - name: spine\n")
     (models / "impression_affinity.sql").write_text(MODEL)
-    status, printed = finish(start(Home(tmp_path / "home"), "run", "--select", "impression_affinity", project=copied))
-    assert status == 0, printed
+    dbt(Home(tmp_path / "home"), "run", "--select", "impression_affinity", project=copied)
     built = {row["row_id"]: row for row in lake.scan("training.impression_affinity").to_pylist()}
     assert len(built) == len(reads)
     for row, (key, t, known) in enumerate(reads):
@@ -246,8 +245,8 @@ def test_dbt_builds_what_the_oracle_says(tmp_path, lake, copied):  # noqa: F811
 
 def listed(project: Path, home: Home) -> str:
     """What `headrace features list --json` prints in a project folder."""
-    command = [sys.executable, "-c", "import sys; from warehouse.cli import main; sys.exit(main(sys.argv[1:]))"]
+    code = "import sys; from warehouse.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "HEADRACE_HOME": str(home.path), "PYTHONPATH": str(project)}
-    return subprocess.run(
-        [*command, "features", "list", "--json"], cwd=project, env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    finished = forked.python(code, "features", "list", "--json", cwd=project, environment=environment)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout

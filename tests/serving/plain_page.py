@@ -115,7 +115,7 @@ class _Page:
         vectors_SD = np.array([pool.vectors_VD[row] if row >= 0 else 0 * pool.vectors_VD[0] for row in pool.vector_S], float)
         method = METHODS[rules.diversity]
         self._gains = method(
-            as_relevance(pool.scores_S),
+            pool.relevance_S,
             vectors_SD.reshape(len(pool), pool.vectors_VD.shape[1]),
             rules.diversity_strength,
             rules.diversity_window,

@@ -80,6 +80,27 @@ def test_gathered_assembled_and_named_candidates_have_the_same_values(request_of
             np.testing.assert_array_equal(other.copied().values_CF, gathered.copied().values_CF)
 
 
+def test_a_stamp_stands_for_what_is_held_of_a_note_that_exists(request_of):
+    request = request_of()
+    world, rows = request.world, np.arange(40)
+    world.assembled.assemble(request.view)
+    of_notes = [name for name in world.models.l2.note_features if not name.startswith("user_") and name != "note_age_min"]
+    stamp_C = hydrate(request, rows).stamps(of_notes)
+    assert (stamp_C > 0).all()
+    assert len(set(stamp_C.tolist())) == 1
+    assert np.array_equal(hydrate(request, rows[::-1]).take(np.arange(7)).stamps(of_notes), stamp_C[:7])
+    for names in ([*of_notes, "note_age_min"], [*of_notes, "user_author_ctr_30d"]):
+        assert (hydrate(request, rows).stamps(names) == 0).all()
+    assert (hydrate(one_by_one(request), rows).stamps(of_notes) == 0).all()
+    note_ids = [world.catalogue.note_ids[3], "unheard-of"]
+    assert (hydrate(request, np.array([3, -1]), note_ids).stamps(of_notes) > 0).tolist() == [True, False]
+    created_us_N = world.catalogue.created_us_N.copy()
+    created_us_N[5] = request.t_us
+    catalogue = dataclasses.replace(world.catalogue, created_us_N=created_us_N)
+    before_a_note = dataclasses.replace(request, world=dataclasses.replace(world, catalogue=catalogue))
+    assert np.flatnonzero(hydrate(before_a_note, rows).stamps(of_notes) == 0).tolist() == [5]
+
+
 def test_authors_that_the_reader_met_are_found_among_all(request_of):
     request = request_of()
     affinity = hydrate(request, np.arange(len(request.world.catalogue))).pick(["user_author_num_clicks_7d"])[:, 0]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.placing import invert_cholesky
+from serving.placing import as_relevance, invert_cholesky
 from serving.policy import (
     AUTHOR_CAP_RELAXED,
     COLD_START,
@@ -21,6 +21,7 @@ from serving.policy import (
     Pool,
     Rules,
     arrange,
+    arrange_best,
 )
 from tests.serving import plain_page
 
@@ -41,7 +42,7 @@ def pool_of(number, authors=None, topics=None, note_ids=None, vectors=None, bloc
         note_S=codes(note_ids or range(number)),
         author_S=codes(authors or [None] * number),
         topic_S=codes(topics or [None] * number),
-        scores_S=np.linspace(1.0, 0.0, number),
+        relevance_S=np.linspace(1.0, 0.0, number),
         vectors_VD=np.zeros((number, 2), np.float32) if vectors is None else np.asarray(vectors, np.float32),
         vector_S=np.arange(number),
         may_show_S=~mask(blocked),
@@ -124,7 +125,7 @@ def test_a_vector_in_the_span_of_others_makes_no_volume():
 @pytest.mark.parametrize("method", ["ssd", "mmr"])
 def test_a_note_without_a_vector_is_like_no_other(method):
     pool = pool_of(3, vectors=[[1.0, 0.0], [0.6, 0.8], [0.0, 0.0]])
-    pool = dataclasses.replace(pool, scores_S=np.array([1.0, 0.1, 0.0]))
+    pool = dataclasses.replace(pool, relevance_S=np.array([1.0, 0.1, 0.0]))
     rules = Rules(diversity=method, diversity_strength=1.0, diversity_window=3, max_displacement=3)
     assert places(pool, 3, rules)[0] == [0, 2, 1]  # 0 + 1 or 0 - 0, against 0.1 + 0.8 or 0.1 - 0.6
     without = dataclasses.replace(pool, vector_S=np.array([0, 1, -1]))
@@ -157,17 +158,17 @@ def test_the_same_seed_explores_the_same_way():
     assert arrange(pool, 20, rules, Random(7)) != arrange(pool, 20, rules, Random(8))
 
 
-def drawn(seed: int) -> tuple[Pool, int, Rules]:
+def drawn(seed: int, most: int = 60) -> tuple[Pool, int, Rules]:
     """A pool, the size of a page and rules, such that every rule often matters."""
     random, rng = Random(seed), np.random.default_rng(seed)
-    number, page_size = random.randrange(60), random.randrange(1, 25)
+    number, page_size = random.randrange(most), random.randrange(1, 25)
     vectors = rng.normal(size=(number + 1, 4)) * (rng.random((number + 1, 1)) < 0.9)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     pool = Pool(
         note_S=codes([random.randrange(max(1, number - 5)) for _ in range(number)]),
         author_S=codes([random.choice(["a", "b", "c", "d", None]) for _ in range(number)]),
         topic_S=codes([random.choice(["x", "y", None]) for _ in range(number)]),
-        scores_S=np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1].copy(),
+        relevance_S=as_relevance(np.sort(rng.choice([0.1, 0.5, 0.9, np.nan], number) + rng.normal(size=number))[::-1].copy()),
         vectors_VD=vectors.astype(np.float32),
         vector_S=np.where(rng.random(number) < 0.9, rng.permutation(number), -1),
         may_show_S=rng.random(number) < 0.9,
@@ -194,10 +195,35 @@ def test_the_compiled_page_is_the_plain_one(seed):
     assert arrange(pool, page_size, rules, Random(seed)) == plain_page.arrange(pool, page_size, rules, Random(seed))
 
 
+@settings(max_examples=300)
+@given(seed=st.integers(0, 2**32))
+def test_a_page_of_the_head_is_the_page_of_all(seed):
+    pool, page_size, rules = drawn(seed, most=300)
+    looked_at = []
+
+    def head_of(size):
+        looked_at.append(size)
+        return pool.head(size)
+
+    notes = np.unique(pool.note_S, return_index=True)[1]
+    pool = dataclasses.replace(
+        pool, note_S=np.arange(len(pool)), may_show_S=pool.may_show_S & np.isin(np.arange(len(pool)), notes)
+    )
+    assert arrange_best(head_of, len(pool), page_size, rules, Random(seed)) == arrange(pool, page_size, rules, Random(seed))
+    if not rules.slots and not rules.max_notes_per_author and not rules.max_notes_per_topic and rules.max_displacement < 10:
+        assert looked_at[0] == 2 * (page_size + rules.max_displacement)
+
+
+@pytest.mark.parametrize("scores", [[], [np.nan, np.nan], [3.0, 3.0, np.inf], [5.0, 4.0, np.nan, 1.0, -np.inf]])
+def test_relevance_lies_between_0_and_1(scores):
+    scores_S = np.array(scores, float)
+    np.testing.assert_array_equal(as_relevance(scores_S), plain_page.as_relevance(scores_S))
+
+
 def test_equal_notes_stand_in_the_order_they_came_in():
     pool = pool_of(40, vectors=[[0.6, 0.8]] * 40)
     rules = Rules(diversity="mmr", diversity_strength=0.5, diversity_window=3, max_displacement=9)
-    assert places(dataclasses.replace(pool, scores_S=np.zeros(40)), 20, rules)[0] == list(range(20))
+    assert places(dataclasses.replace(pool, relevance_S=np.zeros(40)), 20, rules)[0] == list(range(20))
 
 
 @settings(max_examples=600)

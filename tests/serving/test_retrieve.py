@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,6 +162,30 @@ def test_topics_share_the_places_by_how_much_they_are_read():
     )
     found = retrieve(asked, {"topics": 8})[0].note_ids
     assert found == ["art7", "books7", "art6", "art5", "art4", "books6", "art3", "art2"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_topics_are_interleaved_as_all_places_sorted_would_be(seed):
+    rng = np.random.default_rng(seed)
+    topics = [None, "art", "books", "cars", "dance"]
+    drawn = [topics[place] for place in rng.choice(5, 120, p=[0.1, 0.5, 0.2, 0.15, 0.05])]
+    rows = [{"note_id": f"n{n:03d}", "topics": [topic] if topic else []} for n, topic in enumerate(drawn)]
+    notes = Catalogue.from_tables(pa.Table.from_pylist(rows, schema=NOTES_SCHEMA.with_metadata(None)), {})
+    eligible_N, trending_rows = rng.random(120) < 0.8, rng.permutation(120)[: rng.integers(0, 121)]
+    interests = [f"n{n:03d}" for n in rng.integers(0, 120, 15)]
+    weights = Counter(topic for note_id in interests if (topic := notes.topic_of(note_id)) is not None)
+    placed, number = [], Counter()
+    for at, row in enumerate(trending_rows.tolist()):
+        topic = drawn[row]
+        if eligible_N[row] and weights.get(topic, 0) > 0:
+            placed.append(((number[topic] + 0.5) / weights[topic], at, row))
+            number[topic] += 1
+    asked = dataclasses.replace(
+        request(), catalogue=notes, eligible_N=eligible_N, trending_rows=trending_rows, interests=interests
+    )
+    for limit in (0, 1, 7, 200):
+        found, _, _ = retrieve(asked, {"topics": limit})
+        assert found.row_C.tolist() == [row for _, _, row in sorted(placed)][:limit]
 
 
 def test_a_shard_that_breaks_is_named():

@@ -26,6 +26,17 @@ def test_shards_merge_to_what_one_search_finds_ties_included(count, num_shards, 
     assert found.tolist() == Exact(vectors_VD).best(user_D, usable_V, limit)[0].tolist()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+@pytest.mark.parametrize("limit", [1, 60, 700])
+def test_the_best_of_many_are_those_of_all_products_sorted(share, limit):
+    index, usable_V = Exact(vectors(20_011)), np.random.default_rng(3).random(20_011) < share
+    for user_D in vectors(5, seed=4):
+        rows, scores = index.best(user_D, usable_V, limit)
+        all_V = np.where(usable_V, user_D @ index._vectors_DV, -np.inf)
+        assert rows.tolist() == np.lexsort((np.arange(20_011), -all_V))[: min(limit, usable_V.sum())].tolist()
+        assert scores.tolist() == all_V[rows].tolist()
+
+
 def test_a_dead_shard_is_named_and_costs_only_its_notes(caplog):
     class Dead:
         def best(self, user_D, usable_V, limit):

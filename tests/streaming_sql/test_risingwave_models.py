@@ -2,11 +2,7 @@
 the portable part of the very same text run on a real PostgreSQL beside DuckDB."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -19,12 +15,13 @@ from tests.streaming_sql.generated import alive as living
 from tests.streaming_sql.generated import as_table, typed
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.risingwave_functions import FUNCTIONS, KEYWORDS, OPERATORS
+from tests.warehouse.dbt_command import try_dbt
 from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.events import EVENT_TYPES, EVENTS_SCHEMA, RETRACTION
 from warehouse.features.declarations import load_groups
 from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
-from warehouse.home import REPOSITORY
+from warehouse.home import REPOSITORY, Home
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, SECOND_US, closed_tick
 
 GROUPS = load_groups()
@@ -38,16 +35,14 @@ START_US = 1_651_766_400_000_000
 
 def compile_models(home, *more, project=REPOSITORY):
     """`dbt compile` with no server to talk to."""
-    environment = {**os.environ, "HEADRACE_HOME": str(home), "DBT_PROFILES_DIR": str(REPOSITORY), "RISINGWAVE_PORT": "1"}
-    command = [str(Path(sys.executable).parent / "dbt"), "compile", "--target", "risingwave", "--no-introspect"]
-    words = [*command, "--no-populate-cache", "--select", "path:streaming_sql", *more]
-    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
+    words = ["compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache", "--select", "path:streaming_sql"]
+    return try_dbt(Home(home), *words, *more, project=project, DBT_PROFILES_DIR=str(REPOSITORY), RISINGWAVE_PORT="1")
 
 
 def compiled_texts(home, project):
     """Model's name -> its text, of a project that compiles."""
     done = compile_models(home, project=project)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     folder = home / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
     return {path.stem: path.read_text() for path in folder.glob("*.sql")}
 
@@ -61,7 +56,7 @@ def compiled_with(tmp_path):
 def manifest(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     done = compile_models(home)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     return json.loads((home / "dbt" / "target" / "manifest.json").read_text())
 
 

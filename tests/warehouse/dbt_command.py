@@ -2,27 +2,23 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from tests import forked
 from warehouse.home import REPOSITORY, Home
 
 
-def dbt(home: Home, *words: str) -> str:
+def dbt(home: Home, *words: str, project: Path = REPOSITORY) -> str:
     """Runs `dbt WORDS` and returns what it printed. Raises AssertionError with the output if it fails."""
-    finished = try_dbt(home, *words)
+    finished = try_dbt(home, *words, project=project)
     assert finished.returncode == 0, finished.stdout
     return finished.stdout
 
 
-def try_dbt(home: Home, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("dbt")), "--no-use-colors", *words],
-        cwd=REPOSITORY,
-        env={**os.environ, "HEADRACE_HOME": str(home.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+def try_dbt(home: Home, *words: str, project: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `dbt WORDS` in a project folder whose Python is the project's own; `stdout` is all that it printed."""
+    environment = {**os.environ, "HEADRACE_HOME": str(home.path), "PYTHONPATH": str(project), **environment}
+    code = "from dbt.cli.main import cli; cli()"
+    finished = forked.python(code, "--no-use-colors", *words, cwd=project, environment=environment)
+    finished.stdout += finished.stderr
+    return finished

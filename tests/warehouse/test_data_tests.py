@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.warehouse.test_dbt_project import copied, finish, start  # noqa: F401
+from tests.warehouse.dbt_command import dbt, try_dbt
+from tests.warehouse.test_dbt_project import copied  # noqa: F401
 from warehouse.datasets.simulator import simulate
 from warehouse.features.declarations import load_groups
 from warehouse.features.lineage import EXACT, ROUNDED, lineage
@@ -34,15 +35,14 @@ def test_bounds_hold_and_break_and_nothing_lies_beyond_its_tick(tmp_path, copied
     home = Home(tmp_path / "home")
     land_dataset(Lake.open(home), simulate(seed=11, num_users=60, num_notes=80, days=4))  # two whole days among them
     bound(copied)
-    status, printed = finish(start(home, "run", "--select", "stg_engagements", project=copied))
-    assert status == 0, printed
+    dbt(home, "run", "--select", "stg_engagements", project=copied)
 
-    def outcome() -> dict[str, str]:
-        finish(start(home, "test", "--select", "stg_engagements,test_type:generic", project=copied))
+    def outcome(selected: str) -> dict[str, str]:
+        try_dbt(home, "test", "--select", selected, project=copied)
         results = json.loads((home.dbt / "target" / "run_results.json").read_text())["results"]
         return {one["unique_id"].split(".")[2]: one["status"] for one in results}
 
-    results = outcome()
+    results = outcome("stg_engagements,test_type:generic")
     named = {name: results[name] for name in results if name.endswith(("_held", "_broken"))}
     assert named == {
         "tick_held": "pass",
@@ -57,7 +57,7 @@ def test_bounds_hold_and_break_and_nothing_lies_beyond_its_tick(tmp_path, copied
     lake = Lake.open(home)
     with lake.transaction("staging.stg_engagements") as transaction:
         transaction.set_properties({BUILT_UNTIL: "2022-04-25T12:00:00+00:00"})
-    assert outcome()["tick_held"] == "fail"
+    assert outcome("tick_held") == {"tick_held": "fail"}
 
     features = {row["feature"]: row for row in json.loads((home.dbt / "target" / "features.json").read_text())}
     assert features["note_ctr_1h"]["source_columns"] == [

@@ -1,20 +1,19 @@
 """`headrace features plan` beside the build it foretells: the same tables, the same ranges, and nothing written.
 
-A dbt command costs some ten seconds, so the tests share a home and run in the order of the file.
+A dbt command costs some five seconds, so the tests share a home and run in the order of the file.
 """
 
 import json
 import os
-import subprocess
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.warehouse.dbt_command import dbt
-from tests.warehouse.test_dbt_project import MODELS, change, copied, finish, land, start, states  # noqa: F401
+from tests import forked
+from tests.warehouse.dbt_command import dbt, try_dbt
+from tests.warehouse.test_dbt_project import MODELS, change, copied, land, states  # noqa: F401
 from warehouse.builds import DEFINITION, MEANINGS
 from warehouse.datasets.simulator import simulate
 from warehouse.features.declarations import load_groups
@@ -28,16 +27,9 @@ pytestmark = pytest.mark.xdist_group("plan")
 
 def planned(home: Home, *words: str, project: Path = REPOSITORY) -> list[dict[str, Any]]:
     """What `headrace features plan --json WORDS` prints."""
-    command = [sys.executable, "-c", "import sys; from warehouse.cli import main; sys.exit(main(sys.argv[1:]))"]
-    finished = subprocess.run(
-        [*command, "features", "plan", "--json", *words],
-        cwd=project,
-        env={**os.environ, "HEADRACE_HOME": str(home.path), "PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    code = "import sys; from warehouse.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "HEADRACE_HOME": str(home.path), "PYTHONPATH": str(project)}
+    finished = forked.python(code, "features", "plan", "--json", *words, cwd=project, environment=environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
@@ -124,15 +116,14 @@ def test_a_changed_meaning_under_the_same_name_is_planned_plainly_refused_and_ac
     assert steps["features.note_engagement"]["refused"]
     assert not any(name.startswith("features.author") for name in steps)
 
-    status, printed = finish(start(home, "run", project=copied))
-    assert status != 0
-    assert "features.note_engagement: num_hides changed meaning under the same name" in printed
-    assert "--full-refresh --select note_engagement+" in printed
-    assert "Traceback" not in printed
+    refused = try_dbt(home, "run", project=copied)
+    assert refused.returncode != 0
+    assert "features.note_engagement: num_hides changed meaning under the same name" in refused.stdout
+    assert "--full-refresh --select note_engagement+" in refused.stdout
+    assert "Traceback" not in refused.stdout
     assert states(home) == before
 
-    status, printed = finish(start(home, "run", "--full-refresh", "--select", "note_engagement+", project=copied))
-    assert status == 0, printed
+    dbt(home, "run", "--full-refresh", "--select", "note_engagement+", project=copied)
     after = states(home)
     assert {name for name in MODELS if after[name] != before[name]} == set(steps)
     assert todo(planned(home, project=copied)) == {}

@@ -1,0 +1,45 @@
+"""Command lines in processes of their own, forked from one that has imported what they all import and done nothing else.
+
+Importing dbt takes seconds of processor time, and a test run gives dozens of its commands. This file and that process import
+nothing of the project, so that a command in a copy of the project runs the copy's own Python.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_IMPORTED = ("dbt.cli.main", "dbt.adapters.duckdb", "duckdb", "pyarrow.parquet", "pyiceberg.catalog.sql", "sqlglot")
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(list(_IMPORTED))
+
+
+def python(
+    code: str, *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """`python -c CODE WORDS`. Raises TimeoutError if it takes longer; it does not live on then."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        process = _SERVER.Process(target=_run, args=(code, words, str(cwd), dict(environment), (out.name, err.name)))
+        process.start()
+        process.join(timeout_s)
+        status = process.exitcode
+        if status is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{' '.join(words)} still ran after {timeout_s} s: {out.read()}{err.read()}")
+        process.close()
+        return subprocess.CompletedProcess(words, status, out.read(), err.read())
+
+
+def _run(code: str, words: tuple[str, ...], cwd: str, environment: dict[str, str], printed: tuple[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.argv = ["-c", *words]
+    for stream, path in zip((1, 2), printed, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
