@@ -6,10 +6,13 @@ The views lag behind the log, or run ahead of what this process has read of it; 
 import contextlib
 import itertools
 
+import duckdb
 import pytest
 
 from streaming_sql.cluster import Cluster
 from streaming_sql.feed import Feed
+from tests.parity.test_batch_equals_oracle import GROUPS as EVERY_GROUP
+from tests.parity.test_postgres_equals_duckdb import NAMES as NAMES_OF_EVERY_AGGREGATION
 from tests.streaming_sql.generated import ListHistory, alive, as_table, typed
 from tests.streaming_sql.postgres import Server
 from tests.streaming_sql.test_live_store import assert_equals_oracle
@@ -22,7 +25,8 @@ from tests.streaming_sql.test_risingwave_models import (
     manifest,
 )
 from warehouse.errors import HeadraceError
-from warehouse.time_algebra import MINUTE_US
+from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
+from warehouse.time_algebra import MINUTE_US, closed_tick
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
@@ -52,7 +56,7 @@ def end_of(records):
     return tuple(max((r["log_offset"] + 1 for r in records if r["log_partition"] == p), default=0) for p in (0, 1))
 
 
-def assert_each_reader_equals_oracle(cluster, events, t_us):
+def assert_each_reader_equals_oracle(cluster, events, t_us, groups=GROUPS):
     for user_id in NAMES["user_id"]:
         view, said = cluster.view_of(user_id)
         assert said == []
@@ -61,7 +65,7 @@ def assert_each_reader_equals_oracle(cluster, events, t_us):
             view,
             events,
             t_us,
-            GROUPS,
+            groups,
             lambda group: list(itertools.product(*(of_user[key] for key in group.entity_keys))),  # noqa: B023
         )
 
@@ -99,3 +103,37 @@ def test_a_cluster_that_has_closed_no_tick_is_said(compiled):
         arrive([record for record in a_log(3, 50) if record["log_partition"] == 0])
         with pytest.raises(HeadraceError, match="closed no tick yet: a partition of the log is silent"):
             cluster.open_store(lambda: (0, 0))
+
+
+def test_every_aggregation_is_read_as_the_views_store_it():
+    """Lists and maps are JSON there, entry by entry. Here the views stand on the batch side's staging."""
+    groups = {name: EVERY_GROUP[name] for name in NAMES_OF_EVERY_AGGREGATION}
+    records = a_log(41, 400)
+    with duckdb.connect() as batch, Server.started("dev") as server, server.connected() as stream:
+        batch.execute("set TimeZone = 'UTC'")
+        batch.register("events", as_table(alive(records)))
+        batch.execute(f"create table staged as {staging_sql('events')}")
+        batch.execute(f"create table retractions as {retractions_sql('events')}")
+        batch.execute(f"create table retracted as {retracted_sql('staged', 'retractions')}")
+        for table in ("staged", "retracted"):
+            columns = [(row[0], row[1]) for row in batch.execute(f"describe {table}").fetchall()]
+            types = ", ".join(f"{column} {kind.replace('TIMESTAMP WITH TIME ZONE', 'timestamptz')}" for column, kind in columns)
+            stream.execute(f"create table {table} ({types})")
+            with stream.cursor().copy(f"copy {table} from stdin") as copy:
+                for row in batch.execute(f"from {table}").fetchall():
+                    copy.write_row(row)
+        for name, group in groups.items():
+            stream.execute(f"create view {name} as {block_sql(group, 'staged', 'retracted', dialect='risingwave')}")
+        newest = [max(r["landed_at"] for r in records if r["log_partition"] == partition) for partition in (0, 1)]
+        stream.execute(f"create view closed_tick as select to_timestamp({closed_tick(newest)} / 1000000.0) as closed_tick")
+        cluster = Cluster(server.dsn, groups, timeout_s=20.0, connections=1, num_readers=10)
+        try:
+            store, history = cluster.open_store(lambda: end_of(records)), ListHistory()
+            history.records += records
+            Feed(store, groups, (0, 0), history, elsewhere=cluster).take(as_table(records), is_history=True)
+            events = [typed(record) for record in alive(records)]
+            assert_each_reader_equals_oracle(cluster, events, records[-1]["landed_at"] + MINUTE_US, groups)
+            view, _ = cluster.view_of("u1")
+            assert all(state.layers for state in view.groups.values())
+        finally:
+            cluster.stop()
