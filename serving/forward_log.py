@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+from pyiceberg.table import TableProperties
 
 from warehouse.events import TIMESTAMP
 from warehouse.lake import Lake
@@ -28,6 +29,11 @@ Item = TypeVar("Item")
 FORWARD_LOG = "lake.forward_log"
 BATCH = "headrace.batch"
 """Property of a snapshot: the number of the batch that it added."""
+_FILES = {
+    TableProperties.PARQUET_DICT_SIZE_BYTES: "65536",
+    TableProperties.PARQUET_COMPRESSION_LEVEL: "1",
+}
+"""Encoding takes two thirds of what it does by default, for a fiftieth more bytes: scores and ids are rarely the same twice."""
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _MADE_AT_ONCE, _MADE_WITHIN_S = 16, 1.0
 """Rows that are made together cost a third each; more of them would hold the interpreter that requests share for long."""
@@ -152,6 +158,7 @@ class ForwardLog(Generic[Item]):
         """Makes the table if need be, adds columns that an older version did not write, and starts the writer."""
         self._lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA, {"request_ts": "day"})
         self._lake.evolve(FORWARD_LOG, FORWARD_LOG_SCHEMA)
+        self._lake.set_properties(FORWARD_LOG, _FILES)
         self._thread = threading.Thread(target=self._run, name="forward-log", daemon=True)
         self._thread.start()
 

@@ -106,15 +106,21 @@ def main() -> None:
             except Exception as error:
                 answer = " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"
             answers.write(answer)
+            del table
+            pa.default_memory_pool().release_unused()  # a batch is as large as all else together
 
 
 def messages(source: IO[bytes]) -> Iterator[tuple[uuid.UUID, pa.Table]]:
+    """The batches that come, each with its number, until the source ends."""
     with contextlib.suppress(EOFError):
         while True:
             batch, num_parts = _HEAD.unpack(_exactly(source, _HEAD.size))
-            messages = (_exactly(source, *_PART.unpack(_exactly(source, _PART.size))) for _ in range(num_parts))
-            parts = [pa.ipc.read_record_batch(pa.py_buffer(part), FORWARD_LOG_SCHEMA) for part in messages]
-            yield uuid.UUID(bytes=batch), pa.Table.from_batches(parts, FORWARD_LOG_SCHEMA)
+            yield uuid.UUID(bytes=batch), pa.Table.from_batches([_part(source) for _ in range(num_parts)], FORWARD_LOG_SCHEMA)
+
+
+def _part(source: IO[bytes]) -> pa.RecordBatch:
+    (size,) = _PART.unpack(_exactly(source, _PART.size))
+    return pa.ipc.read_record_batch(pa.py_buffer(_exactly(source, size)), FORWARD_LOG_SCHEMA)
 
 
 def _exactly(source: IO[bytes], size: int) -> bytes:

@@ -31,6 +31,7 @@ from warehouse.landing import EVENTS, landed_position
 from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, SECOND_US
 
 _LOG = logging.getLogger("headrace.stream")
+_IDLE_AFTER_S = 1.0
 Progress = Callable[[int, int], None]
 """Called with (records replayed, records in all)."""
 Hear = Callable[[pa.Table], None]
@@ -45,6 +46,8 @@ class RunnerSettings:
     replay_limit: int = 200_000
     heartbeat_idle_us: int = 5 * SECOND_US
     poll_seconds: float = 0.005
+    idle_poll_seconds: float = 0.02
+    """Between looks into a log that nothing came into for `_IDLE_AFTER_S`; whoever waits for a record makes it look at once."""
     lander: LanderSettings = field(default_factory=LanderSettings)
 
 
@@ -91,7 +94,7 @@ class Runner:
         self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
-        self._stopping = threading.Event()
+        self._stopping, self._awaited = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
         self._hear: Hear | None = None
@@ -217,12 +220,11 @@ class Runner:
             raise HeadraceError("the runner is already running")
         self._stopping.clear()
         self._hear = hear
-        rounds = {"feed": lambda: self._feed_once(self._settings.read_limit)[0]}
+        rounds = {"feed": (lambda: self._feed_once(self._settings.read_limit)[0], self._rest_of_feed)}
         if not self._only_reads:
-            rounds["lander"] = self._land_once
+            rounds["lander"] = (self._land_once, self._rest_of_lander)
         self._threads = [
-            threading.Thread(target=self._run, args=(one_round,), name=f"headrace-{name}", daemon=True)
-            for name, one_round in rounds.items()
+            threading.Thread(target=self._run, args=its, name=f"headrace-{name}", daemon=True) for name, its in rounds.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -260,15 +262,27 @@ class Runner:
             self._stopping.wait(1.0)
         return landed
 
-    def _run(self, one_round: Callable[[], int]) -> None:
+    def _run(self, one_round: Callable[[], int], rest: Callable[[float], None]) -> None:
+        """rest: told for how many seconds rounds have found nothing."""
+        came_s = time.monotonic()
         try:
             while not self._stopping.is_set():
-                if not one_round():
-                    self._stopping.wait(self._settings.poll_seconds)
+                if one_round():
+                    came_s = time.monotonic()
+                else:
+                    rest(time.monotonic() - came_s)
         except BaseException as failure:
             self.failure = failure
             self._tell_waiting()
             _LOG.exception("%s stopped", threading.current_thread().name)
+
+    def _rest_of_feed(self, idle_s: float) -> None:
+        settings = self._settings
+        self._awaited.wait(settings.poll_seconds if idle_s < _IDLE_AFTER_S else settings.idle_poll_seconds)
+        self._awaited.clear()
+
+    def _rest_of_lander(self, idle_s: float) -> None:
+        self._stopping.wait(self._settings.poll_seconds)
 
     @property
     def is_healthy(self) -> bool:
@@ -277,6 +291,7 @@ class Runner:
     def stop(self, flush: bool = True) -> None:
         """Ends the threads, then lands what is left, if it lands at all. Raises what ended a thread early, if anything did."""
         self._stopping.set()
+        self._awaited.set()
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -305,6 +320,7 @@ class Runner:
         def absorbed() -> bool:
             return all(own >= wanted for own, wanted in zip(self.store.position, position, strict=True))
 
+        self._awaited.set()
         with self._moved:
             self._moved.wait_for(lambda: absorbed() or self.failure is not None, timeout_s)
         return absorbed()

@@ -139,6 +139,13 @@ class Lake:
             raise HeadraceError(f"{name} cannot take its new columns without a rewrite: {error}") from error
         return True
 
+    def set_properties(self, name: str, properties: Mapping[str, str]) -> None:
+        """Gives the table these properties, in one commit, unless it has them: how its files are written, say."""
+        table = self.table(name)
+        if properties.items() - table.properties.items():
+            with table.transaction() as transaction:
+                transaction.set_properties(dict(properties))
+
     def append(self, name: str, rows: pa.Table, properties: Mapping[str, str] | None = None) -> None:
         """Adds the rows in one commit; `properties` go into the same snapshot's summary."""
         table = self.table(name)

@@ -132,6 +132,15 @@ def test_a_row_comes_back_from_the_lake_as_it_was(lake):
     assert (forward_log.num_written, forward_log.num_dropped, forward_log.num_waiting) == (1, 0, 0)
 
 
+def test_its_files_are_written_cheaply_also_by_a_table_of_an_older_version(lake):
+    lake.create(FORWARD_LOG, FORWARD_LOG_SCHEMA)
+    for _ in range(2):
+        opened(lake).close()
+        metadata = lake.table(FORWARD_LOG).metadata
+        assert metadata.properties["write.parquet.compression-level"] == "1"
+    assert len(metadata.metadata_log) == 1  # the second start found them
+
+
 def test_flush_writes_at_once_and_close_writes_the_rest(lake):
     forward_log = opened(lake)
     forward_log.offer(table)

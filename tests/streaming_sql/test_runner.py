@@ -367,6 +367,21 @@ def test_the_threads_keep_up_with_the_wall_clock_and_stop_cleanly(tmp_path):
     world.crash()
 
 
+def test_a_runner_that_looks_seldom_looks_at_once_for_whoever_waits(tmp_path):
+    from warehouse.clock import Clock
+
+    world = World(Home(tmp_path), Clock()).open()
+    seldom = RunnerSettings(poll_seconds=600.0, idle_poll_seconds=600.0)
+    runner = Runner(world.lake, world.log, world.runner.store, GROUPS, world.clock, seldom, only_reads=True)
+    runner.catch_up()
+    runner.start()
+    for i in range(3):
+        [(partition, offset)] = world.post(click(f"c{i}"))
+        assert runner.wait_until(tuple(offset + 1 if p == partition else 0 for p in (0, 1)), timeout_s=60.0)
+    runner.stop()
+    world.crash()
+
+
 def test_a_runner_that_has_not_caught_up_refuses_to_run(tmp_path):
     world = World(Home(tmp_path), ManualClock(START_US)).open()
     with pytest.raises(HeadraceError, match="call catch_up"):
