@@ -15,9 +15,10 @@ from numba import njit, types
 from torch import Tensor
 
 from models_ml.features import FeatureInputs
-from models_ml.request_inputs import FeatureShare, columns_by_owner, only_read, part_of
+from models_ml.request_inputs import FeatureShare, columns_by_owner, part_of
 from models_ml.row_memo import NUM_BYTES, RowMemo
 from models_ml.scoring import Notes, together
+from warehouse.compiled import compiled, only_read
 
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 
@@ -106,7 +107,7 @@ def _are_same(bits_NF: np.ndarray, columns_B: np.ndarray, group_N: np.ndarray, o
     return is_same
 
 
-@njit(types.int64(_BITS, _NUMBERS, _NUMBERS, types.int64[::1], types.int64[::1]), cache=True, nogil=True)
+@compiled(types.int64(_BITS, _NUMBERS, _NUMBERS, types.int64[::1], types.int64[::1]))
 def _distinct(bits_NF: np.ndarray, columns_B: np.ndarray, group_N: np.ndarray, place_N: np.ndarray, first_N: np.ndarray) -> int:
     num_slots = 2
     while num_slots < 2 * len(bits_NF):
@@ -132,7 +133,7 @@ def _distinct(bits_NF: np.ndarray, columns_B: np.ndarray, group_N: np.ndarray, p
     return num_different
 
 
-@njit(types.void(only_read(types.float32, 2), _NUMBERS, types.float32[:, ::1]), cache=True, nogil=True)
+@compiled(types.void(only_read(types.float32, 2), _NUMBERS, types.float32[:, ::1]))
 def _add_rows(rows_MW: np.ndarray, place_N: np.ndarray, out_NW: np.ndarray) -> None:
     """out_NW += rows_MW[place_N]."""
     for n in range(len(place_N)):

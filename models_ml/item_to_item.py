@@ -19,6 +19,7 @@ from models_ml import co_occurrence
 from models_ml.bundle import SETTINGS, read_settings
 from models_ml.examples import Examples
 from models_ml.ordering import largest_first
+from warehouse.compiled import compiled, only_read
 from warehouse.connections import plain_connection
 
 NEIGHBOURS = "neighbours.parquet"
@@ -130,10 +131,6 @@ class ItemToItem:
         return code_C[best], total_C[best]
 
 
-def _only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
-    return types.Array(dtype, ndim, "C", readonly=True)
-
-
 @njit
 def _slot(code_H, code):
     """Where a code stands in the table, or may be put."""
@@ -143,13 +140,11 @@ def _slot(code_H, code):
     return at
 
 
-@njit(
+@compiled(
     types.Tuple((types.int64[::1], types.float64[::1]))(
-        *(_only_read(types.int64, 2), _only_read(types.float64)),
-        *(_only_read(types.int64), _only_read(types.float64), _only_read(types.int64)),
-    ),
-    cache=True,
-    nogil=True,
+        *(only_read(types.int64, 2), only_read(types.float64)),
+        *(only_read(types.int64), only_read(types.float64), only_read(types.int64)),
+    )
 )
 def _add_up(range_L2, weight_L, code_E, score_E, asked_A):
     """(codes, each once, in the order in which they come first; the weighted sum of each one's scores) of L lists, which are

@@ -1,9 +1,11 @@
 """The order of values, largest first, that does not depend on luck: ties stand by a number of their own."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-_FLOATS, _INTS = types.Array(types.float64, 1, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True)
+from warehouse.compiled import compiled, only_read
+
+_FLOATS, _INTS = only_read(types.float64, 1), only_read(types.int64, 1)
 
 _FEW = 32
 """Ties that are put in order one by one."""
@@ -16,7 +18,7 @@ def largest_first(value_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
     return order_N
 
 
-@njit(types.void(types.int64[::1], _FLOATS, _INTS), cache=True, nogil=True)
+@compiled(types.void(types.int64[::1], _FLOATS, _INTS))
 def _settle_ties(order_N, value_N, number_N):
     end = 0
     while end < len(order_N):

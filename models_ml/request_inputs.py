@@ -19,6 +19,7 @@ from numba import njit, types
 from torch import Tensor
 
 from models_ml.features import CUT, STRENGTHS, FeatureInputs
+from warehouse.compiled import compiled, only_read
 
 BUCKET = 16
 """Rows of candidates, or of histories, are filled up to a multiple of this before PyTorch multiplies them: a row's sums are in
@@ -27,11 +28,6 @@ two apart is a third slower to multiply.)"""
 _OF_READER, _OF_REQUEST = re.compile(r"^user_"), re.compile(r"_age_min$")
 _CUT, _ZERO, _ONE = np.float32(CUT), np.float32(0), np.float32(1)
 _STRENGTHS = tuple(np.float32(strength) for strength in STRENGTHS)
-
-
-def only_read(kind: types.Type, dimensions: int) -> types.Array:
-    """The type of a contiguous array that is not written, which may be read-only."""
-    return types.Array(kind, dimensions, "C", readonly=True)
 
 
 _MATRIX, _PLACES = only_read(types.float32, 2), only_read(types.int64, 1)
@@ -157,7 +153,7 @@ def _add(share: np.float32, row_W: np.ndarray, out_W: np.ndarray) -> None:
         out_W[w] += share * row_W[w]
 
 
-@njit(types.void(_MATRIX, _LEARNED, _PLACES, _MATRIX, types.float32[:, ::1]), error_model="numpy", cache=True, nogil=True)
+@compiled(types.void(_MATRIX, _LEARNED, _PLACES, _MATRIX, types.float32[:, ::1]), error_model="numpy")
 def _add_linear(
     values_NF: np.ndarray, learned: _Learned, masked_M: np.ndarray, weight_IW: np.ndarray, out_NW: np.ndarray
 ) -> None:
@@ -173,11 +169,8 @@ def _add_linear(
                 _add(_ONE, weight_IW[Z + m], out_NW[n])
 
 
-@njit(
-    types.void(_MATRIX, _LEARNED, _MATRIX, _MATRIX, only_read(types.float32, 3), types.float32[:, ::1]),
-    error_model="numpy",
-    cache=True,
-    nogil=True,
+@compiled(
+    types.void(_MATRIX, _LEARNED, _MATRIX, _MATRIX, only_read(types.float32, 3), types.float32[:, ::1]), error_model="numpy"
 )
 def _add_blended(
     values_NF: np.ndarray,
@@ -212,7 +205,7 @@ def _add_blended(
                 out_W[w] += (_ONE - share) * low_W[w] + share * high_W[w]
 
 
-@njit(types.void(_MATRIX, _MATRIX, types.float32[:, ::1]), cache=True, nogil=True)
+@compiled(types.void(_MATRIX, _MATRIX, types.float32[:, ::1]))
 def add_products(inputs_NI: np.ndarray, weight_IW: np.ndarray, out_NW: np.ndarray) -> None:
     """out_NW += inputs_NI @ weight_IW, all float32 and contiguous: for a few rows, or for inputs most of which are 0. A row's
     sums are in one order whatever the number of rows."""

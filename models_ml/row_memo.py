@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from models_ml.request_inputs import only_read
+from warehouse.compiled import compiled, only_read
 
 NUM_BYTES = 256 << 20
 """What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
@@ -100,13 +100,11 @@ class RowMemo:
             self._num_kept = 0
 
 
-@njit(
+@compiled(
     types.int64(
         types.int64, _NUMBERS, _NUMBERS, _NUMBERS, types.int32[:, ::1], types.float32[:, ::1], types.float32[:, ::1],
         types.int64[::1],
-    ),
-    cache=True,
-    nogil=True,
+    )
 )  # fmt: skip
 def _find_by_stamp(
     since: int,
@@ -132,13 +130,11 @@ def _find_by_stamp(
     return num_others
 
 
-@njit(
+@compiled(
     types.int64(
         types.int64, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1], types.float32[:, ::1],
         types.float32[:, ::1], types.int64[::1],
-    ),
-    cache=True,
-    nogil=True,
+    )
 )  # fmt: skip
 def _find_by_bits(
     since: int,
@@ -173,13 +169,11 @@ def _find_by_bits(
     return num_missing
 
 
-@njit(
+@compiled(
     types.int64(
         types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1],
         types.float32[:, ::1], types.float32[:, ::1],
-    ),
-    cache=True,
-    nogil=True,
+    )
 )  # fmt: skip
 def _keep(
     since: int,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from serving.forward_log import CANDIDATE, FORWARD_LOG_SCHEMA, rows_to_table
 from serving.served import Served
+from warehouse.compiled import compiled
 
 _CANDIDATES = FORWARD_LOG_SCHEMA.get_field_index("candidates")
 
@@ -105,7 +105,7 @@ def _sources(generators: Sequence[str], share_CG: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), names)
 
 
-@njit("Tuple((i4[::1], i4[::1]))(f8[:, ::1])", cache=True, nogil=True)
+@compiled("Tuple((i4[::1], i4[::1]))(f8[:, ::1])")
 def ordered_shares(share_CG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(offsets int32 [C + 1], generators int32): of each candidate those with a share above 0, the largest first, of equals the
     one that comes first."""

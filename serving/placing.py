@@ -8,6 +8,8 @@ this file, because numba's cache of it looks at no other.
 import numpy as np
 from numba import njit, types
 
+from warehouse.compiled import compiled, only_read
+
 SLOTS = ("ranked", "promoted", "cold_start", "exploration")
 """What a place may be kept for; the first is what it is otherwise."""
 CAPS = ("author", "topic")
@@ -30,14 +32,10 @@ _SPANNED = 1e-7
 """What a note adds, below which it adds nothing but rounding."""
 
 
-def _only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
-    return types.Array(dtype, ndim, "C", readonly=True)
+_INTS, _FLOATS, _MASK = only_read(types.int64), only_read(types.float64), only_read(types.boolean)
 
 
-_INTS, _FLOATS, _MASK = _only_read(types.int64), _only_read(types.float64), _only_read(types.boolean)
-
-
-@njit(types.float64[::1](_FLOATS), cache=True, nogil=True)
+@compiled(types.float64[::1](_FLOATS))
 def as_relevance(scores_S):
     """float64 [S]: the scores on a scale from 0 to 1, so that one strength means the same on every page. Missing ones are 0."""
     low, high = np.inf, -np.inf
@@ -126,7 +124,7 @@ def _cosine(vectors_VD, one, other):
     return total
 
 
-@njit(types.float64(_only_read(types.float64, 2), types.float64[:, ::1]), cache=True, nogil=True)
+@compiled(types.float64(only_read(types.float64, 2), types.float64[:, ::1]))
 def invert_cholesky(gram_RR, inverse_RR):
     """Writes the inverse of the Cholesky factor; returns its determinant, what R unit vectors with these cosines (of them the
     lower half is read) span. A vector in the span of those before it adds no direction, and makes the volume 0."""
@@ -203,12 +201,12 @@ def _adds_most(method, strength, relevance_S, cosine_RS, seen_R, row_R, allowed_
     return chosen
 
 
-_POOL = (_INTS, _INTS, _INTS, _FLOATS, _only_read(types.float32, 2), _INTS, _MASK, _MASK, _MASK)
+_POOL = (_INTS, _INTS, _INTS, _FLOATS, only_read(types.float32, 2), _INTS, _MASK, _MASK, _MASK)
 _RULES = (_INTS, _INTS, types.int64, types.int64, types.int64, types.float64, types.int64, types.int64)
 _FILLED = types.Tuple((types.int64, types.int64[::1], types.int64[::1], types.int64[::1], types.int64, types.boolean[::1]))
 
 
-@njit(_FILLED(*_POOL, *_RULES), cache=True, nogil=True)
+@compiled(_FILLED(*_POOL, *_RULES))
 def fill(
     note_S,
     author_S,

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from models_ml.ordering import largest_first
 from serving.catalogue import Catalogue
 from serving.union import Union
+from warehouse.compiled import compiled, only_read
 
 log = logging.getLogger(__name__)
 
@@ -199,14 +200,10 @@ def retrieve(
     return Candidates(request.catalogue, tuple(union.generators), *union.ranked()), failed, is_cut
 
 
-_INTS, _FLOATS, _MASK = (types.Array(of, 1, "C", readonly=True) for of in (types.int64, types.float64, types.boolean))
+_INTS, _FLOATS, _MASK = (only_read(of) for of in (types.int64, types.float64, types.boolean))
 
 
-@njit(
-    types.Tuple((types.int64[::1], types.float64[::1]))(_INTS, _MASK, _INTS, _FLOATS, types.int64),
-    cache=True,
-    nogil=True,
-)
+@compiled(types.Tuple((types.int64[::1], types.float64[::1]))(_INTS, _MASK, _INTS, _FLOATS, types.int64))
 def _of_topics(rows, eligible_N, topic_code_N, weight_T, limit):
     """(eligible rows of topics with a weight, in their order, the first `limit` of each topic; how far down each comes in its
     topic, for its topic's weight)."""
@@ -225,7 +222,7 @@ def _of_topics(rows, eligible_N, topic_code_N, weight_T, limit):
     return row_R[:count], key_R[:count]
 
 
-@njit(types.boolean[::1](_INTS, _MASK), cache=True, nogil=True)
+@compiled(types.boolean[::1](_INTS, _MASK))
 def _usable(rows_V, eligible_N):
     """bool [V]: vectors of eligible notes; a row of -1 is none."""
     usable_V = np.empty(len(rows_V), np.bool_)

@@ -4,9 +4,10 @@ Shape letters: G generators, R rows that one of them gave, K notes of the union 
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from models_ml.ordering import largest_first
+from warehouse.compiled import compiled, only_read
 
 RANK_DAMPING = 60
 """Of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009): scores of generators do not compare, ranks do."""
@@ -44,13 +45,11 @@ class Union:
         return row_K[order_C], score_K[order_C], share_CG
 
 
-@njit(
+@compiled(
     types.int64(
-        *(types.Array(types.int64, 1, "C", readonly=True), types.int64, types.int64),
+        *(only_read(types.int64, 1), types.int64, types.int64),
         *(types.int64[::1], types.int64[::1], types.float64[::1], types.float64[:, ::1]),
-    ),
-    cache=True,
-    nogil=True,
+    )
 )
 def _add(row_R, generator, num_notes, place_H, row_K, score_K, share_KG):
     """Writes a generator's rows into the tables; returns the number of notes that there are then."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from streaming_sql.group_state import FeatureMatrix
+from warehouse.compiled import compiled, only_read
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,10 @@ class FeatureRows:
         return [held[place] if place >= 0 else own[-1 - place] for place in self.place_C.tolist()]
 
 
-_VALUES, _PLACES = types.Array(types.float64, 2, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True)
+_VALUES, _PLACES = only_read(types.float64, 2), only_read(types.int64, 1)
 
 
-@njit(
-    [types.void(_VALUES, _VALUES, _PLACES, _PLACES, _PLACES, kind[:, ::1]) for kind in (types.float32, types.float64)],
-    cache=True,
-    nogil=True,
-)
+@compiled([types.void(_VALUES, _VALUES, _PLACES, _PLACES, _PLACES, kind[:, ::1]) for kind in (types.float32, types.float64)])
 def _write(
     values_RF: np.ndarray,
     own_RF: np.ndarray,

@@ -1,0 +1,31 @@
+"""Loops that NumPy would take many calls for, compiled when their module is imported. The machine code is kept beside the
+source or in the user's cache (`NUMBA_CACHE_DIR` names another place), so that only the first import takes seconds."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit, types
+
+log = logging.getLogger(__name__)
+
+
+def only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
+    """Arrays of this type, contiguous by rows, which the loop does not write: those that cannot be written are taken too."""
+    return types.Array(dtype, ndim, "C", readonly=True)
+
+
+def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit` of one signature, which lets other threads run. Where no folder can be written it compiles all the same, at
+    every start. options: numba's."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, cache=True, nogil=True, **options)(function)
+        except RuntimeError as error:
+            if "no locator" not in str(error):
+                raise
+            log.info("%s is compiled at every start: no folder for its machine code can be written", function.__qualname__)
+            return njit(signature, nogil=True, **options)(function)
+
+    return make
