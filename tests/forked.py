@@ -1,7 +1,8 @@
 """Command lines in processes of their own, forked from one that has imported what they all import and done nothing else.
 
-Importing dbt takes seconds of processor time, and a test run gives dozens of its commands. This file and that process import
-nothing of the project, so that a command in a copy of the project runs the copy's own Python.
+Importing dbt takes seconds of processor time, and a test run gives dozens of its commands. A test process has one such server
+for all that it forks, so what is imported ahead is named here alone. A command forgets what is the project's of it, so that in
+a copy of the project it runs the copy's own Python.
 """
 
 import multiprocessing
@@ -12,9 +13,16 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-_IMPORTED = ("dbt.cli.main", "dbt.adapters.duckdb", "duckdb", "pyarrow.parquet", "pyiceberg.catalog.sql", "sqlglot")
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(list(_IMPORTED))
+_IMPORTED = ["dbt.cli.main", "dbt.adapters.duckdb", "duckdb", "pyarrow.parquet", "pyiceberg.catalog.sql", "sqlglot"]
+_ROOMS = ("headrace", "bench", "serving", "models_ml", "streaming_sql", "warehouse", "kernels")
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(_IMPORTED)
+
+
+def import_ahead(*modules: str) -> None:
+    """For the processes that come from `FORKS`, if none has been started yet."""
+    _IMPORTED.extend(module for module in modules if module not in _IMPORTED)
+    FORKS.set_forkserver_preload(_IMPORTED)
 
 
 def python(
@@ -22,7 +30,7 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """`python -c CODE WORDS`. Raises TimeoutError if it takes longer; it does not live on then."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        process = _SERVER.Process(target=_run, args=(code, words, str(cwd), dict(environment), (out.name, err.name)))
+        process = FORKS.Process(target=_run, args=(code, words, str(cwd), dict(environment), (out.name, err.name)))
         process.start()
         process.join(timeout_s)
         status = process.exitcode
@@ -35,6 +43,8 @@ def python(
 
 
 def _run(code: str, words: tuple[str, ...], cwd: str, environment: dict[str, str], printed: tuple[str, str]) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in _ROOMS]:
+        del sys.modules[name]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -3,7 +3,6 @@
 A few kills each in the suite; `make faults` does 50 of each (HEADRACE_KILLS), evenly over all boundaries of one life.
 """
 
-import multiprocessing
 import os
 import signal
 
@@ -12,6 +11,7 @@ import pytest
 
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner, RunnerSettings
+from tests import forked
 from tests.faults import victims
 from tests.streaming_sql.generated import typed
 from tests.streaming_sql.test_live_store import assert_equals_oracle
@@ -31,9 +31,8 @@ GROUPS = load_groups()
 @pytest.fixture(scope="module")
 def forks():
     """A server that has imported everything and forks victims, so that a life costs what it does and not its imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.victims", "pyiceberg.io.pyarrow", "duckdb_extensions"])
-    return context
+    forked.import_ahead("tests.faults.victims", "pyiceberg.io.pyarrow", "duckdb_extensions")
+    return forked.FORKS
 
 
 def live(forks, role, folder, name, now_us, crash_at):

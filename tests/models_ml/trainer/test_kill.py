@@ -3,7 +3,6 @@
 Runs as many kills as `HEADRACE_KILLS` says (`make faults`), a few otherwise."""
 
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -21,14 +20,14 @@ from models_ml.trainer.checkpoints import Checkpoints
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.ranks import ranks_of_environment
 from models_ml.trainer.settings import Plan, TrainerSettings
+from tests.forked import FORKS, import_ahead
 from tests.models_ml.trainer import toy, victim
 from warehouse.errors import HeadraceError
 
 KILLS = int(os.environ.get("HEADRACE_KILLS", "3"))
 MOST_POINTS = 95
 """A run that is never killed reaches about as many crash points."""
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.models_ml.trainer.test_kill"])
+import_ahead("tests.models_ml.trainer.test_kill")
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
