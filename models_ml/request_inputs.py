@@ -51,10 +51,11 @@ class _Learned(NamedTuple):
         return cls(
             np.array(own, dtype=np.int64),
             inputs.is_ratio_F.numpy() > 0,
-            *(
-                part.numpy().copy()
-                for part in (inputs.positives_P, inputs.views_P, inputs.prior_P, inputs.mean_Z, inputs.scale_Z)
-            ),
+            inputs.positives_P.numpy().copy(),
+            inputs.views_P.numpy().copy(),
+            inputs.prior_P.numpy().copy(),
+            inputs.mean_Z.numpy().copy(),
+            inputs.scale_Z.numpy().copy(),
             np.array(STRENGTHS, dtype=np.float32),
             np.float32(CUT),
         )
