@@ -1,12 +1,13 @@
 """The processes of one server as one: each answers the others' questions, and computes feeds that would wait in another."""
 
 import asyncio
+import functools
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
-from serving import logs, wire
+from serving import logs, telemetry, wire
 from serving.budget import Budget
 from serving.engine import Engine
 from serving.feed import feed_answer
@@ -47,17 +48,30 @@ async def shared(app: FastAPI, metrics: Metrics) -> Sharing:
     """This worker's part in the feeds of all. Peers must listen: their folder is made then."""
     engine = engine_of(app)
     assert engine.seat is not None
-
-    async def compute(handed: bytes) -> bytes:
-        request_id, left_ms, position, body = orjson.loads(handed)
-        if not engine.counts(position):
-            return b""  # whoever posted an event there sees it in the next feed
-        logs.request_id.set(request_id)
-        return await feed_answer(app, metrics, wire.FeedRequest.model_validate(body), Budget.of_ms(left_ms))
-
+    compute = functools.partial(computed_for_another, app, metrics)
     sharing = Sharing(folder_of(engine.home.path), engine.seat.number, compute)
     await sharing.listen()
     return sharing
+
+
+async def computed_for_another(app: FastAPI, metrics: Metrics, handed: bytes) -> bytes:
+    """The answer to a feed as `to_hand_on` tells it; empty where the other worker is to compute it: this one refuses it, or
+    has not read an event that was answered there, which the next feed there must count."""
+    request_id, left_ms, position, span, body = orjson.loads(handed)
+    if not engine_of(app).counts(position):
+        return b""
+    logs.request_id.set(request_id)
+    try:
+        with telemetry.below(span):
+            return await feed_answer(app, metrics, wire.FeedRequest.model_validate(body), Budget.of_ms(left_ms))
+    except HTTPException:
+        return b""
+
+
+def to_hand_on(app: FastAPI, body: bytes, budget: Budget) -> bytes:
+    """A feed under way here, for another worker: the request as it came, and what belongs to it."""
+    request_id, position = logs.request_id.get(), engine_of(app).told_position
+    return orjson.dumps([request_id, budget.left_ms(), position, telemetry.carried(), orjson.Fragment(body)])
 
 
 async def handed_on(app: FastAPI, metrics: Metrics, body: bytes, budget: Budget) -> bytes | None:
@@ -65,8 +79,7 @@ async def handed_on(app: FastAPI, metrics: Metrics, body: bytes, budget: Budget)
     sharing: Sharing | None = app.state.sharing
     if sharing is None or (other := sharing.less_busy(app.state.in_flight)) is None:
         return None
-    handed = [logs.request_id.get(), budget.left_ms(), engine_of(app).told_position, orjson.Fragment(body)]
-    answer = await sharing.computed_by(other, orjson.dumps(handed))
+    answer = await sharing.computed_by(other, to_hand_on(app, body, budget))
     if answer is not None:
         metrics.handed_on.inc()
     return answer
