@@ -207,7 +207,8 @@ class L2:
         history_note_ids: oldest first (what was watched before the log, then the clicks); the last `history_length` count.
         surface: where the feed is shown; None or unknown takes the one seen most in training. user_attributes: the JSON of
         `lake.users.attributes`, or None. rows: as `L1.score` takes them; by default a note's place among those of training.
-        codes: `encoded_notes(note_ids)`, where the caller has them. Raises ValueError on wrong shapes.
+        codes: `encoded_notes(note_ids)`, where the caller has them; note_ids are then not read. Raises ValueError on wrong
+        shapes.
         """
         request = RankingRequest(user, notes, surface, history_note_ids, note_ids, user_attributes, rows, codes)
         return self.score_many([request])[0]
@@ -231,7 +232,7 @@ class L2:
 
     def _asked(self, request: RankingRequest) -> Asked:
         notes = notes_of(NAME, request, self.user_features, self.note_features)
-        if len(request.note_ids) != len(request.notes):
+        if request.codes is None and len(request.note_ids) != len(request.notes):
             raise ValueError(
                 f"note_ids and notes must have one row per candidate, got {len(request.note_ids)} and {len(request.notes)}"
             )

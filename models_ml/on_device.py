@@ -51,6 +51,10 @@ def raw_id(note_id: str) -> int:
     return hash(note_id)
 
 
+def _raw_ids(note_ids: Sequence[str]) -> np.ndarray:
+    return np.array([raw_id(note_id) for note_id in note_ids], dtype=np.int64)
+
+
 class _Ranker:
     """`function(request tensors ..., candidate tensors ...)` on a device. In: numpy, by name. Out: numpy [N, ...]."""
 
@@ -127,14 +131,15 @@ class L2OnDevice:
         # one column more says whether the id is known: 0 in the row for those that are not
         is_known = torch.ones(len(model.table_ND), 1)
         is_known[0] = 0.0
-        ids = torch.tensor([raw_id(note_id) for note_id in model.shape.words.note_ids], dtype=torch.int64)
+        ids = torch.from_numpy(_raw_ids(model.shape.words.note_ids))
+        self._raw_id_of_code = np.append(EMPTY_ID, ids.numpy())  # that of unknown notes is in no table
         self._tables = build_tables([(ids, torch.cat([model.table_ND, is_known], dim=1))]).to(device)
         num_request = len(self.user_features) + len(model.shape.attributes)
         num_bytes = 4 * num_request + 8 * (1 + self._length) + most_candidates * (8 + 4 * len(self.note_features))
         self.ranker = _Ranker(self._probabilities, (False, False, False, False, True, True), num_bytes, device, record)
         if device.type == "cuda":
             user, notes = np.zeros(len(self.user_features)), np.zeros((1, len(self.note_features)))
-            self.ranker.warm_up(**self._values(user, [], [""], notes, None, None))
+            self.ranker.warm_up(**self._values(user, [], np.array([EMPTY_ID]), notes, None, None))
 
     def _probabilities(
         self, user_U: Tensor, surface_1: Tensor, attributes_A: Tensor, history_L: Tensor, note_N: Tensor, note_NI: Tensor
@@ -160,11 +165,13 @@ class L2OnDevice:
         rows: np.ndarray | None = None,
         codes: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """As `L2.score`; nothing is kept there, so rows and codes are not read."""
-        picked = notes_of("l2", RankingRequest(user, notes), self.user_features, self.note_features).pick(self.note_features)
-        if len(note_ids) != len(notes):
+        """As `L2.score`; nothing is kept there, so the rows are not read."""
+        request = RankingRequest(user, notes, codes=codes)
+        picked = notes_of("l2", request, self.user_features, self.note_features).pick(self.note_features)
+        if codes is None and len(note_ids) != len(notes):
             raise ValueError(f"note_ids and notes must have one row per candidate, got {len(note_ids)} and {len(notes)}")
-        scores_NT = self.ranker(**self._values(user, history_note_ids, note_ids, picked, surface, user_attributes))
+        raw_id_N = _raw_ids(note_ids) if codes is None else self._raw_id_of_code[codes]
+        scores_NT = self.ranker(**self._values(user, history_note_ids, raw_id_N, picked, surface, user_attributes))
         return {head: scores_NT[:, column] for column, head in enumerate(self.heads)}
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:
@@ -172,7 +179,7 @@ class L2OnDevice:
         return [
             self.score(
                 request.user, request.history_note_ids, request.note_ids, request.notes,
-                surface=request.surface, user_attributes=request.user_attributes,
+                surface=request.surface, user_attributes=request.user_attributes, codes=request.codes,
             )
             for request in requests
         ]  # fmt: skip
@@ -181,20 +188,20 @@ class L2OnDevice:
         self,
         user: np.ndarray,
         history_note_ids: Sequence[str],
-        note_ids: Sequence[str],
+        raw_id_N: np.ndarray,
         notes: np.ndarray,
         surface: str | None,
         user_attributes: str | None,
     ) -> dict[str, np.ndarray]:
         history_L = np.full(self._length, EMPTY_ID, dtype=np.int64)
-        newest = [raw_id(note_id) for note_id in history_note_ids[-self._length :]][::-1]
+        newest = _raw_ids(history_note_ids[-self._length :])[::-1]
         history_L[: len(newest)] = newest
         return {
             "user": user,
             "surface": np.array([self._model.code_of_surface(surface)]),
             "attributes": self._model.encoded_attributes(user_attributes),
             "history": history_L,
-            "note_ids": np.array([raw_id(note_id) for note_id in note_ids], dtype=np.int64),
+            "note_ids": raw_id_N,
             "notes": notes,
         }
 

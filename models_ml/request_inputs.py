@@ -26,15 +26,14 @@ BUCKET = 16
 the same order wherever it stands, as long as the number of rows is the same. (Not of 64: a matrix whose rows lie a power of
 two apart is a third slower to multiply.)"""
 _OF_READER, _OF_REQUEST = re.compile(r"^user_"), re.compile(r"_age_min$")
-_CUT, _ZERO, _ONE = np.float32(CUT), np.float32(0), np.float32(1)
-_STRENGTHS = tuple(np.float32(strength) for strength in STRENGTHS)
-
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 _MATRIX, _PLACES = only_read(types.float32, 2), only_read(types.int64, 1)
 
 
 class _Learned(NamedTuple):
-    """What `FeatureInputs` learned of a part. columns_F: where its features stand among the values of a row."""
+    """What `FeatureInputs` learned of a part, and how it shapes it: numba's cache of the loops looks at no other file, so what
+    stands in one is given to them. columns_F: where the part's features stand among the values of a row."""
 
     columns_F: np.ndarray
     is_ratio_F: np.ndarray
@@ -43,6 +42,8 @@ class _Learned(NamedTuple):
     prior_P: np.ndarray
     mean_Z: np.ndarray
     scale_Z: np.ndarray
+    strengths: np.ndarray
+    cut: np.float32
 
     @classmethod
     def of(cls, inputs: FeatureInputs, columns: Sequence[int] | None) -> "_Learned":
@@ -50,15 +51,18 @@ class _Learned(NamedTuple):
         return cls(
             np.array(own, dtype=np.int64),
             inputs.is_ratio_F.numpy() > 0,
-            *(
-                part.numpy().copy()
-                for part in (inputs.positives_P, inputs.views_P, inputs.prior_P, inputs.mean_Z, inputs.scale_Z)
-            ),
+            inputs.positives_P.numpy().copy(),
+            inputs.views_P.numpy().copy(),
+            inputs.prior_P.numpy().copy(),
+            inputs.mean_Z.numpy().copy(),
+            inputs.scale_Z.numpy().copy(),
+            np.array(STRENGTHS, dtype=np.float32),
+            np.float32(CUT),
         )
 
 
 _LEARNED = types.NamedTuple(
-    tuple(kind[::1] for kind in (types.int64, types.boolean, *(types.int64,) * 2, *(types.float32,) * 3)), _Learned
+    (*(kind[::1] for kind in (types.int64, types.boolean, *(types.int64,) * 2, *(types.float32,) * 4)), types.float32), _Learned
 )
 
 
@@ -134,7 +138,7 @@ def _scaled(values_F: np.ndarray, learned: _Learned, scaled_Z: np.ndarray) -> No
             raw = _ZERO if raw <= _ZERO else math.log1p(raw)
         scaled_Z[f] = raw
     z = num_raw
-    for strength in _STRENGTHS:
+    for strength in learned.strengths:
         for p in range(num_pairs):
             positives = values_F[learned.columns_F[learned.positives_P[p]]]
             views = values_F[learned.columns_F[learned.views_P[p]]]
@@ -142,9 +146,10 @@ def _scaled(values_F: np.ndarray, learned: _Learned, scaled_Z: np.ndarray) -> No
             views = _ZERO if math.isnan(views) else views
             scaled_Z[z] = (positives + strength * learned.prior_P[p]) / (views + strength)
             z += 1
+    cut = learned.cut
     for z in range(len(scaled_Z)):
         scaled = (scaled_Z[z] - learned.mean_Z[z]) * learned.scale_Z[z]
-        scaled_Z[z] = _CUT if scaled > _CUT else -_CUT if scaled < -_CUT else scaled
+        scaled_Z[z] = cut if scaled > cut else -cut if scaled < -cut else scaled
 
 
 @njit

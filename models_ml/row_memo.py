@@ -21,6 +21,8 @@ NUM_BYTES = 256 << 20
 
 _HEAD = 3  # numbers of a place before its outputs
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
+_ASKED, _TABLES = (_NUMBERS,) * 3, (types.int32[:, ::1],) * 2
+"""Of the loops: number_N, tag_N, stamp_N; kept_SR, rows_NW. All numbers are bits: as bits NULL equals NULL."""
 
 
 class RowMemo:
@@ -69,20 +71,20 @@ class RowMemo:
         features are those of every row of this number with this stamp. features: those at some places of the N, float32
         [M, B], contiguous.
         """
-        kept = self._kept_SR, self._kept_SR.view(np.float32)
+        asked, tables = (number_N, tag_N, stamp_N), (self._kept_SR, rows_NW.view(np.int32))
         other_N = np.empty(len(rows_NW), dtype=np.int64)
         with self._lock:
             since = self._since
-            num_others = _find_by_stamp(since, number_N, tag_N, stamp_N, *kept, rows_NW, other_N)
+            num_others = _find_by_stamp(since, *asked, *tables, other_N)
             self.num_hits += len(rows_NW) - num_others
         if not num_others:
             return
         other_M = other_N[:num_others]
         features_MB = features(other_M)
-        bits_MB = features_MB.view(np.int32)  # as bits NULL equals NULL
+        bits_MB = features_MB.view(np.int32)
         missing_M = np.empty(num_others, dtype=np.int64)
         with self._lock:
-            num_missing = _find_by_bits(since, other_M, number_N, tag_N, stamp_N, bits_MB, *kept, rows_NW, missing_M)
+            num_missing = _find_by_bits(since, *asked, *tables, other_M, bits_MB, missing_M)
             self.num_hits += num_others - num_missing
             self.num_misses += num_missing
         if not num_missing:
@@ -91,7 +93,7 @@ class RowMemo:
         missing_of_N = other_M[missing]
         made_MW = self._make(features_MB[missing], tag_N[missing_of_N])
         with self._lock:
-            num_new = _keep(since, missing_of_N, made_MW, number_N, tag_N, stamp_N, bits_MB[missing], *kept, rows_NW)
+            num_new = _keep(since, *asked, *tables, missing_of_N, bits_MB[missing], made_MW.view(np.int32))
             if since == self._since:
                 self._num_kept += num_new
 
@@ -112,60 +114,46 @@ def _small_pages(size: int) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.int32)
 
 
-@compiled(
-    types.int64(
-        types.int64, _NUMBERS, _NUMBERS, _NUMBERS, types.int32[:, ::1], types.float32[:, ::1], types.float32[:, ::1],
-        types.int64[::1],
-    )
-)  # fmt: skip
+@compiled(types.int64(types.int64, *_ASKED, *_TABLES, types.int64[::1]))
 def _find_by_stamp(
     since: int,
     number_N: np.ndarray,
     tag_N: np.ndarray,
     stamp_N: np.ndarray,
     kept_SR: np.ndarray,
-    kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
     other_N: np.ndarray,
 ) -> int:
     """Writes the rows whose stamp is kept; the others' places into other_N, and says how many."""
     num_others, width = 0, rows_NW.shape[1]
     for n in range(len(number_N)):
-        place = number_N[n] % len(kept_SR)
-        kept_R = kept_SR[place]
+        kept_R = kept_SR[number_N[n] % len(kept_SR)]
         if number_N[n] >= 0 and stamp_N[n] > 0 and kept_R[0] == since and kept_R[1] == tag_N[n] and kept_R[2] == stamp_N[n]:
             for w in range(width):
-                rows_NW[n, w] = kept_as_floats_SR[place, _HEAD + w]
+                rows_NW[n, w] = kept_R[_HEAD + w]
         else:
             other_N[num_others] = n
             num_others += 1
     return num_others
 
 
-@compiled(
-    types.int64(
-        types.int64, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1], types.float32[:, ::1],
-        types.float32[:, ::1], types.int64[::1],
-    )
-)  # fmt: skip
+@compiled(types.int64(types.int64, *_ASKED, *_TABLES, _NUMBERS, _BITS, types.int64[::1]))
 def _find_by_bits(
     since: int,
-    other_M: np.ndarray,
     number_N: np.ndarray,
     tag_N: np.ndarray,
     stamp_N: np.ndarray,
-    bits_MB: np.ndarray,
     kept_SR: np.ndarray,
-    kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
+    other_M: np.ndarray,
+    bits_MB: np.ndarray,
     missing_M: np.ndarray,
 ) -> int:
     """Writes the rows whose features are kept, and keeps their stamps; the others among the M into missing_M, and how many."""
     num_missing, num_features, width = 0, bits_MB.shape[1], rows_NW.shape[1]
     for m in range(len(other_M)):
         n = other_M[m]
-        place = number_N[n] % len(kept_SR)
-        kept_R = kept_SR[place]
+        kept_R = kept_SR[number_N[n] % len(kept_SR)]
         is_same = number_N[n] >= 0 and kept_R[0] == since and kept_R[1] == tag_N[n]
         for b in range(num_features):
             if not is_same:
@@ -174,41 +162,37 @@ def _find_by_bits(
         if is_same:
             kept_R[2] = stamp_N[n]
             for w in range(width):
-                rows_NW[n, w] = kept_as_floats_SR[place, _HEAD + w]
+                rows_NW[n, w] = kept_R[_HEAD + w]
         else:
             missing_M[num_missing] = m
             num_missing += 1
     return num_missing
 
 
-@compiled(
-    types.int64(
-        types.int64, _NUMBERS, only_read(types.float32, 2), _NUMBERS, _NUMBERS, _NUMBERS, _BITS, types.int32[:, ::1],
-        types.float32[:, ::1], types.float32[:, ::1],
-    )
-)  # fmt: skip
+@compiled(types.int64(types.int64, *_ASKED, *_TABLES, _NUMBERS, _BITS, _BITS))
 def _keep(
     since: int,
-    missing_M: np.ndarray,
-    made_MW: np.ndarray,
     number_N: np.ndarray,
     tag_N: np.ndarray,
     stamp_N: np.ndarray,
-    bits_MB: np.ndarray,
     kept_SR: np.ndarray,
-    kept_as_floats_SR: np.ndarray,
     rows_NW: np.ndarray,
+    missing_M: np.ndarray,
+    bits_MB: np.ndarray,
+    made_MW: np.ndarray,
 ) -> int:
     """Writes the rows that were made, and keeps them; says how many places had none. missing_M: places among the N."""
     num_new, num_features, width = 0, bits_MB.shape[1], rows_NW.shape[1]
     for m in range(len(missing_M)):
         n = missing_M[m]
-        rows_NW[n] = made_MW[m]
+        for w in range(width):
+            rows_NW[n, w] = made_MW[m, w]
         if number_N[n] >= 0:
-            place = number_N[n] % len(kept_SR)
-            num_new += kept_SR[place, 0] != since
-            kept_SR[place, 0], kept_SR[place, 1], kept_SR[place, 2] = since, tag_N[n], stamp_N[n]
+            kept_R = kept_SR[number_N[n] % len(kept_SR)]
+            num_new += kept_R[0] != since
+            kept_R[0], kept_R[1], kept_R[2] = since, tag_N[n], stamp_N[n]
+            for w in range(width):
+                kept_R[_HEAD + w] = made_MW[m, w]
             for b in range(num_features):
-                kept_SR[place, _HEAD + width + b] = bits_MB[m, b]
-            kept_as_floats_SR[place, _HEAD : _HEAD + width] = made_MW[m]
+                kept_R[_HEAD + width + b] = bits_MB[m, b]
     return num_new

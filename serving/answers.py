@@ -70,7 +70,7 @@ def retrieved_answer(candidates: Candidates, catalogue: Catalogue) -> list[dict[
             "recallScore": float(score),
             "source": sources[0],
             "sources": list(sources),
-            "topic": topic_of(catalogue, note_id),
+            "topic": catalogue.topic_of(note_id),
         }
         for note_id, author_id, sources, score in zip(
             candidates.note_ids, candidates.author_ids, candidates.sources, candidates.recall_score_C, strict=True
@@ -156,8 +156,3 @@ def explain_answer(row: Mapping[str, Any], note_id: str | None) -> dict[str, Any
             for candidate in candidates
         ],
     }
-
-
-def topic_of(catalogue: Catalogue, note_id: str) -> str | None:
-    row = catalogue.row_of.get(note_id)
-    return None if row is None else catalogue.topics[row]

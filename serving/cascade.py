@@ -61,8 +61,7 @@ def feed(
             features = _Some.of(request, candidates, needed)
     with steps.timed("l2", len(survivors_S)):
         if has_time_for_l2(request, len(survivors_S)):
-            note_ids_S = candidates.take(survivors_S).note_ids
-            predictions_S, final_score_S = run_l2(request, note_ids_S, features.at(survivors_S), l1_score_C[survivors_S])
+            predictions_S, final_score_S = run_l2(request, features.at(survivors_S), l1_score_C[survivors_S])
         else:
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
@@ -115,7 +114,7 @@ def rank_l2_alone(
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    predictions, scores_C = run_l2(request, note_ids, features_C, as_given(len(note_ids)))
+    predictions, scores_C = run_l2(request, features_C, as_given(len(note_ids)), note_ids)
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
 

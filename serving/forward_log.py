@@ -4,7 +4,6 @@ A bounded queue and one writer thread. When the lake cannot keep up, rows are dr
 write fails it is tried again, and what waits meanwhile is bounded by the same queue.
 """
 
-import fcntl
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from pyiceberg.table import TableProperties
 
 from warehouse.events import TIMESTAMP
 from warehouse.lake import Lake
+from warehouse.locks import in_turn
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,7 @@ def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None 
     """Appends the rows, unless a batch of this number was: whoever wrote it may have died before it could say so.
 
     lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its work."""
-    with open(lock, "a") if lock else nullcontext() as turn:
-        if turn is not None:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+    with in_turn(lock) if lock else nullcontext():
         snapshots = lake.table(FORWARD_LOG).metadata.snapshots
         if not any(one.summary is not None and one.summary.get(BATCH) == str(batch) for one in reversed(snapshots)):
             lake.append(FORWARD_LOG, table, {BATCH: str(batch)})

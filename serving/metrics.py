@@ -28,9 +28,9 @@ class Metrics:
         self._cache = Gauge(
             "headrace_cache_answers", "Asked of a cache since the start, by what came of it", ["cache", "result"], registry=own
         )
-        ProcessCollector(registry=own)  # processor seconds, memory, open files
         self.handed_on = Counter("headrace_handed_on_requests", "Feeds that another worker computed for this one", registry=own)
         self.shed = Counter("headrace_shed_requests", "Requests refused because too many wait", registry=own)
+        ProcessCollector(registry=own)  # processor seconds, memory, open files
 
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A value that is read when it is asked for."""

@@ -36,24 +36,26 @@ def run_l1(request: Request, candidates: Hydrated) -> np.ndarray:
 
 
 def run_l2(
-    request: Request, note_ids: Sequence[str], candidates: Hydrated, score_so_far_C: np.ndarray
+    request: Request, candidates: Hydrated, score_so_far_C: np.ndarray, note_ids: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(head → probabilities float64 [C], final_score float64 [C]). If L2 fails, the score so far is the final one."""
-    if len(note_ids) == 0:
+    """(head → probabilities float64 [C], final_score float64 [C]). If L2 fails, the score so far is the final one.
+
+    note_ids: name the candidates where one may be unknown to the catalogue, as in `cascade.hydrate`."""
+    if len(candidates) == 0:
         return {}, np.empty(0)
     world, model = request.world, request.world.models.l2
     try:
         heads = model.score(
             request.user.pick(model.user_features),
             request.history,
-            list(note_ids),
+            note_ids,
             candidates,
             surface=request.surface,
             user_attributes=world.readers.attributes(request.user_id),
             rows=candidates.row_C,
             codes=world.models.codes_of(candidates.row_C),
         )
-        predictions = {head: _usable(f"L2's head {head}", scores_C, len(note_ids)) for head, scores_C in heads.items()}
+        predictions = {head: _usable(f"L2's head {head}", scores_C, len(candidates)) for head, scores_C in heads.items()}
         return predictions, mix(predictions, world.settings.head_weights)
     except Exception:
         log.exception("L2 failed; the order of the stage before it stands")

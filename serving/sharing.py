@@ -8,6 +8,7 @@ nothing of what a request is.
 
 import asyncio
 import contextlib
+import logging
 import mmap
 import struct
 from collections import defaultdict
@@ -15,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from serving.seat import MOST_WORKERS
+
+log = logging.getLogger(__name__)
 
 _LOADS = "loads"
 _SIZE = struct.Struct(">I")
@@ -28,7 +31,7 @@ class Sharing:
 
     def __init__(self, folder: Path, number: int, compute: Callable[[bytes], Awaitable[bytes]]):
         """folder: one that only this user may enter, the same for all workers. compute: answers a request of another worker;
-        what it raises, the other computes for itself."""
+        where it gives nothing, or raises, the other computes for itself."""
         self._folder, self._number, self._compute = folder, number, compute
         self._idle: dict[int, list[Connection]] = defaultdict(list)
         self._handed: dict[int, int] = defaultdict(int)
@@ -94,9 +97,11 @@ class Sharing:
                 request = await _received(reader)
                 try:
                     answer = await self._compute(request)
-                except Exception:  # the other answers for itself, and says what is wrong
+                except Exception:  # the other computes it for itself; its client shall not suffer from what is wrong here
+                    log.exception("a request of another worker failed here, which computes it for itself")
                     answer = b""
                 _send(writer, answer)
+                await writer.drain()
         self._hearing.discard(writer)
 
     def _path(self, number: int) -> Path:

@@ -101,7 +101,10 @@ class BlockViews:
     def _standing(self, name: str, found: Sequence[tuple[Any, ...]], tick_us: int) -> pa.Table:
         schema = self._schemas[name]
         columns = zip(*found, strict=True) if found else [()] * len(schema)
-        table = pa.table([_column(field.type, values) for field, values in zip(schema, columns, strict=True)], schema)
+        try:
+            table = pa.table([_column(field.type, values) for field, values in zip(schema, columns, strict=True)], schema)
+        except (KeyError, TypeError, ValueError) as error:  # Arrow's are among them
+            raise HeadraceError(f"the view {name} holds other rows than blocks of these declarations: {error}") from error
         if not pc.any(table["is_rebuilt"]).as_py():  # then none replaces another
             return table
         with self._lock:

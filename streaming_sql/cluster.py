@@ -64,6 +64,8 @@ class Cluster:
         self._readers: LRUCache[str, _OfReader] = LRUCache(max(num_readers, 1))
         self._readers_lock = threading.Lock()
         self._ahead: tuple[int, dict[str, pa.Table]] | None = None
+        self._read_through_us = 0
+        """The tick up to which whole groups were read: `take` gives each once, so the store's is no newer."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.is_away = False
@@ -80,6 +82,7 @@ class Cluster:
             )
         store = self.store = OnlineStore(self._groups)
         store.advance(store.position, {}, tick_us=tick_us, blocks=self._read_whole(0, tick_us))
+        self._read_through_us = tick_us
         store.blocks_through = end_of_log()  # asked after the tick: what the cluster had read by then is before it
         return store
 
@@ -105,9 +108,10 @@ class Cluster:
 
     def look(self) -> None:
         """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
-        tick_us, after_us = self._views.closed_tick(self._quick), self.store.tick_us
-        if self._ahead is None and tick_us > after_us == self.store.tick_us:
-            self._ahead = tick_us, self._read_whole(after_us, tick_us)
+        tick_us = self._views.closed_tick(self._quick)
+        if self._ahead is None and tick_us > self._read_through_us:
+            self._ahead = tick_us, self._read_whole(self._read_through_us, tick_us)
+            self._read_through_us = tick_us
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:
         """The store's view with the reader's own blocks in it, and what is to be said of it (AWAY, STALE)."""

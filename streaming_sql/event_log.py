@@ -111,9 +111,9 @@ class EventLog:
         self._writer, self._reader = self._connect(), self._connect()
         self.num_commits = 0
         self._seen_newest = (0,) * num_partitions
+        """landed_at of each partition when `heartbeat` last looked: it only grows."""
         self._nothing_at: tuple[int, Position] | None = None
         """SQLite's version of the file, and the position, at which a read found nothing: until it changes there is nothing."""
-        """landed_at of each partition when `heartbeat` last looked: it only grows."""
 
     @classmethod
     def open(

@@ -32,6 +32,7 @@ from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, SECON
 
 _LOG = logging.getLogger("headrace.stream")
 _IDLE_AFTER_S = 1.0
+_LANDER_RESTS_S = 1.0
 Progress = Callable[[int, int], None]
 """Called with (records replayed, records in all)."""
 Hear = Callable[[pa.Table], None]
@@ -220,9 +221,10 @@ class Runner:
             raise HeadraceError("the runner is already running")
         self._stopping.clear()
         self._hear = hear
+        rounds: dict[str, tuple[Callable[[], int], Callable[[float], object]]]
         rounds = {"feed": (lambda: self._feed_once(self._settings.read_limit)[0], self._rest_of_feed)}
         if not self._only_reads:
-            rounds["lander"] = (self._land_once, self._rest_of_lander)
+            rounds["lander"] = (self._land_once, lambda idle_s: self._stopping.wait(_LANDER_RESTS_S))
         self._threads = [
             threading.Thread(target=self._run, args=its, name=f"headrace-{name}", daemon=True) for name, its in rounds.items()
         ]
@@ -258,11 +260,9 @@ class Runner:
             self._history.prepare()
         self.publish()
         self.report()
-        if not landed:
-            self._stopping.wait(1.0)
         return landed
 
-    def _run(self, one_round: Callable[[], int], rest: Callable[[float], None]) -> None:
+    def _run(self, one_round: Callable[[], int], rest: Callable[[float], object]) -> None:
         """rest: told for how many seconds rounds have found nothing."""
         came_s = time.monotonic()
         try:
@@ -280,9 +280,6 @@ class Runner:
         settings = self._settings
         self._awaited.wait(settings.poll_seconds if idle_s < _IDLE_AFTER_S else settings.idle_poll_seconds)
         self._awaited.clear()
-
-    def _rest_of_lander(self, idle_s: float) -> None:
-        self._stopping.wait(self._settings.poll_seconds)
 
     @property
     def is_healthy(self) -> bool:

@@ -17,7 +17,10 @@ def only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
 
 def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` of one signature, which lets other threads run. Where no folder can be written it compiles all the same, at
-    every start. options: numba's."""
+    every start. options: numba's.
+
+    The cache is made anew when the function's own file changes, and for nothing else: numbers and functions of other files
+    must come as arguments."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         try:

@@ -5,7 +5,6 @@ crash anywhere leaves either all of it or nothing. Rows that break a rule go to 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from warehouse.datasets.base import NOTES_SCHEMA, USERS_SCHEMA, Dataset
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, HEARTBEAT, NUM_PARTITIONS, TIMESTAMP, partition_of
 from warehouse.lake import Lake
+from warehouse.locks import in_turn
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US
 
 EVENTS = "lake.events"
@@ -168,8 +168,7 @@ def land_events(
 @contextlib.contextmanager
 def only_writer(lake: Lake) -> Iterator[None]:
     """One process lands at a time: the position that a landing starts from must still hold when it commits."""
-    with open(lake.folder / "landing.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with in_turn(lake.folder / "landing.lock"):
         yield
 
 

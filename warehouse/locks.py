@@ -1,6 +1,8 @@
 """Files that one process at a time may hold. A lock ends with the process that has it, however it ends."""
 
+import contextlib
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -17,3 +19,11 @@ def try_lock(path: Path, shared: bool = False) -> IO[str] | None:
         handle.close()
         return None
     return handle
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Waits for its turn, and holds the file for the block. Raises OSError where it cannot be opened."""
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

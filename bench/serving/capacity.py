@@ -19,7 +19,7 @@ SLOWDOWN = 8.0
 _SEARCHED = (0.5, 1.5)
 """Of what a closed loop reaches: where the capacity is looked for."""
 _STEPS = 5
-REST_S = 12.0
+_REST_S = 12.0
 """Between the search, whose last steps ask more than there is, and the measurement: what they left to write is not its load."""
 
 
@@ -95,7 +95,7 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         p99_ms = _percentile(answers.latency_ms, 99)
         tell(f"{rate:.1f}/s: p99 {p99_ms:.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
         low, high = (rate, high) if holds else (low, rate)
-    time.sleep(min(REST_S, load.measured_s))
+    time.sleep(min(_REST_S, load.measured_s))
     answers = asker.ask(load.measured_s, low * share)
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(

@@ -224,6 +224,17 @@ def test_l2_refuses_ids_that_do_not_match_their_features(loaded, models):
         models["l2"].score(user, [], ["n1"], notes)
 
 
+def test_l2_takes_the_codes_of_notes_instead_of_their_names(loaded, models):
+    model = models["l2"]
+    user, notes = _request(loaded)
+    note_ids = ["never seen" if place % 7 == 3 else f"n{place}" for place in range(40)]
+    codes = model.encoded_notes(note_ids)
+    assert (codes == 0).sum() == 6
+    assert np.array_equal(_score(model, user, notes, (), codes=codes), _score(model, user, notes, note_ids))
+    with pytest.raises(ValueError, match=r"l2 takes codes int64 \[40\], got int64 \(39,\)"):
+        _score(model, user, notes, (), codes=codes[1:])
+
+
 def _asked_of_many(loaded, sizes):
     requests = []
     for place, num_notes in enumerate(sizes):

@@ -13,6 +13,7 @@ from streaming_sql.cluster import Cluster
 from streaming_sql.feed import Feed
 from tests.parity.test_batch_equals_oracle import GROUPS as EVERY_GROUP
 from tests.parity.test_postgres_equals_duckdb import NAMES as NAMES_OF_EVERY_AGGREGATION
+from tests.parity.test_postgres_equals_duckdb import stage_on_both
 from tests.streaming_sql.generated import ListHistory, alive, as_table, typed
 from tests.streaming_sql.postgres import Server
 from tests.streaming_sql.test_live_store import assert_equals_oracle
@@ -20,12 +21,13 @@ from tests.streaming_sql.test_risingwave_models import (
     GROUPS,
     a_log,
     compiled,
+    copy_into_log,
     create_log_events,
     create_views,
     manifest,
 )
 from warehouse.errors import HeadraceError
-from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
+from warehouse.features.render import block_sql
 from warehouse.time_algebra import MINUTE_US, closed_tick
 
 __all__ = ["compiled", "manifest"]  # the fixtures
@@ -39,15 +41,9 @@ def cluster_over(compiled, num_readers=100):
     with Server.started("dev") as server, server.connected() as connection:
         given = create_log_events(connection)
         create_views(connection, compiled)
-
-        def arrive(records):
-            with connection.cursor().copy("copy log_events from stdin") as copy:
-                for row in as_table(records).select(given).to_pylist():
-                    copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in given])
-
         cluster = Cluster(server.dsn, GROUPS, timeout_s=20.0, connections=1, num_readers=num_readers)
         try:
-            yield cluster, arrive
+            yield cluster, lambda records: copy_into_log(connection, given, as_table(records))
         finally:
             cluster.stop()
 
@@ -70,8 +66,22 @@ def assert_each_reader_equals_oracle(cluster, events, t_us, groups=GROUPS):
         )
 
 
-@pytest.mark.parametrize(("seed", "lag"), [(21, 0), (22, 90), (23, -90)])
-def test_every_value_equals_the_oracle_at_each_tick_and_between(compiled, seed, lag):
+class LookedAtMeanwhile:
+    """A cluster whose own thread looks while a tick that was taken of it is not the store's yet."""
+
+    def __init__(self, cluster):
+        self._cluster = cluster
+
+    def take(self, closed_us):
+        taken = self._cluster.take(closed_us)
+        self._cluster.look()
+        return taken
+
+
+@pytest.mark.parametrize(
+    ("seed", "lag", "seen_as"), [(21, 0, None), (22, 90, None), (23, -90, None), (21, 0, LookedAtMeanwhile)]
+)
+def test_every_value_equals_the_oracle_at_each_tick_and_between(compiled, seed, lag, seen_as):
     """lag: how many records the views are behind what this process has read; below 0, ahead."""
     records = a_log(seed, 560)
     events = [typed(record) for record in alive(records)]
@@ -80,7 +90,7 @@ def test_every_value_equals_the_oracle_at_each_tick_and_between(compiled, seed, 
         arrive(records[:begin])
         store = cluster.open_store(lambda: end_of(records[:begin]))
         history = ListHistory()
-        feed = Feed(store, GROUPS, (0, 0), history, elsewhere=cluster)
+        feed = Feed(store, GROUPS, (0, 0), history, elsewhere=seen_as(cluster) if seen_as else cluster)
         there, ticks, held_back = begin, set(), 0
         for read in range(begin, len(records), 57):
             piece = records[read - 57 : read] if read > begin else records[:read]
@@ -110,18 +120,7 @@ def test_every_aggregation_is_read_as_the_views_store_it():
     groups = {name: EVERY_GROUP[name] for name in NAMES_OF_EVERY_AGGREGATION}
     records = a_log(41, 400)
     with duckdb.connect() as batch, Server.started("dev") as server, server.connected() as stream:
-        batch.execute("set TimeZone = 'UTC'")
-        batch.register("events", as_table(alive(records)))
-        batch.execute(f"create table staged as {staging_sql('events')}")
-        batch.execute(f"create table retractions as {retractions_sql('events')}")
-        batch.execute(f"create table retracted as {retracted_sql('staged', 'retractions')}")
-        for table in ("staged", "retracted"):
-            columns = [(row[0], row[1]) for row in batch.execute(f"describe {table}").fetchall()]
-            types = ", ".join(f"{column} {kind.replace('TIMESTAMP WITH TIME ZONE', 'timestamptz')}" for column, kind in columns)
-            stream.execute(f"create table {table} ({types})")
-            with stream.cursor().copy(f"copy {table} from stdin") as copy:
-                for row in batch.execute(f"from {table}").fetchall():
-                    copy.write_row(row)
+        stage_on_both(batch, stream, as_table(alive(records)))
         for name, group in groups.items():
             stream.execute(f"create view {name} as {block_sql(group, 'staged', 'retracted', dialect='risingwave')}")
         newest = [max(r["landed_at"] for r in records if r["log_partition"] == partition) for partition in (0, 1)]

@@ -69,21 +69,26 @@ def test_the_sql_parses_as_risingwave_and_uses_only_what_it_documents(name):
     assert set(re.findall(r"([a-z_0-9]+)\s*\(", without_text)) - KEYWORDS <= FUNCTIONS
 
 
+def stage_on_both(batch, stream, events):
+    """Makes `staged` and `retracted` of the events on a DuckDB, and the same tables on a PostgreSQL."""
+    batch.execute("set TimeZone = 'UTC'")
+    batch.register("events", events)
+    batch.execute(f"create table staged as {render.staging_sql('events')}")
+    batch.execute(f"create table retractions as {render.retractions_sql('events')}")
+    batch.execute(f"create table retracted as {render.retracted_sql('staged', 'retractions')}")
+    for table in ("staged", "retracted"):
+        columns = [(row[0], row[1]) for row in batch.execute(f"describe {table}").fetchall()]
+        types = ", ".join(f"{column} {kind.replace('TIMESTAMP WITH TIME ZONE', 'timestamptz')}" for column, kind in columns)
+        stream.execute(f"create table {table} ({types})")
+        with stream.cursor().copy(f"copy {table} from stdin") as copy:
+            for row in batch.execute(f"from {table}").fetchall():
+                copy.write_row(row)
+
+
 def test_postgres_stores_what_duckdb_stores():
     events = as_table(event_log(Random(7), num_events=200))
     with duckdb.connect() as batch, postgres("dev") as stream:
-        batch.execute("set TimeZone = 'UTC'")
-        batch.register("events", events)
-        batch.execute(f"create table staged as {render.staging_sql('events')}")
-        batch.execute(f"create table retractions as {render.retractions_sql('events')}")
-        batch.execute(f"create table retracted as {render.retracted_sql('staged', 'retractions')}")
-        for table in ("staged", "retracted"):
-            columns = [(row[0], row[1]) for row in batch.execute(f"describe {table}").fetchall()]
-            types = ", ".join(f"{column} {kind.replace('TIMESTAMP WITH TIME ZONE', 'timestamptz')}" for column, kind in columns)
-            stream.execute(f"create table {table} ({types})")
-            with stream.cursor().copy(f"copy {table} from stdin") as copy:
-                for row in batch.execute(f"from {table}").fetchall():
-                    copy.write_row(row)
+        stage_on_both(batch, stream, events)
         for name in NAMES:
             group = GROUPS[name]
             expected = rows_of(batch.execute(render.block_sql(group, "staged", "retracted")), group)

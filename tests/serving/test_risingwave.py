@@ -191,7 +191,7 @@ def test_while_the_database_is_away_pages_come_of_the_last_tick_and_say_so(serve
     assert set(parity.skipped) == {"RisingWave did not answer, and the reader's own features were of an earlier tick"}
 
 
-def test_a_database_that_hangs_costs_one_bounded_wait(server, views):
+def test_a_database_that_hangs_costs_one_bounded_wait(server, views, next_tick):
     reader, other, third = "rw-hang-1", "rw-hang-2", "rw-hang-3"
     assert server.feed(reader)["degraded"] == []
     with views.server.hanging():
@@ -203,6 +203,11 @@ def test_a_database_that_hangs_costs_one_bounded_wait(server, views):
             assert AWAY in server.feed(user_id)["degraded"]
         assert time.monotonic() - began < 10 * TIMEOUT_MS / 1000
     until(lambda: server.feed(third)["degraded"] == [])
+    next_tick()
+    assert server.engine.forward_log.flush()
+    parity = check_parity(Lake.open(server.engine.home))
+    assert parity.agrees, parity.as_text()
+    assert parity.vectors_of_group["user_activity"] > 1
 
 
 def test_a_cluster_that_falls_behind_its_own_tick_is_not_believed(server, views):

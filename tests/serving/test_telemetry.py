@@ -1,5 +1,6 @@
 """Spans and log lines of real requests: which stages, how many candidates, which request, and never who asked."""
 
+import asyncio
 import contextlib
 import http.server
 import io
@@ -20,6 +21,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serving import logs, telemetry
+from serving.budget import Budget
+from serving.metrics import Metrics
+from serving.workers import computed_for_another, to_hand_on
 from tests.serving.hand_made import free_port
 
 STAGES = ["hydrate_user", "retrieve", "hydrate_candidates", "l1", "l2", "policy"]
@@ -77,6 +81,15 @@ def test_a_feed_is_one_trace_of_its_stages_with_their_candidates(server, readers
     assert counts["l2"] == counts["policy"] == min(100, counts["l1"])
     assert feed.attributes[telemetry.REQUEST_ID] == answer["requestId"]
     assert f'"{readers[28]}"' not in "".join(span.to_json() for span in (request, *spans.values()))
+
+
+def test_a_feed_that_another_worker_computes_stays_in_its_trace(server, readers, exporter):
+    with telemetry.tracer.start_as_current_span("asked") as asked:
+        handed = to_hand_on(server.app, json.dumps({"userId": readers[27]}).encode(), Budget.of_ms(60_000))
+    exporter.clear()
+    asyncio.run(computed_for_another(server.app, Metrics(), handed))
+    (feed,) = [span for span in exporter.get_finished_spans() if span.name == "headrace.feed"]
+    assert (feed.context.trace_id, feed.parent.span_id) == (asked.context.trace_id, asked.context.span_id)
 
 
 def test_log_lines_of_a_failing_stage_carry_the_request_and_not_the_reader(server, monkeypatch, lines):

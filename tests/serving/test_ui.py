@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from serving.app import API_PAGE, PAGE
+from serving.routes.page import API_PAGE, PAGE
 from tests.serving.browser import CHROMIUM, browsing
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package: chromium)")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from serving.metrics import of_workers
+from serving.budget import Budget
+from serving.metrics import Metrics, of_workers
 from serving.peers import Peers
 from serving.seat import take_seat
 from serving.sharing import Sharing
+from serving.workers import computed_for_another, to_hand_on
 from tests.serving.hand_made import free_port, furnish
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
@@ -146,11 +149,34 @@ def test_feeds_that_would_wait_in_one_worker_are_computed_by_the_other(two):
         assert get(port, f"/v1/explain/{answer.json()['requestId']}").json()["userId"].startswith("crowd-")
 
 
-def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_path):
+def test_a_feed_is_handed_back_by_a_worker_that_has_not_read_what_was_posted_where_it_was_asked(server, readers, monkeypatch):
+    def computed():
+        handed = to_hand_on(server.app, json.dumps({"userId": readers[26]}).encode(), Budget.of_ms(60_000))
+        return asyncio.run(computed_for_another(server.app, Metrics(), handed))
+
+    event = {
+        "eventId": "posted-here",
+        "userId": readers[26],
+        "eventType": "like",
+        "noteId": server.engine.world.catalogue.note_ids[0],
+    }
+    (posted,) = server.post("/v1/events", event).json()["results"]
+    assert server.engine.told_position[posted["partition"]] == posted["offset"] + 1
+    assert json.loads(computed())["notes"]
+    with monkeypatch.context() as patch:
+        ahead = list(server.engine.told_position)
+        ahead[posted["partition"]] += 1_000_000
+        patch.setattr(server.engine, "told_position", tuple(ahead))
+        assert computed() == b""
+    monkeypatch.setattr(server.app.state, "in_flight", 1_000_000)  # it refuses more
+    assert computed() == b""
+
+
+def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_path, caplog):
     async def shared():
         async def of_second(request):
             if request == b"no":
-                raise ValueError
+                raise ValueError("cannot")
             return b"second did " + request
 
         first, second, third = (Sharing(tmp_path, number, of_second) for number in range(3))
@@ -178,6 +204,7 @@ def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_p
         return chosen, answers, while_three_are_out, after_it_closed
 
     chosen, answers, while_three_are_out, after_it_closed = asyncio.run(shared())
+    assert "ValueError: cannot" in caplog.text
     assert chosen == [None, None, 1, 1]
     assert answers == [b"second did this", b"second did " + b"x" * 300_000, None, b"second did that"]
     assert while_three_are_out == (1, None)

@@ -4,7 +4,9 @@ import contextlib
 import datetime
 
 import numpy as np
+import pytest
 
+from streaming_sql.block_views import BlockViews
 from streaming_sql.feed import Feed
 from streaming_sql.online_store import OnlineStore
 from streaming_sql.postgres_reader import PostgresReader
@@ -12,6 +14,7 @@ from streaming_sql.replica import Replica
 from tests.streaming_sql.generated import ListHistory, as_table
 from tests.streaming_sql.postgres import postgres
 from tests.streaming_sql.test_risingwave_models import GROUPS, a_log, compiled, create_views, load_into_postgres, manifest
+from warehouse.errors import HeadraceError
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
@@ -90,3 +93,18 @@ def test_a_silent_partition_leaves_the_store_where_it_is(compiled):
             replica = Replica(reader, GROUPS)
             assert not replica.refresh()
             assert replica.store.tick_us == 0
+
+
+def test_a_view_of_other_rows_is_said_by_its_name():
+    with postgres("dev") as connection:
+        views = BlockViews(GROUPS)
+        columns = views.columns("note_engagement") | {"num_clicks": "varchar"}
+        connection.execute(f"create table note_engagement ({', '.join(f'{name} {kind}' for name, kind in columns.items())})")
+        connection.execute(
+            "insert into note_engagement (note_id, block_start, known_at, num_clicks) values ('n', now(), now(), 'many')"
+        )
+        with (
+            contextlib.closing(PostgresReader(address(connection))) as reader,
+            pytest.raises(HeadraceError, match="the view note_engagement holds other rows than blocks"),
+        ):
+            views.rows(reader, "note_engagement", 0, 4 * 10**15, 0)

@@ -159,7 +159,11 @@ def create_log_events(connection):
 
 
 def load_into_postgres(connection, events):
-    given = create_log_events(connection)
+    copy_into_log(connection, create_log_events(connection), events)
+
+
+def copy_into_log(connection, given, events):
+    """given: what `create_log_events` returned."""
     with connection.cursor().copy("copy log_events from stdin") as copy:
         for row in events.select(given).to_pylist():
             copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in given])

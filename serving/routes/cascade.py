@@ -1,0 +1,90 @@
+"""A feed, each of its stages alone, and why a note of an answer is where it is."""
+
+import asyncio
+import functools
+from typing import Annotated
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+
+from serving import answers, cascade, wire
+from serving.budget import Budget
+from serving.explain import row_in_lake
+from serving.feed import feed_answer, said_by
+from serving.http import json_response
+from serving.metrics import Metrics
+from serving.running import computed, engine_of, world_of
+from serving.workers import handed_on, row_of_peers
+from serving.world import World
+
+
+def add_cascade(app: FastAPI, metrics: Metrics) -> None:
+    @app.post("/v1/feed", response_model=wire.FeedResponse, tags=["feed"])
+    async def feed(body: wire.FeedRequest, request: Request) -> Response:
+        """A page of notes for one reader. A reader never met gets what is trending and fresh."""
+        budget = Budget.of_ms(body.deadline_ms or world_of(app).settings.deadline_ms)
+        answer = await handed_on(app, metrics, await request.body(), budget)
+        return Response(answer or await feed_answer(app, metrics, body, budget), media_type="application/json")
+
+    @app.post("/v1/retrieve", response_model=list[wire.RetrievedNote], tags=["stages"])
+    async def retrieve(body: wire.RetrieveRequest) -> Response:
+        """Candidates, best recall first. What failed or was relaxed is named in the header `Headrace-Degraded`."""
+        world = world_of(app)
+        work = functools.partial(cascade.retrieve_alone, world, body.user_id, body.feed_type, body.limit, body.context.geohash)
+        candidates, degraded = await computed(app, metrics, work)
+        return json_response(answers.retrieved_answer(candidates, world.catalogue), headers=_degraded(degraded))
+
+    @app.post("/v1/rank/l1", response_model=list[wire.L1RankedNote], tags=["stages"])
+    async def rank_l1(body: wire.RankL1Request) -> Response:
+        """The candidates that L1 would keep, best first. A note given twice counts once; an unknown one is scored as new."""
+        world = world_of(app)
+        notes = _once(body.candidates, world)
+        note_ids = [note.note_id for note in notes]
+        work = functools.partial(
+            cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, said_by(world, body.context)
+        )
+        authors, scores, order, degraded = await computed(app, metrics, work)
+        return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
+
+    @app.post("/v1/rank/l2", response_model=list[wire.L2RankedNote], tags=["stages"])
+    async def rank_l2(body: wire.RankL2Request) -> Response:
+        """The candidates by final score, best first, with the probability of every head."""
+        world = world_of(app)
+        notes = _once(body.candidates, world)
+        note_ids = [note.note_id for note in notes]
+        work = functools.partial(
+            cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, said_by(world, body.context)
+        )
+        authors, predictions, scores, order, degraded = await computed(app, metrics, work)
+        return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
+
+    @app.get("/v1/explain/{request_id}", tags=["feed"])
+    async def explain(
+        request_id: str, note_id: Annotated[str | None, Query(alias="noteId", max_length=256)] = None
+    ) -> Response:
+        """Why each note of an answer is where it is, or at which stage it was dropped, with features, T and K."""
+        world, engine = world_of(app), engine_of(app)
+        assert engine.lake is not None
+        row = engine.recent.row(request_id) or await row_of_peers(app, request_id)
+        row = row or await asyncio.to_thread(row_in_lake, engine.lake, request_id)
+        if row is None:
+            known_when = "a row is in the lake some seconds after its answer"
+            raise HTTPException(404, f"no request {request_id[:64]!r} in the forward log; {known_when}")
+        answer = answers.explain_answer(row, note_id)
+        if answer is None:
+            why = "it is not a known note"
+            if note_id in world.catalogue.row_of:
+                why = "the reader had seen it, or no generator brought it"
+            raise HTTPException(404, f"note {str(note_id)[:64]!r} was no candidate of this request: {why}")
+        return json_response(answer)
+
+
+def _once(notes: list[wire.Note], world: World) -> list[wire.Note]:
+    """Each note once, the first of equals. Raises 422 above the limit."""
+    most = world.settings.max_candidates
+    if len(notes) > most:
+        raise HTTPException(422, f"candidates: at most {most} at once, got {len(notes)}")
+    return list({note.note_id: note for note in reversed(notes)}.values())[::-1]
+
+
+def _degraded(names: list[str]) -> dict[str, str]:
+    return {"Headrace-Degraded": ",".join(names)} if names else {}
