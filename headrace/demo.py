@@ -71,13 +71,15 @@ class _Demo:
         self._land()
         self._step("dbt build: staging, blocks, training sets, tests", lambda: self._dbt("build"))
         self._step("export training examples", lambda: self._headrace("export-training"))
-        if self.given.retrain or not (self.home.models / "report.json").exists():
+        report = self.home.models / "report.json"
+        if self.given.retrain or not report.exists():
             epochs = ["--epochs", "1"] if self.given.small else []
             what = "train two-tower, item-to-item, L1, L2 and the LightGBM floor"
             self._step(what, lambda: self._headrace("train", "all", *epochs))
         else:
-            self.console.print("[dim]models are there already; `headrace demo --retrain` trains again[/dim]")
-        self._show_report()
+            self.console.print(
+                f"[dim]models are there already, judged in {report}; `headrace demo --retrain` trains again[/dim]"
+            )
         start = self._clock_start()
         with self._server(f"{start}@{SPEED}"):
             self._step(f"serve {SCRIPTED_USERS} feeds, post a click, wait for the next tick", self._visit)
@@ -263,10 +265,6 @@ class _Demo:
         for name, value in sorted((note.get("features") or {}).items()):
             table.add_row(name, _number(value))
         self.console.print(table)
-
-    def _show_report(self) -> None:
-        report = json.loads((self.home.models / "report.json").read_text())
-        self.console.print_json(json.dumps(report.get("metrics", report)))
 
     def _summary(self) -> None:
         table = Table(title="what took how long", box=None)

@@ -6,6 +6,8 @@ features; and where the features that it was made of are the same bit for bit, w
 N rows asked for, M of them whose stamp is another, S places, B features that a row is made of, W outputs.
 """
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Callable
 
@@ -41,7 +43,7 @@ class RowMemo:
         self._places = max(1, num_bytes // (4 * num_numbers))
         # of a place: since when its row is kept (0: none is), the row's tag and stamp, its outputs' bits, its features' bits:
         # side by side, so that memory is asked once
-        self._kept_SR = np.zeros((self._places, num_numbers), dtype=np.int32)
+        self._kept_SR = _small_pages(self._places * num_numbers).reshape(self._places, num_numbers)
         self._since = 1
         self._num_kept = self.num_hits = self.num_misses = 0
 
@@ -100,6 +102,16 @@ class RowMemo:
         with self._lock:
             self._since += 1
             self._num_kept = 0
+
+
+def _small_pages(size: int) -> np.ndarray:
+    """int32 [size] of zeros. NumPy asks for huge pages, of which the first few hundred rows would touch, and so fill, nearly
+    all: most of a second in the first request."""
+    memory = mmap.mmap(-1, 4 * size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.int32)
 
 
 @compiled(types.int64(types.int64, *_ASKED, *_TABLES, types.int64[::1]))

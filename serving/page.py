@@ -98,14 +98,9 @@ def _may_show(request: Request, row_S: np.ndarray) -> np.ndarray:
     """bool [S]: `showable` at these rows."""
     world = request.world
     may_S = (world.catalogue.created_us_N[row_S] < request.t_us) & world.allowed_N[row_S]
-    if hidden := _hidden(request):
-        may_S &= ~np.isin(row_S, hidden)
+    if hidden := list(world.readers.hidden(request.user_id)):
+        may_S &= ~np.isin(row_S, world.catalogue.rows(hidden))
     return may_S
-
-
-def _hidden(request: Request) -> list[int]:
-    row_of = request.world.catalogue.row_of
-    return [row_of[note_id] for note_id in request.world.readers.hidden(request.user_id) if note_id in row_of]
 
 
 def _vectors(request: Request, row_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ stands in `placing`; chance stands here.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
@@ -54,11 +54,6 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.note_S)
-
-    def head(self, size: int) -> "Pool":
-        """The best of them."""
-        rows = {field.name: getattr(self, field.name)[:size] for field in fields(self) if field.name != "vectors_VD"}
-        return Pool(vectors_VD=self.vectors_VD, **rows)
 
 
 @dataclass(frozen=True)

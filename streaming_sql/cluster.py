@@ -161,12 +161,14 @@ class Cluster:
             self._heard(self.look)
 
     def _heard(self, read: Callable[[], None]) -> None:
-        """What `read` says of the cluster is kept, and told once when it changes."""
+        """What `read` says of the cluster is kept, and told once when it changes. Whatever goes wrong, nobody who reads ends of
+        it."""
         try:
             read()
-        except HeadraceError as error:
+        except Exception as error:
             if not self.is_away:
-                _LOG.warning("features stay as they are: %s", error)
+                is_expected = isinstance(error, HeadraceError)
+                _LOG.warning("features stay as they are: %s", error, exc_info=None if is_expected else error)
             self.is_away = True
             return
         if self.is_away:

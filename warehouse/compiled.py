@@ -16,8 +16,8 @@ def only_read(dtype: types.Type, ndim: int = 1) -> types.Array:
 
 
 def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`numba.njit` of one signature, which lets other threads run. Where no folder can be written it compiles all the same, at
-    every start. options: numba's.
+    """`numba.njit` of one signature, which lets other threads run. Where machine code can be neither kept nor read (no folder
+    that can be written, a file that names what is no longer there) it compiles all the same, at every start. options: numba's.
 
     The cache is made anew when the function's own file changes, and for nothing else: numbers and functions of other files
     must come as arguments."""
@@ -25,10 +25,8 @@ def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], C
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(signature, cache=True, nogil=True, **options)(function)
-        except RuntimeError as error:
-            if "no locator" not in str(error):
-                raise
-            log.info("%s is compiled at every start: no folder for its machine code can be written", function.__qualname__)
+        except (RuntimeError, ImportError, AttributeError, OSError) as error:  # what is wrong with the loop itself comes again
+            log.info("%s is compiled at every start, its machine code cannot be kept: %s", function.__qualname__, error)
             return njit(signature, nogil=True, **options)(function)
 
     return make

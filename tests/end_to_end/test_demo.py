@@ -62,7 +62,7 @@ def test_a_second_demo_lands_and_trains_nothing_again(first):
     finished = demo(home, "--port", str(free_port()))
     assert finished.returncode == 0, finished.stdout
     assert "had landed before; nothing was added" in finished.stdout
-    assert "models are there already" in finished.stdout
+    assert "models are there already, judged in" in finished.stdout
     assert Lake.open(Home(home)).scan("lake.events", "landing = 'declared'").num_rows == before
 
 

@@ -1,8 +1,12 @@
 """Rows that are kept are those that would be made again."""
 
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from models_ml.first_layer import distinct
 from models_ml.row_memo import RowMemo
@@ -142,3 +146,16 @@ def test_different_rows_are_told_apart_by_their_bits_in_the_order_of_coming():
         assert place_N.tolist() == [expected[row] for row in bits]
         assert first_M.tolist() == [bits.index(row) for row in expected]
     assert distinct(values, np.array([], dtype=np.int64), np.zeros(rows, dtype=np.int64))[1].tolist() == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_places_that_were_never_used_cost_no_memory():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    memo = RowMemo(2, 2, _Maker())
+    before = resident_bytes()
+    numbers = np.arange(500) * (memo.num_bytes // BYTES_OF_A_PLACE // 500)  # all over it
+    _filled(memo, numbers, _features(500))
+    assert len(memo) == 500
+    assert resident_bytes() - before < memo.num_bytes / 8

@@ -22,7 +22,18 @@ def test_where_no_folder_can_be_written_it_is_compiled_all_the_same(monkeypatch,
     with caplog.at_level(logging.INFO):
         doubled = compiled(types.int64[::1](only_read(types.int64)))(_doubled)
     assert doubled(np.arange(3)).tolist() == [0, 2, 4]
-    assert "no folder for its machine code can be written" in caplog.text
+    assert "its machine code cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("no module named gone"), AttributeError("no class Gone"), OSError(28, "full")]
+)
+def test_machine_code_that_cannot_be_read_or_written_costs_the_time_to_compile(monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "load", fail)
+    assert compiled(types.int64[::1](only_read(types.int64)))(_doubled)(np.arange(3)).tolist() == [0, 2, 4]
 
 
 def test_arrays_that_cannot_be_written_are_taken():
