@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -168,8 +169,8 @@ def test_a_feed_is_handed_back_by_a_worker_that_has_not_read_what_was_posted_whe
         ahead[posted["partition"]] += 1_000_000
         patch.setattr(server.engine, "told_position", tuple(ahead))
         assert computed() == b""
-    monkeypatch.setattr(server.app.state, "in_flight", 1_000_000)  # it refuses more
-    assert computed() == b""
+    monkeypatch.setattr(server.engine, "settings", dataclasses.replace(server.engine.settings, waiting_requests=-10))
+    assert computed() == b""  # it refuses more
 
 
 def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_path, caplog):
