@@ -1,7 +1,7 @@
 """The time of a request: how much of it is left, and what the stages ahead are likely to need.
 
 The deadline travels with the request from the moment it arrives, so that waiting in line counts. What cannot be done in time is
-skipped in a fixed order (`cascade.feed`), and the answer says what.
+skipped in a fixed order (`cascade.feed_path`), and the answer says what.
 """
 
 import math
