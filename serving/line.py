@@ -1,0 +1,60 @@
+"""Feeds that wait for a thread: whichever is free takes those that wait, and computes them side by side.
+
+One that comes while a thread rests is computed at once, alone: nobody waits for company.
+"""
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+from serving.company import Path, Walk, together
+
+Result = TypeVar("Result")
+PathIn = Callable[[int], Path[Result]]
+"""Makes a path, told how many go side by side."""
+
+
+class Line:
+    """most: how many are computed side by side. heard: told how many were, each time."""
+
+    def __init__(self, threads: Executor, most: int, heard: Callable[[int], None]):
+        self._threads, self._most, self._heard = threads, max(most, 1), heard
+        self._waiting: deque[tuple[PathIn[Any], contextvars.Context, Future[Any]]] = deque()
+
+    def __len__(self) -> int:
+        """Those that wait."""
+        return len(self._waiting)
+
+    async def computed(self, path_in: PathIn[Result]) -> Result:
+        """The path's result, or what it raises. One that nobody waits for any more when its turn comes is left out."""
+        future: Future[Result] = Future()
+        self._waiting.append((path_in, contextvars.copy_context(), future))  # the request's id and span
+        self._threads.submit(self._take)
+        return await asyncio.wrap_future(future)
+
+    def _take(self) -> None:
+        taken: list[tuple[PathIn[Any], contextvars.Context, Future[Any]]] = []
+        while self._waiting and len(taken) < self._most:
+            try:
+                path_in, context, future = self._waiting.popleft()
+            except IndexError:  # another thread took it
+                break
+            if future.set_running_or_notify_cancel():
+                taken.append((path_in, context, future))
+        if not taken:
+            return  # with those before
+        self._heard(len(taken))
+        together([Walk(path_in(len(taken)), context, _told(future)) for path_in, context, future in taken])
+
+
+def _told(future: "Future[Any]") -> Callable[[Walk[Any]], None]:
+    def then(walk: Walk[Any]) -> None:
+        if walk.error is None:
+            future.set_result(walk.result)
+        else:
+            future.set_exception(walk.error)
+
+    return then
