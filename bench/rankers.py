@@ -3,12 +3,11 @@
     python -m bench.rankers [--threads 2]
 
 Networks with random weights, features fitted on drawn values, at the shape of the project's own: 20 reader features, 49 of a
-candidate. Checked against the network first (2e-6), and against the network exported to ONNX, under onnxruntime; all take turns, and the
-fastest tenth counts. Both keep what notes add to
-their first layer while the notes' features stay the same: a request over notes seen before is timed, with rows and codes as the
-server gives them but without its stamp of the tick, so that features are compared; and one over none. The reader has met the
-authors of one candidate in thirty. Four readers' requests in one call are timed too. Where there is a GPU, whole requests on it
-follow.
+candidate. Checked against the network first (2e-6), and against the network exported to ONNX, under onnxruntime; all take
+turns, and the fastest tenth counts. Both keep what notes add to their first layer while the notes' features stay the same: a
+request over notes seen before is timed, with rows and codes as the server gives them but without its stamp of the tick, so that
+features are compared; and one over none. The reader has met the authors of one candidate in thirty. Four readers' requests in
+one call are timed too. Where there is a GPU, whole requests on it follow.
 """
 
 import argparse
