@@ -68,7 +68,7 @@ def create_app(
         # beside other workers one thread computes: more would take turns at the interpreter and at the cores of the others
         threads = chosen.inference_threads if server is None else 1
         app.state.workers = ThreadPoolExecutor(threads, thread_name_prefix="cascade")
-        app.state.line = Line(app.state.workers, chosen.side_by_side, metrics.side_by_side.observe)
+        app.state.line = Line(app.state.workers, threads, chosen.side_by_side, metrics.side_by_side.observe)
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
         intake = app.state.intake = Intake(chosen.waiting_events, chosen.max_log_bytes)
         metrics.gauge("events_waiting", "Posted events that wait for the log", lambda: intake.num_waiting)

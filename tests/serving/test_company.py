@@ -106,7 +106,7 @@ def test_those_that_wait_in_line_go_together_and_a_client_that_left_does_not():
 
     async def run():
         with ThreadPoolExecutor(1) as threads:
-            line, may_go = Line(threads, at_most, sizes.append), threading.Event()
+            line, may_go = Line(threads, 1, at_most, sizes.append), threading.Event()
             threads.submit(may_go.wait, 10)
             tasks = [asyncio.ensure_future(line.computed(lambda company, n=n: asks(model, n))) for n in (1, 2, 13, 4, 5, 6)]
             await asyncio.sleep(0)
@@ -119,7 +119,28 @@ def test_those_that_wait_in_line_go_together_and_a_client_that_left_does_not():
     assert [type(one).__name__ if isinstance(one, BaseException) else one for one in told] == [
         2, "CancelledError", "ValueError", 8, 10, 12,
     ]  # fmt: skip
-    assert sizes == [3, 2]
+    assert sizes == [2, 3]
+
+
+def test_two_threads_part_the_line_between_them():
+    sizes, both_are_there = [], threading.Barrier(2)
+
+    def path(number):
+        both_are_there.wait(10)
+        yield from asks(Doubles(), number)
+
+    async def run():
+        with ThreadPoolExecutor(2) as threads:
+            line, may_go = Line(threads, 2, 4, sizes.append), threading.Event()
+            for _ in range(2):
+                threads.submit(may_go.wait, 10)
+            tasks = [asyncio.ensure_future(line.computed(lambda company: path(1))) for _ in range(2)]
+            await asyncio.sleep(0)
+            may_go.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert sizes == [1, 1]
 
 
 def test_a_page_is_the_same_alone_and_in_company(server, readers):
