@@ -64,6 +64,7 @@ class Settings:
     user_cache_s: float
     recent_requests: int
     inference_threads: int
+    side_by_side: int
     waiting_requests: int
     max_candidates: int
     max_body_bytes: int
