@@ -25,6 +25,7 @@ class Settings:
     features: str
     features_timeout_ms: float
     features_look_s: float
+    features_head_events: int
     generators: Mapping[str, int]
     l1_top_k: int
     page_size: int

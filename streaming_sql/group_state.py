@@ -55,31 +55,31 @@ class GroupState:
     def without_unused(self) -> "GroupState":
         """The state with new tables that have forgotten the keys and texts which no block and no head event has, once those are
         as many as the rest; itself otherwise, and while there are several layers, as what went shows when they merge."""
-        if len(self.layers) != 1:
+        if len(self.layers) > 1:
             return self
-        (layer,) = self.layers
+        rows = self.layers[0].rows if self.layers else np.zeros(0, dtype=np.int64)
         state = self
-        if len(self.index) > _FEW + _UNUSED_AT * len(layer.rows):
-            state = replace(state, index=self.index.kept(layer.rows))
-        if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use(layer)):
+        if len(self.index) > _FEW + _UNUSED_AT * len(rows):
+            state = replace(state, index=self.index.kept(rows))
+        if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use()):
             state = replace(state, codes=self.codes.kept(codes))
         return state
 
-    def _codes_in_use(self, layer: BlockLayer) -> np.ndarray:
+    def _codes_in_use(self) -> np.ndarray:
         """int64, ascending: of map entries in blocks and in the head."""
-        texts = [(place, m.name) for place, m in enumerate(self.plan.fresh) if m.name in self.plan.maps]
-        texts = [(place, name) for place, name in texts if self.plan.maps[name].has_texts]
+        places = self.plan.fresh_texts
         in_head = [
-            event.values[place][0] for _, event in self.head.events() for place, _ in texts if event.values[place] is not None
+            event.values[place][0] for _, event in self.head.events() for place in places if event.values[place] is not None
         ]
-        in_blocks = [layer.maps[name].entry for name, shape in self.plan.maps.items() if shape.has_texts]
+        of_texts = [name for name, shape in self.plan.maps.items() if shape.has_texts]
+        in_blocks = [layer.maps[name].entry for layer in self.layers for name in of_texts]
         return np.unique(np.concatenate([np.array(in_head, dtype=np.int64), *in_blocks]))
 
     def code(self, event: HeadEvent) -> None:
         """Puts the codes of texts into a new head event's map entries."""
-        for place, measure in enumerate(self.plan.fresh):
+        for place in self.plan.fresh_texts:
             value = event.values[place]
-            if value is not None and measure.name in self.plan.maps and self.plan.maps[measure.name].has_texts:
+            if value is not None:
                 coded = (self.codes.code(value[0]), value[1])
                 event.values = (*event.values[:place], coded, *event.values[place + 1 :])
 
