@@ -1,6 +1,6 @@
 """A server's features beside a RisingWave cluster: blocks from its views, the head from the log's tail.
 
-    groups of notes and authors    read whole, once a tick, ahead of the store (`TickBlocks`)
+    groups of notes and authors    read whole, once a tick, ahead of the store (`Ticks`)
     groups that begin with a reader  read when the reader asks, once a tick, in one statement
     events that no block holds      the log's, as in the embedded store
 
@@ -20,7 +20,7 @@ from cachetools import LRUCache
 from streaming_sql.block_views import READER, BlockViews
 from streaming_sql.group_state import GroupState
 from streaming_sql.key_index import KeyIndex
-from streaming_sql.online_store import OnlineStore, StoreView, Work, with_blocks, without_withdrawn
+from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work, with_blocks, without_withdrawn
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
@@ -63,7 +63,7 @@ class Cluster:
         self._quick, self._bulk = PostgresReader(dsn, quick), PostgresReader(dsn, _WHOLE_GROUPS)
         self._readers: LRUCache[str, _OfReader] = LRUCache(max(num_readers, 1))
         self._readers_lock = threading.Lock()
-        self._ahead: tuple[int, dict[str, pa.Table]] | None = None
+        self._ahead: AddedBlocks | None = None
         self._read_through_us = 0
         """The tick up to which whole groups were read: `take` gives each once, so the store's is no newer."""
         self._stopping = threading.Event()
@@ -81,7 +81,7 @@ class Cluster:
                 "RisingWave has closed no tick yet: a partition of the log is silent there; is its topic the event log's?"
             )
         store = self.store = OnlineStore(self._groups)
-        store.advance(store.position, {}, tick_us=tick_us, blocks=self._read_whole(0, tick_us))
+        store.advance(store.position, {}, tick=AddedBlocks(tick_us, self._read_whole(0, tick_us)))
         self._read_through_us = tick_us
         store.blocks_through = end_of_log()  # asked after the tick: what the cluster had read by then is before it
         return store
@@ -98,10 +98,10 @@ class Cluster:
         self._quick.close()
         self._bulk.close()
 
-    def take(self, closed_us: int) -> tuple[int, dict[str, pa.Table]] | None:
-        """The store's next tick and the rows that it adds, as `Feed` asks; None where there is none up to closed_us."""
+    def take(self, closed_us: int) -> AddedBlocks | None:
+        """The store's next tick, as `Feed` asks; None where there is none up to closed_us."""
         ahead = self._ahead
-        if ahead is None or ahead[0] > closed_us:
+        if ahead is None or ahead.tick_us > closed_us:
             return None
         self._ahead = None
         return ahead
@@ -110,7 +110,7 @@ class Cluster:
         """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
         tick_us = self._views.closed_tick(self._quick)
         if self._ahead is None and tick_us > self._read_through_us:
-            self._ahead = tick_us, self._read_whole(self._read_through_us, tick_us)
+            self._ahead = AddedBlocks(tick_us, self._read_whole(self._read_through_us, tick_us))
             self._read_through_us = tick_us
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:

@@ -12,9 +12,9 @@ from streaming_sql import moments
 from streaming_sql.block_layer import BlockLayer
 from streaming_sql.entry_maps import buckets, distinct_counts, most_frequent, quantiles
 from streaming_sql.head import Head, HeadEvent
-from streaming_sql.key_index import Key, KeyIndex
+from streaming_sql.key_index import Key, KeyIndex, KeysBeside
 from streaming_sql.plan import GroupPlan
-from streaming_sql.text_codes import TextCodes
+from streaming_sql.text_codes import CodesBeside, TextCodes
 from streaming_sql.window_reader import Instant, WindowReader
 from warehouse.features.measures import Measure
 from warehouse.time_algebra import Window
@@ -65,21 +65,42 @@ class GroupState:
             state = replace(state, codes=self.codes.kept(codes))
         return state
 
+    def at(self, tick_us: int, made: "GroupState") -> "GroupState":
+        """The state at a newer tick whose layers were made elsewhere, with the numbers that keys and texts have there; of the
+        head what the tick does not hold. Events are copied where a number changes: views of before go on reading theirs."""
+        index, codes = KeysBeside(made.index), CodesBeside(made.codes)
+        left = ((key, event) for key, event in self.head.events() if event.known_at > tick_us)
+        head = Head((key, self._recoded(event, codes)) for key, event in left)
+        return replace(self, index=index, codes=codes, layers=made.layers, head=head, fresh_layers=None)
+
+    def _recoded(self, event: HeadEvent, codes: TextCodes) -> HeadEvent:
+        values = event.values
+        for place in self._places_of_texts():
+            if values[place] is not None:
+                code, numbers = values[place]
+                (text,) = self.codes.texts([code])
+                values = (*values[:place], (codes.code(text), numbers), *values[place + 1 :])
+        return event if values == event.values else replace(event, values=values)
+
+    def _places_of_texts(self) -> list[int]:
+        """Which values of a head event are map entries with a text's code."""
+        maps = self.plan.maps
+        return [place for place, m in enumerate(self.plan.fresh) if m.name in maps and maps[m.name].has_texts]
+
     def _codes_in_use(self, layer: BlockLayer) -> np.ndarray:
         """int64, ascending: of map entries in blocks and in the head."""
-        texts = [(place, m.name) for place, m in enumerate(self.plan.fresh) if m.name in self.plan.maps]
-        texts = [(place, name) for place, name in texts if self.plan.maps[name].has_texts]
+        texts = self._places_of_texts()
         in_head = [
-            event.values[place][0] for _, event in self.head.events() for place, _ in texts if event.values[place] is not None
+            event.values[place][0] for _, event in self.head.events() for place in texts if event.values[place] is not None
         ]
         in_blocks = [layer.maps[name].entry for name, shape in self.plan.maps.items() if shape.has_texts]
         return np.unique(np.concatenate([np.array(in_head, dtype=np.int64), *in_blocks]))
 
     def code(self, event: HeadEvent) -> None:
         """Puts the codes of texts into a new head event's map entries."""
-        for place, measure in enumerate(self.plan.fresh):
+        for place in self._places_of_texts():
             value = event.values[place]
-            if value is not None and measure.name in self.plan.maps and self.plan.maps[measure.name].has_texts:
+            if value is not None:
                 coded = (self.codes.code(value[0]), value[1])
                 event.values = (*event.values[:place], coded, *event.values[place + 1 :])
 

@@ -8,7 +8,7 @@ server adds from the log (`cluster.py`).
 from collections.abc import Mapping
 
 from streaming_sql.block_views import BlockViews
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.online_store import AddedBlocks, OnlineStore
 from streaming_sql.postgres_reader import PostgresReader
 from warehouse.features.declarations import FeatureGroup
 
@@ -28,5 +28,5 @@ class Replica:
             return False
         from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._groups}
         blocks = {name: self.views.rows(self._reader, name, after_us, tick_us, from_us[name]) for name in self._groups}
-        self.store.advance(self.store.position, {}, tick_us=tick_us, blocks=blocks)
+        self.store.advance(self.store.position, {}, tick=AddedBlocks(tick_us, blocks))
         return True
