@@ -3,11 +3,11 @@
     python -m bench.rankers [--threads 2]
 
 Networks with random weights, features fitted on drawn values, at the shape of the project's own: 20 reader features, 49 of a
-candidate. Checked against the network first (2e-6); all take turns, and the fastest tenth counts. Both keep what notes add to
-their first layer while the notes' features stay the same: a request over notes seen before is timed, with rows and codes as the
-server gives them but without its stamp of the tick, so that features are compared; and one over none. The reader has met the
-authors of one candidate in thirty. Four readers' requests in one call are timed too. Where there is a GPU, whole requests on it
-follow.
+candidate. Checked against the network first (2e-6), and against the network exported to ONNX, under onnxruntime; all take
+turns, and the fastest tenth counts. Both keep what notes add to their first layer while the notes' features stay the same: a
+request over notes seen before is timed, with rows and codes as the server gives them but without its stamp of the tick, so that
+features are compared; and one over none. The reader has met the authors of one candidate in thirty. Four readers' requests in
+one call are timed too. Where there is a GPU, whole requests on it follow.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 
 from bench.kernels import microseconds
 from models_ml.examples import LABELS
+from models_ml.export import content_of, runner_of, scorer_of
 from models_ml.l1 import L1, L1Config, L1Network
 from models_ml.l2 import L2
 from models_ml.l2_network import L2Config, L2Network, Shape
@@ -74,7 +75,7 @@ def l1_model() -> L1:
 
 
 def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
-    """One request, one whose notes were never seen, the same by the network, and as the first of four."""
+    """One request, the same by the network and by onnxruntime, one whose notes were never seen, and as the first of four."""
     model = l1_model()
     network = model.network
     user, notes, rows = values(1, USER_FEATURES, 1)[0], candidates_of(0, candidates), np.arange(candidates)
@@ -84,6 +85,12 @@ def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
         user_1U, notes_1NI = _tensors(user, notes)
         logits_NT = network(user_1U, torch.tensor([1]), notes_1NI)[0]
         return (torch.sigmoid(logits_NT) @ model.weights_T).numpy()
+
+    exported, weights_T = _under_onnxruntime(network), model.weights_T.numpy()
+
+    def onnx() -> np.ndarray:
+        user_1U, notes_1NI = _tensors(user, notes)
+        return exported({"user": user_1U, "surface": torch.tensor([1]), "features": notes_1NI[0]}) @ weights_T
 
     def ours() -> np.ndarray:
         return model.score(user, notes, surface="home", rows=rows)
@@ -99,6 +106,7 @@ def l1_scores(candidates: int = 2000) -> dict[str, Scores]:
     return {
         "ours": ours,
         "the network": plain,
+        "onnxruntime": onnx,
         "notes never seen": never_seen,
         "four together": lambda: model.score_many(four)[0],
     }
@@ -119,7 +127,8 @@ def l2_model(history: int = 100, width: int = 64) -> L2:
 
 
 def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
-    """The first head of one request, of one whose notes were never seen, the same by the network, and as the first of four."""
+    """The first head of one request, the same by the network and by onnxruntime, of one whose notes were never seen, and as the
+    first of four."""
     model = l2_model(history)
     network, note_ids = model.network, model.shape.words.note_ids
     user, notes = values(1, USER_FEATURES, 1)[0], candidates_of(0, candidates)
@@ -134,6 +143,13 @@ def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
         reader = network.read(user_1U, torch.tensor([1]), torch.zeros(1, 1), codes_1L, model.table_ND)
         logits_KNT = network.logits(reader, codes_1N, notes_1NI, model.table_ND)[:, 0]
         return torch.sigmoid(logits_KNT).mean(0)[:, 0].numpy()
+
+    exported = _under_onnxruntime(network)
+
+    def onnx() -> np.ndarray:
+        user_1U, notes_1NI = _tensors(user, notes)
+        inputs = {"user": user_1U, "surface": torch.tensor([1]), "attributes": torch.zeros(1, 1), "history": codes_1L}
+        return exported({**inputs, "note": codes_1N[0], "features": notes_1NI[0]})[:, 0]
 
     def ours() -> np.ndarray:
         return model.score(user, watched, asked, notes, surface="home", rows=rows, codes=codes)[model.heads[0]]
@@ -151,6 +167,7 @@ def l2_scores(candidates: int = 500, history: int = 100) -> dict[str, Scores]:
     return {
         "ours": ours,
         "the network": plain,
+        "onnxruntime": onnx,
         "notes never seen": never_seen,
         "four together": lambda: model.score_many(four)[0][model.heads[0]],
     }
@@ -204,6 +221,12 @@ def on_a_gpu(device: torch.device) -> None:
 def _fit(network: L1Network | L2Network) -> None:
     network.user_inputs.fit(values(800, USER_FEATURES, 3))
     network.note_inputs.fit(values(800, NOTE_FEATURES, 4))
+
+
+def _under_onnxruntime(network: L1Network | L2Network) -> Callable[[dict[str, torch.Tensor]], np.ndarray]:
+    scorer = scorer_of(network)
+    run = runner_of(content_of(scorer, "onnx"), "onnx", (), torch.get_num_threads())
+    return lambda inputs: run({name: tensor.numpy() for name, tensor in inputs.items()})
 
 
 def _tensors(user: np.ndarray, notes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

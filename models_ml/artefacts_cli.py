@@ -52,7 +52,7 @@ def _export(words: list[str]) -> int:
     parser.add_argument("--format", choices=tuple(export.FORMATS), required=True)
     parser.add_argument("--out", type=Path, help="the file (default: exported/NAME-VERSION.… in the Headrace home)")
     parser.add_argument("--requests", type=int, default=500, help="on how many requests scores are compared (default 500)")
-    parser.add_argument("--export", type=Path, help="training export the requests come from (default: exports/ in the home)")
+    parser.add_argument("--export", help="folder or URL of the export the requests come from (default: exports/ in the home)")
     given = parser.parse_args(words)
     if given.requests < 1:
         raise HeadraceError(f"--requests must be at least 1, got {given.requests}")
@@ -76,7 +76,7 @@ def _score(words: list[str]) -> int:
         "--spine", type=Path, required=True, help="Parquet: user_id, note_id, features by name, perhaps surface"
     )
     parser.add_argument("--out", type=Path, required=True, help="the same rows and a column for each score")
-    parser.add_argument("--export", type=Path, help="training export with the dimensions (default: exports/ in the home)")
+    parser.add_argument("--export", help="folder or URL of the export with the dimensions (default: exports/ in the home)")
     given = parser.parse_args(words)
     home = Home.from_env()
     name, version, model = _loaded(home, given.model)
@@ -94,7 +94,7 @@ def _score(words: list[str]) -> int:
 def _embed(words: list[str]) -> int:
     parser = _parser("embed", "Publishes note and reader vectors as dated rows of the lake.", "two_tower")
     parser.add_argument(
-        "--export", type=Path, help="training export with the readers' histories (default: exports/ in the home)"
+        "--export", help="folder or URL of the export with the readers' histories (default: exports/ in the home)"
     )
     given = parser.parse_args(words)
     home = Home.from_env()

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-promote", action="store_true", help="move `candidate` alone and leave `production` as it is")
     parser.add_argument("--seed", type=int, help="the same seed on the same export gives the same weights (default 0)")
     parser.add_argument("--epochs", type=int, help="passes over the data for the networks (default: each model's own)")
-    parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
+    parser.add_argument("--export", help="folder or URL of the training export (default: exports/ in the Headrace home)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     return parser
 
@@ -67,7 +67,8 @@ def _train(arguments: argparse.Namespace, names: tuple[str, ...], configs: confi
     home = Home.from_env()
     console = Console(stderr=True, quiet=not ranks.is_first)
     started = time.monotonic()
-    examples = load(arguments.export or home.exports)
+    place = arguments.export
+    examples = load(place, configs.trainer.cache_of(place)) if place else load(home.exports)
     if arguments.logged:
         examples = as_served(examples, Lake.open(home).scan("lake.forward_log"))
         for rows, side in ((examples.train_rows, "before"), (examples.test_rows, "from")):
@@ -123,6 +124,13 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     for head, values in report["l2_over_floor"].items():
         gain, low, high = (_number(values[name], "+.4f") for name in ("auc", "low", "high"))
         console.print(f"L2 over the floor, {head}: AUC {gain} ({low} to {high}, paired)")
+    for model, heads in report["not_learned"].items():
+        for head, counts in heads.items():
+            console.print(
+                f"{model}, {head}: not learned, the interval of its AUC reaches .5; "
+                f"{counts['positives_train']:,} positive rows to learn from, {counts['positives_test']:,} to test on",
+                soft_wrap=True,
+            )
     if report["retrieval"]:
         table = Table(title="Retrieval of the notes clicked on the test days", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "--served", metavar="HEAD", help="instead, what the forward log predicted for HEAD, in SQL over the lake"
     )
     parser.add_argument("--slice", default="", help="comma-separated: new_user, surface, note_type, note_topic, attribute keys")
-    parser.add_argument("--export", type=Path, help="folder of the training export (default: exports/ in the Headrace home)")
+    parser.add_argument("--export", help="folder or URL of the training export (default: exports/ in the Headrace home)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write reliability and slice diagrams there, as SVG")
     parser.add_argument("--wait-min", type=int, default=30, help="--served: minutes after a request in which an action counts")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def of_model(registry: Registry, given: str, export: Path, slice_names: list[str], folder: Path | None) -> dict[str, Any]:
+def of_model(registry: Registry, given: str, export: Path | str, slice_names: list[str], folder: Path | None) -> dict[str, Any]:
     """The report of NAME[@VERSION]: protocol, rules, metrics by head, and by slice; plots into `folder`."""
     name, _, version = given.partition("@")
     if name not in LOADERS:

@@ -70,6 +70,12 @@ def of_head(
     }
 
 
+def is_learned(values: Mapping[str, float | None]) -> bool:
+    """Whether a head's AUC is above chance by more than its rows leave open. values: of `of_head`."""
+    low = values["auc_low"]
+    return low is not None and low > 0.5
+
+
 def by_slice(
     examples: Examples, predictions: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from models_ml.shards import Cache, Changed, Shard, Shards
 from warehouse.errors import HeadraceError
 
 LABELS = ("click", "long_view", "like", "comment", "share", "follow", "hide")
@@ -146,29 +147,25 @@ def first_topics(notes: pa.Table) -> pa.Array:
     return pa.array([topics[0] if topics else None for topics in notes["topics"].to_pylist()], pa.string())
 
 
-def load(folder: Path | str) -> Examples:
-    """Reads `examples.parquet`, `notes.parquet`, `users.parquet` and `manifest.json`.
+def load(where: Path | str, cache: Cache | None = None) -> Examples:
+    """Reads `examples.parquet`, `notes.parquet`, `users.parquet` and `manifest.json` of a folder or URL; through the cache
+    where there is one, through the home's for a URL.
 
     Raises HeadraceError when a file or column is missing, a file or its number of rows is not what the manifest says, or a
     side of the split is empty.
     """
-    folder = Path(folder)
-    manifest = _read_manifest(folder / "manifest.json")
-    table, notes, users = (_read_parquet(folder / f"{name}.parquet") for name in ("examples", "notes", "users"))
+    manifest, (table, notes, users) = _read(where, cache, ("examples", "notes", "users"))
+    folder = str(where).partition("?")[0]
     needed = (*_IDS, "request_ts", *_WORDS, CLICKS, "label_click", "label_long_view")
-    _require(table, needed, folder / "examples.parquet")
-    _require(notes, ("note_id", "author_id", "topics", "note_type"), folder / "notes.parquet")
-    _require(users, ("user_id", "attributes", "history_note_ids"), folder / "users.parquet")
-    for name, expected in manifest.get("files", {}).items():
-        with (folder / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                raise HeadraceError(f"{folder / name} is not the file that its manifest names; {_AGAIN}")
+    _require(table, needed, f"{folder}/examples.parquet")
+    _require(notes, ("note_id", "author_id", "topics", "note_type"), f"{folder}/notes.parquet")
+    _require(users, ("user_id", "attributes", "history_note_ids"), f"{folder}/users.parquet")
     if len(table) != manifest["num_rows"]:
         raise HeadraceError(f"{folder} holds {len(table)} rows, its manifest says {manifest['num_rows']}; {_AGAIN}")
 
     # the contract: every feature is a double and nothing else is; labels are integers, instants and words have their own types
     names = tuple(field.name for field in table.schema if pa.types.is_floating(field.type))
-    _require(table.select(names), REQUEST_FEATURES, folder / "examples.parquet")
+    _require(table.select(names), REQUEST_FEATURES, f"{folder}/examples.parquet")
     values_RF = np.column_stack([_as_float(table[name]) for name in names])
     examples = Examples(
         manifest=manifest,
@@ -180,7 +177,7 @@ def load(folder: Path | str) -> Examples:
             if f"label_{name}" in table.column_names
         },
         request_us_R=table["request_ts"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy(),
-        test_start_us=_instant_us(manifest["test_start"], folder / "manifest.json"),
+        test_start_us=_instant_us(manifest["test_start"], f"{folder}/manifest.json"),
         words=table.select([*_IDS, *_WORDS]).combine_chunks(),
         clicks_R=pc.fill_null(table[CLICKS].combine_chunks(), []),
         notes=notes,
@@ -194,15 +191,15 @@ def load(folder: Path | str) -> Examples:
     return examples
 
 
-def load_spine(path: Path, folder: Path) -> tuple[Examples, pa.Table]:
+def load_spine(path: Path, where: Path | str) -> tuple[Examples, pa.Table]:
     """(rows of any Parquet file with `user_id`, `note_id` and features by their names, as examples; the file's own table).
-    Dimensions come from the export in `folder`. There are no labels, and every row counts as one after `test_start`.
+    Dimensions come from the export at `where`. There are no labels, and every row counts as one after `test_start`.
 
     Raises HeadraceError when a file or column is missing.
     """
     table = _read_parquet(path)
     _require(table, ("user_id", "note_id"), path)
-    notes, users = (_read_parquet(folder / f"{name}.parquet") for name in ("notes", "users"))
+    _, (notes, users) = _read(where, None, ("notes", "users"))
     nothing = pa.nulls(len(table))
     words = {name: (table[name] if name in table.column_names else nothing).cast(pa.string()) for name in (*_IDS, *_WORDS)}
     clicks = table[CLICKS] if CLICKS in table.column_names else nothing.cast(pa.list_(pa.string()))
@@ -233,11 +230,32 @@ def require_columns(examples: Examples, names: Iterable[str]) -> None:
         )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read(where: Path | str, cache: Cache | None, names: Sequence[str]) -> tuple[dict[str, Any], list[pa.Table]]:
+    """(the manifest, these tables of an export), their files as the manifest describes them."""
+    shards = Shards(where, cache)
+    manifest = _read_manifest(shards)
     try:
-        manifest = json.loads(path.read_text())
+        sizes = shards.sizes()
+        described = [Shard(name, sha256, sizes.get(name, 0)) for name, sha256 in manifest.get("files", {}).items()]
+        shards.require_room(described)
+        shards.fetch_ahead(described)
+        paths = {shard.name: shards.local(shard) for shard in described}
+    except Changed as error:
+        raise HeadraceError(f"{error}; {_AGAIN}") from error
+    except OSError as error:
+        raise HeadraceError(f"{shards.where} cannot be read: {error}; {_AGAIN}") from error
+    for name in (f"{name}.parquet" for name in names):
+        if name not in paths and shards.is_cached:
+            raise HeadraceError(f"{shards.path('manifest.json')} has no SHA-256 of {name}, so it cannot be copied; {_AGAIN}")
+    return manifest, [_read_parquet(paths.get(f"{name}.parquet", Path(shards.path(f"{name}.parquet")))) for name in names]
+
+
+def _read_manifest(shards: Shards) -> dict[str, Any]:
+    path = shards.path("manifest.json")
+    try:
+        manifest = json.loads(shards.read("manifest.json"))
     except FileNotFoundError:
-        raise HeadraceError(f"no training export at {path.parent}; run `headrace export-training` first") from None
+        raise HeadraceError(f"no training export at {shards.where}; run `headrace export-training` first") from None
     except (OSError, ValueError) as error:
         raise HeadraceError(f"{path} cannot be read: {error}; {_AGAIN}") from error
     for name in ("test_start", "num_rows"):
@@ -253,7 +271,7 @@ def _read_parquet(path: Path) -> pa.Table:
         raise HeadraceError(f"{path} cannot be read as Parquet: {error}; {_AGAIN}") from error
 
 
-def _require(table: pa.Table, names: Iterable[str], path: Path) -> None:
+def _require(table: pa.Table, names: Iterable[str], path: Path | str) -> None:
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise HeadraceError(f"{path} lacks the column(s) {', '.join(missing)}; {_AGAIN}")
@@ -263,7 +281,7 @@ def _as_float(column: pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.float64()).fill_null(float("nan")).to_numpy()
 
 
-def _instant_us(value: Any, path: Path) -> int:
+def _instant_us(value: Any, path: str) -> int:
     """ISO 8601 with a zone, or microseconds."""
     if isinstance(value, int):
         return value

@@ -162,13 +162,13 @@ def content_of(scorer: nn.Module, form: str) -> bytes:
     return stream.getvalue()
 
 
-def runner_of(content: bytes, form: str, names: tuple[str, ...]) -> Call:
-    """Runs an exported file: inputs by name -> scores."""
+def runner_of(content: bytes, form: str, names: tuple[str, ...], threads: int = 1) -> Call:
+    """Runs an exported file: inputs by name -> scores. threads: of onnxruntime; the others go by `torch.set_num_threads`."""
     if form == "onnx":
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run(None, dict(inputs))[0]
     with _quiet():

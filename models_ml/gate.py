@@ -31,7 +31,7 @@ class Verdict:
 
 def judge(examples: Examples, report: Mapping[str, Any], registry: Registry) -> list[Verdict]:
     """report: of `train.train` for the candidates, on these examples. A model without a version in production is not compared
-    with one."""
+    with one, nor is a head whose AUC in production is not above chance."""
     verdicts = []
     for name in ("l1", "l2"):
         found = registry.production(name)
@@ -43,7 +43,8 @@ def judge(examples: Examples, report: Mapping[str, Any], registry: Registry) -> 
             continue  # its features are gone: it could not be served either
         before = evaluation.ranking(examples, model.score_rows(examples, examples.test_rows))
         for head, values in report["ranking"][name].items():
-            if head in before and values["auc"] is not None:
+            # what production has not learned is chance, and so is who is higher
+            if head in before and values["auc"] is not None and evaluation.is_learned(before[head]):
                 least = before[head]["auc"] - MAY_LOSE
                 verdicts.append(Verdict(f"{name} {head} AUC against {found}", values["auc"], least))
     for head, gain in report.get("l2_over_floor", {}).items():

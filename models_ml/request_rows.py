@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models_ml.examples import LABELS, Examples
+from models_ml.shards import Changed, Shard, Shards
 from models_ml.trainer.rows import Rows
 from warehouse.durable import sync_folder, write_durably
 from warehouse.errors import HeadraceError, disk_full_said
@@ -134,37 +134,42 @@ def of_examples(examples: Examples, folder: Path) -> "RequestRows":
 
 
 class RequestRows:
-    """A folder of request rows as a source of row groups. `encode` is the model's: a table of one group -> Rows.
+    """A folder of request rows, here or elsewhere, as a source of row groups. `encode` is the model's: a table of one group ->
+    Rows. The first read of a group begins to copy the files of a folder that is elsewhere.
 
     Opening checks names, sizes and rows of every file against the manifest; the first read of a file checks its SHA-256.
     Raises HeadraceError naming the file that has changed, is missing, is left over or cannot be read.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, place: Path | Shards):
+        self.shards = place if isinstance(place, Shards) else Shards(place)
+        path = self.shards.path
         try:
-            content = (folder / MANIFEST).read_bytes()
+            content = self.shards.read(MANIFEST)
             self.manifest: dict[str, Any] = json.loads(content)
+            sizes = self.shards.sizes()
         except FileNotFoundError:
-            raise HeadraceError(f"no request rows at {folder}: {MANIFEST} is missing") from None
+            raise HeadraceError(f"no request rows at {self.shards.where}: {MANIFEST} is missing") from None
         except (OSError, ValueError) as error:
-            raise HeadraceError(f"{folder / MANIFEST} cannot be read: {error}") from error
+            raise HeadraceError(f"{path(MANIFEST)} cannot be read: {error}") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        present = {entry.name for entry in folder.iterdir() if entry.suffix == ".parquet"}
+        present = {name for name in sizes if name.endswith(".parquet")}
         described = self.manifest["files"]
         for name in sorted(present ^ set(described)):
             raise HeadraceError(
-                f"{folder / name} {'is not in' if name in present else 'is missing but in'} the manifest; {_WAY_OUT}"
+                f"{path(name)} {'is not in' if name in present else 'is missing but in'} the manifest; {_WAY_OUT}"
             )
         for name, expected in described.items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                raise HeadraceError(f"{folder / name} has {size:,} bytes, the manifest says {expected['bytes']:,}; {_WAY_OUT}")
+            if sizes[name] != expected["bytes"]:
+                raise HeadraceError(
+                    f"{path(name)} has {sizes[name]:,} bytes, the manifest says {expected['bytes']:,}; {_WAY_OUT}"
+                )
+        self._shard = {name: Shard(name, described[name]["sha256"], described[name]["bytes"]) for name in sorted(described)}
+        self.shards.require_room(list(self._shard.values()))
         self._groups = [(name, group) for name in sorted(described) for group in range(len(described[name]["groups"]))]
         self.group_sizes: list[int] = [described[name]["groups"][group] for name, group in self._groups]
         self._first_row = np.concatenate([[0], np.cumsum(self.group_sizes)])
-        self._checked: set[str] = set()
-        self._lock = threading.Lock()
+        self._is_ahead = False
 
     @property
     def num_rows(self) -> int:
@@ -176,13 +181,15 @@ class RequestRows:
 
     @property
     def columns(self) -> pa.Schema:
-        return pq.read_schema(self.folder / self._groups[0][0])
+        return pq.read_schema(self._local(self._groups[0][0]))
 
     def table(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group (or some of its columns), its words dictionary-encoded."""
         name, number = self._groups[group]
-        path = self.folder / name
-        self._check(path)
+        path = self._local(name)
+        if not self._is_ahead:
+            self._is_ahead = True
+            self.shards.fetch_ahead(list(self._shard.values()))
         words = ["surface", "user_attributes", f"{HISTORY}.list.element", "note_id.list.element"]
         try:
             with pq.ParquetFile(path, read_dictionary=words) as file:
@@ -202,16 +209,11 @@ class RequestRows:
         """The same as a model reads them. encode: (table of a group, its row ids) -> Rows."""
         return EncodedRows(self, encode)
 
-    def _check(self, path: Path) -> None:
-        with self._lock:
-            if path.name in self._checked:
-                return
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            expected = self.manifest["files"][path.name]["sha256"]
-            if found != expected:
-                raise HeadraceError(f"{path} has changed: its SHA-256 is {found}, the manifest says {expected}; {_WAY_OUT}")
-            self._checked.add(path.name)
+    def _local(self, name: str) -> Path:
+        try:
+            return self.shards.local(self._shard[name])
+        except Changed as error:
+            raise HeadraceError(f"{error}; {_WAY_OUT}") from error
 
 
 class RequestTable:

@@ -23,10 +23,12 @@ from models_ml.configuration import Configs
 from models_ml.examples import Examples
 from models_ml.registry import Registry
 from models_ml.request_rows import AnyRows, RequestRows, RequestTable
+from models_ml.shards import Shards
 from models_ml.trainer.fit import Run
 from models_ml.trainer.ranks import ALONE, Ranks
 from warehouse.durable import replace_file
-from warehouse.home import REPOSITORY
+from warehouse.errors import HeadraceError
+from warehouse.home import REPOSITORY, Home
 
 MODELS = ("item_to_item", "two_tower", "l2", "l1", "floor")
 REPORT = "report.json"
@@ -68,7 +70,9 @@ class _Run:
         """The training rows; the first rank writes them where there is a folder for them."""
         if self._rows is None:
             options = self.options
-            if options.work is None:
+            if place := self.configs.trainer.request_rows:
+                self._rows = self._rows_at(place)
+            elif options.work is None:
                 self._rows = RequestTable.of_examples(self.examples)
             else:
                 if options.ranks.is_first:
@@ -76,6 +80,16 @@ class _Run:
                 options.ranks.meet("writing request rows")
                 self._rows = RequestRows(options.work / "request_rows")
         return self._rows
+
+    def _rows_at(self, place: str) -> RequestRows:
+        """Raises HeadraceError when they are another export's."""
+        rows = RequestRows(Shards(place, self.configs.trainer.cache_of(place)))
+        if (of := rows.manifest.get("training_sha256")) != self.examples.fingerprint():
+            raise HeadraceError(
+                f"trainer.request_rows: the rows at {place} are of the export {of}, this one is {self.examples.fingerprint()}; "
+                f"train without that setting and copy {self.options.work or Home.from_env().training}/request_rows there"
+            )
+        return rows
 
     def _run_of(self, name: str) -> Run:
         options = self.options
@@ -236,7 +250,7 @@ def _report(run: _Run) -> dict[str, Any]:
     before = _read_report(run.registry.root / REPORT)
     if before.get("training_sha256") != examples.fingerprint():
         before = {}
-    report = {
+    report: dict[str, Any] = {
         "protocol": examples.protocol(),
         "training_sha256": examples.fingerprint(),
         "rules": {"ranking": evaluation.RANKING_RULES, "retrieval": evaluation.RETRIEVAL_RULES},
@@ -245,12 +259,25 @@ def _report(run: _Run) -> dict[str, Any]:
     }
     for part in ("ranking", "retrieval", "seconds", "versions"):
         report[part] = before.get(part, {}) | getattr(run, part)
+    report["not_learned"] = {
+        name: not_learned for name, heads in report["ranking"].items() if (not_learned := _not_learned(examples, heads))
+    }
     report["l2_over_floor"] = before.get("l2_over_floor", {})
     if run.predictions.keys() >= {"l2", "floor"}:
         report["l2_over_floor"] = evaluation.gain(examples, run.predictions["l2"], run.predictions["floor"])
     elif run.predictions.keys() & {"l2", "floor"}:
         report["l2_over_floor"] = {}  # one of the two has changed: the old comparison is no longer true
     return _nullable(report)
+
+
+def _not_learned(examples: Examples, heads: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Head -> how many positive rows there are to learn from and to test on, of heads that are not above chance."""
+    sides = {"train": examples.train_rows, "test": examples.test_rows}
+    return {
+        head: {f"positives_{side}": int(np.nansum(examples.labels[head][rows])) for side, rows in sides.items()}
+        for head, values in heads.items()
+        if not evaluation.is_learned(values)
+    }
 
 
 def _nullable(value: Any) -> Any:

@@ -18,6 +18,7 @@ from serving import telemetry, wire
 from serving.engine import Engine
 from serving.http import Edge, install_error_bodies
 from serving.intake import Intake
+from serving.line import Line
 from serving.metrics import Metrics
 from serving.routes.cascade import add_cascade
 from serving.routes.events import add_events
@@ -67,6 +68,7 @@ def create_app(
         # beside other workers one thread computes: more would take turns at the interpreter and at the cores of the others
         threads = chosen.inference_threads if server is None else 1
         app.state.workers = ThreadPoolExecutor(threads, thread_name_prefix="cascade")
+        app.state.line = Line(app.state.workers, threads, chosen.side_by_side, metrics.side_by_side.observe)
         app.state.writers = ThreadPoolExecutor(4, thread_name_prefix="events")
         intake = app.state.intake = Intake(chosen.waiting_events, chosen.max_log_bytes)
         metrics.gauge("events_waiting", "Posted events that wait for the log", lambda: intake.num_waiting)

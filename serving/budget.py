@@ -1,14 +1,14 @@
 """The time of a request: how much of it is left, and what the stages ahead are likely to need.
 
 The deadline travels with the request from the moment it arrives, so that waiting in line counts. What cannot be done in time is
-skipped in a fixed order (`cascade.feed`), and the answer says what.
+skipped in a fixed order (`cascade.feed_path`), and the answer says what.
 """
 
 import math
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _WEIGHT = 0.1
 """Of the newest measurement in a running mean."""
@@ -51,14 +51,20 @@ class Pace:
 
 @dataclass(frozen=True)
 class Budget:
-    """deadline: of `time.perf_counter`, seconds; infinite for no deadline."""
+    """deadline: of `time.perf_counter`, seconds; infinite for no deadline. company: how many requests are computed side by
+    side in the time that is left, itself included."""
 
     deadline: float = float("inf")
+    company: int = 1
 
     @classmethod
     def of_ms(cls, milliseconds: float) -> "Budget":
         """From now on."""
         return cls(time.perf_counter() + milliseconds / 1000)
 
+    def within(self, company: int) -> "Budget":
+        return replace(self, company=company)
+
     def left_ms(self) -> float:
-        return (self.deadline - time.perf_counter()) * 1000
+        """Its own part of the time that is left."""
+        return (self.deadline - time.perf_counter()) * 1000 / self.company

@@ -6,12 +6,14 @@ now is never given out, however young. Knows nothing of what it keeps.
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cachetools import TTLCache
+
+from serving.company import Path, alone
 
 Value = TypeVar("Value")
 
@@ -56,9 +58,16 @@ class Cache(Generic[Value]):
         Who asks while the same is being made waits for it; a value that is not to be kept, or a making that fails, is its
         maker's alone, and those who waited make their own.
         """
+        return alone(self.path(key, depends_on, _path_of(make)))
+
+    def path(
+        self, key: Hashable, depends_on: Hashable, make: Callable[[], Path[tuple[Value, bool]]]
+    ) -> Path[tuple[Value, bool]]:
+        """`get` for one that is made on a path."""
         if not self._is_on:
             self.num_misses += 1
-            return make()[0], False
+            value, _ = yield from make()
+            return value, False
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry.depends_on == depends_on:
@@ -70,9 +79,9 @@ class Cache(Generic[Value]):
                 own: Future[tuple[Value, bool]] = Future()
                 self._under_way[key, depends_on] = own
         if theirs is not None:
-            return self._shared(theirs, make)
+            return (yield from self._shared(theirs, make))
         try:
-            value, is_kept = make()
+            value, is_kept = yield from make()
         except BaseException as error:
             with self._lock:
                 del self._under_way[key, depends_on]
@@ -85,7 +94,10 @@ class Cache(Generic[Value]):
         own.set_result((value, is_kept))
         return value, False
 
-    def _shared(self, theirs: "Future[tuple[Value, bool]]", make: Callable[[], tuple[Value, bool]]) -> tuple[Value, bool]:
+    def _shared(
+        self, theirs: "Future[tuple[Value, bool]]", make: Callable[[], Path[tuple[Value, bool]]]
+    ) -> Path[tuple[Value, bool]]:
+        yield theirs
         try:
             value, is_kept = theirs.result()
         except Exception:  # theirs to report
@@ -95,4 +107,15 @@ class Cache(Generic[Value]):
                 self.num_shared += 1
             else:
                 self.num_misses += 1
-        return (value, True) if is_kept else (make()[0], False)
+        if is_kept:
+            return value, True
+        value, _ = yield from make()
+        return value, False
+
+
+def _path_of(make: Callable[[], tuple[Value, bool]]) -> Callable[[], Path[tuple[Value, bool]]]:
+    def path() -> Generator[Any, Any, tuple[Value, bool]]:
+        return make()
+        yield
+
+    return path

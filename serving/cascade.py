@@ -1,6 +1,7 @@
 """The path of a request, top to bottom: retrieve, hydrate, L1, L2, policy.
 
-Shape letters: C candidates in order of recall, S survivors of L1, F features. Nothing here waits for a disk or a network.
+Shape letters: C candidates in order of recall, S survivors of L1, F features. Nothing here waits for a disk or a network. Where
+a model is asked the path stops (`yield from`), so that requests side by side ask it together (`serving.company`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from opentelemetry.trace import get_current_span
 from serving.budget import Budget
 from serving.cache import Same
 from serving.caches import Scored
-from serving.hurry import L2_SKIPPED, RANKING, affordable, has_time_for_l2, page_without_ranking
+from serving.company import Path, alone
+from serving.hurry import affordable, has_time_for_l2, page_without_ranking
 from serving.hydrate import Hydrated, hydrate_candidates
 from serving.page import lay_out, reserve
 from serving.rank import as_given, best_first, run_l1, run_l2, score_so_far
@@ -20,7 +22,7 @@ from serving.recall import find_candidates, find_or_recall
 from serving.request import NO_DEADLINE, Request, begin
 from serving.retrieve import Candidates
 from serving.served import Served, new_request_id
-from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, tracer
+from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, spanned
 from serving.world import World
 from warehouse.features.kinds.values import Value
 
@@ -28,8 +30,8 @@ Said = Mapping[str, Value] | None
 """The features of the request, as `outside.said` gives them."""
 
 
-@tracer.start_as_current_span("headrace.feed")
-def feed(
+@spanned("headrace.feed")
+def feed_path(
     world: World,
     user_id: str,
     feed_type: str,
@@ -38,7 +40,7 @@ def feed(
     said: Said = None,
     budget: Budget = NO_DEADLINE,
     geohash: str | None = None,
-) -> Served:
+) -> Path[Served]:
     """A page of notes for one reader: the whole path. What the budget has no time for is left out (`serving.hurry`)."""
     settings, pace = world.settings, world.pace
     request = begin(world, user_id, feed_type, surface, said, budget, geohash)
@@ -49,7 +51,7 @@ def feed(
     with steps.timed("retrieve") as span:
         candidates = affordable(request, find_or_recall(request, page_size), page_size)
         span.set_attribute(CANDIDATES, len(candidates))
-    l1_score_C, features = _score_with_l1(request, candidates)
+    l1_score_C, features = yield from _score_with_l1(request, candidates)
     l1_order_C = best_first(candidates.recall_score_C if np.isnan(l1_score_C).all() else l1_score_C, len(candidates))
     survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
     request_id = new_request_id()
@@ -61,7 +63,7 @@ def feed(
             features = _Some.of(request, candidates, needed)
     with steps.timed("l2", len(survivors_S)):
         if has_time_for_l2(request, len(survivors_S)):
-            predictions_S, final_score_S = run_l2(request, features.at(survivors_S), l1_score_C[survivors_S])
+            predictions_S, final_score_S = yield from run_l2(request, features.at(survivors_S), l1_score_C[survivors_S])
         else:
             predictions_S, final_score_S = {}, score_so_far(l1_score_C[survivors_S])
     final_score_C = _spread(final_score_S, survivors_S, len(candidates))
@@ -71,9 +73,9 @@ def feed(
     logged = np.union1d(sampled, np.array([placed.candidate for placed in page], dtype=np.int64))
     steps.note_total()
     get_current_span().set_attributes({REQUEST_ID: request_id, CANDIDATES: len(candidates), DEGRADED: steps.degraded})
-    for stage in RANKING:
-        if not ((stage == "l2" and L2_SKIPPED in steps.degraded) or (stage in ("hydrate_candidates", "l1") and not is_l1_new)):
-            pace.note(stage, steps.timings_ms[stage], len(survivors_S) if stage in ("l2", "policy") else len(candidates))
+    if is_l1_new:
+        pace.note("hydrate_candidates", steps.timings_ms["hydrate_candidates"], len(candidates))
+    pace.note("policy", steps.timings_ms["policy"], len(survivors_S))
     return Served.of(
         request,
         request_id,
@@ -85,6 +87,11 @@ def feed(
         logged=logged,
         logged_features=features.at(logged).copied(),
     )
+
+
+def feed(world: World, user_id: str, feed_type: str, page_size: int) -> Served:
+    """A page of notes, with no other request beside it and all the time it takes."""
+    return alone(feed_path(world, user_id, feed_type, page_size))
 
 
 def retrieve_alone(
@@ -103,7 +110,7 @@ def rank_l1_alone(
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    scores_C = run_l1(request, features_C)
+    scores_C = alone(run_l1(request, features_C))
     return author_ids, scores_C, best_first(score_so_far(scores_C), top_k), request.steps.degraded
 
 
@@ -114,7 +121,7 @@ def rank_l2_alone(
     request = begin(world, user_id, surface=surface, said=said)
     author_ids = [world.catalogue.author_of(note_id) for note_id in note_ids]
     features_C = hydrate(request, world.catalogue.rows(note_ids), note_ids)
-    predictions, scores_C = run_l2(request, features_C, as_given(len(note_ids)), note_ids)
+    predictions, scores_C = alone(run_l2(request, features_C, as_given(len(note_ids)), note_ids))
     return author_ids, predictions, scores_C, best_first(scores_C, top_k), request.steps.degraded
 
 
@@ -134,7 +141,7 @@ class _Some:
         return self.features.take(np.searchsorted(self.places, candidates))
 
 
-def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray, _Some | None]:
+def _score_with_l1(request: Request, candidates: Candidates) -> Path[tuple[np.ndarray, _Some | None]]:
     """(L1's scores float64 [C], NaN if it failed; the features of all candidates, None where the scores were known already).
 
     Scores are kept for as long as the candidates and all that L1 reads of the reader are the same; within that time only the
@@ -142,17 +149,17 @@ def _score_with_l1(request: Request, candidates: Candidates) -> tuple[np.ndarray
     """
     world, steps, made = request.world, request.steps, None
 
-    def make() -> tuple[Scored, bool]:
+    def make() -> Path[tuple[Scored, bool]]:
         nonlocal made
         with steps.timed("hydrate_candidates", len(candidates)):
             made = _Some.of(request, candidates, np.arange(len(candidates)))
         with steps.timed("l1", len(candidates)):
-            l1_score_C = run_l1(request, made.features)
+            l1_score_C = yield from run_l1(request, made.features)
         return Scored(candidates, l1_score_C), "l1" not in steps.degraded
 
     key = (request.user_id, request.feed_type, request.geohash, request.surface)
     depends_on = (Same(candidates), Same(world.models), request.user.pick(world.models.l1.user_features).tobytes())
-    scored, was_there = world.caches.l1.get(key, depends_on, make)
+    scored, was_there = yield from world.caches.l1.path(key, depends_on, make)
     if was_there:
         steps.cached.append("l1")
         steps.timings_ms["l1"] = 0.0

@@ -129,6 +129,10 @@ class Engine:
             return [f"the stream stopped: {self.runner.failure}; features no longer move, restart the server"]
         return list(self._missing)
 
+    def troubles(self) -> list[str]:
+        """What is wrong although feeds are answered; empty when nothing is."""
+        return self.world.cluster.troubles() if self.world is not None and self.world.cluster is not None else []
+
     def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
         """Events into the log; durable, and part of fresh features, when it returns. (partition, offset) of each."""
         assert self.log is not None
@@ -310,7 +314,9 @@ class Engine:
                 "`host=risingwave port=4566 user=root dbname=dev`"
             )
         timeout_s = settings.features_timeout_ms / 1000
-        return Cluster(dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers)
+        return Cluster(
+            dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers, settings.features_head_events
+        )
 
     @staticmethod
     def _note(world: World, user_ids: Iterable[str]) -> None:

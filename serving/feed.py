@@ -1,15 +1,15 @@
 """One feed, from a body that is valid to the answer's JSON: computed, remembered for the log, measured."""
 
-import functools
-
 import orjson
 from fastapi import FastAPI, HTTPException
 
 from serving import answers, cascade, wire
 from serving.budget import Budget
+from serving.company import Path
 from serving.metrics import Metrics
 from serving.outside import said
-from serving.running import computed, engine_of, world_of
+from serving.running import computed_in_company, engine_of, world_of
+from serving.served import Served
 from serving.world import World
 from warehouse.errors import HeadraceError
 from warehouse.features.kinds.values import Value
@@ -21,8 +21,12 @@ async def feed_answer(app: FastAPI, metrics: Metrics, body: wire.FeedRequest, bu
     page_size = body.limit or world.settings.page_size
     context = said_by(world, body.context)
     surface, geohash = body.context.surface, body.context.geohash
-    work = functools.partial(cascade.feed, world, body.user_id, body.feed_type, page_size, surface, context, budget, geohash)
-    served = await computed(app, metrics, work)
+
+    def path(company: int) -> Path[Served]:
+        its = budget.within(company)
+        return cascade.feed_path(world, body.user_id, body.feed_type, page_size, surface, context, its, geohash)
+
+    served = await computed_in_company(app, metrics, path)
     engine_of(app).remember(served)
     for stage, ms in served.steps.timings_ms.items():
         metrics.stage.labels(stage).observe(ms / 1000)

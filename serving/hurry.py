@@ -18,8 +18,6 @@ CANDIDATES_CUT = "candidates_cut"
 L2_SKIPPED = "l2_skipped"
 CACHED_PAGE = "cached_page"
 TRENDING_PAGE = "trending_page"
-RANKING = ("hydrate_candidates", "l1", "l2", "policy")
-"""Stages whose time goes with the number of candidates."""
 _WITHOUT_L2 = ("hydrate_candidates", "l1", "policy")
 
 

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
 _CANDIDATES = (0, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+_FEEDS = (1, 2, 4, 8, 16)
 
 
 class Metrics:
@@ -23,6 +24,9 @@ class Metrics:
         )
         self.stage = Histogram("headrace_stage_seconds", "One stage of the cascade", ["stage"], buckets=_SECONDS, registry=own)
         self.candidates = Histogram("headrace_candidates", "Candidates of one feed", buckets=_CANDIDATES, registry=own)
+        self.side_by_side = Histogram(
+            "headrace_side_by_side_feeds", "Feeds that one thread computed together", buckets=_FEEDS, registry=own
+        )
         self.degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
         self.events = Counter("headrace_events", "Events posted", ["status"], registry=own)
         self._cache = Gauge(

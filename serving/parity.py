@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from serving.forward_log import FORWARD_LOG
 from streaming_sql.block_views import READER
-from streaming_sql.cluster import STALE
+from streaming_sql.cluster import SHORT, STALE
 from streaming_sql.records import to_us
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
@@ -175,6 +175,8 @@ class _Here:
             return "RisingWave did not answer, and the reader's own features were of an earlier tick"
         if all(measure.freshness == "block" for measure in group.measures):
             return None
+        if SHORT in request["degraded"]:
+            return "RisingWave was away for so long that events were left out of their head"
         if any(known > there for known, there in zip(request["known_position"], self.landed, strict=True)):
             return "events they had seen are not in the lake yet; a running server lands them within a minute"
         staged_until_us = min(self.built_until_us[name] for name in (f"staging.{group.events}", RETRACTIONS))

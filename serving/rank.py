@@ -1,4 +1,4 @@
-"""L1 and L2: scores for candidates, and the one number that orders them.
+"""L1 and L2: scores for candidates, and the one number that orders them. Models are asked on a path (`serving.company`).
 
 Shape letters: C candidates (of any stage). Scores that are not finite count as a failed stage, never as a score; a failed stage
 costs its scores, never the page.
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from models_ml.scoring import RankingRequest
+from serving.company import Answer, Asked, Path
 from serving.hydrate import Hydrated
 from serving.request import Request
 
@@ -19,16 +21,16 @@ class StageError(Exception):
     """A model gave no usable scores; the cascade goes on without that stage and says so."""
 
 
-def run_l1(request: Request, candidates: Hydrated) -> np.ndarray:
+def run_l1(request: Request, candidates: Hydrated) -> Path[np.ndarray]:
     """l1_score float64 [C], NaN if L1 fails."""
     if len(candidates) == 0:
         return np.empty(0)
     model = request.world.models.l1
+    asked = RankingRequest(request.user.pick(model.user_features), candidates, request.surface, rows=candidates.row_C)
     try:
-        scores_C = model.score(
-            request.user.pick(model.user_features), candidates, surface=request.surface, rows=candidates.row_C
-        )
-        return _usable("L1", scores_C, len(candidates))
+        answer: Answer = yield Asked(model.score_many, asked, len(candidates))
+        request.world.pace.note("l1", answer.took_ms, answer.size)
+        return _usable("L1", answer.scores, len(candidates))
     except Exception:
         log.exception("L1 failed; the order of the stage before it stands")
         request.steps.degraded.append("l1")
@@ -37,25 +39,28 @@ def run_l1(request: Request, candidates: Hydrated) -> np.ndarray:
 
 def run_l2(
     request: Request, candidates: Hydrated, score_so_far_C: np.ndarray, note_ids: Sequence[str] = ()
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> Path[tuple[dict[str, np.ndarray], np.ndarray]]:
     """(head → probabilities float64 [C], final_score float64 [C]). If L2 fails, the score so far is the final one.
 
     note_ids: name the candidates where one may be unknown to the catalogue, as in `cascade.hydrate`."""
     if len(candidates) == 0:
         return {}, np.empty(0)
     world, model = request.world, request.world.models.l2
+    asked = RankingRequest(
+        request.user.pick(model.user_features),
+        candidates,
+        request.surface,
+        request.history,
+        note_ids,
+        world.readers.attributes(request.user_id),
+        candidates.row_C,
+        world.models.codes_of(candidates.row_C),
+    )
     try:
-        heads = model.score(
-            request.user.pick(model.user_features),
-            request.history,
-            note_ids,
-            candidates,
-            surface=request.surface,
-            user_attributes=world.readers.attributes(request.user_id),
-            rows=candidates.row_C,
-            codes=world.models.codes_of(candidates.row_C),
-        )
-        predictions = {head: _usable(f"L2's head {head}", scores_C, len(candidates)) for head, scores_C in heads.items()}
+        answer: Answer = yield Asked(model.score_many, asked, len(candidates))
+        world.pace.note("l2", answer.took_ms, answer.size)
+        heads = answer.scores.items()
+        predictions = {head: _usable(f"L2's head {head}", scores_C, len(candidates)) for head, scores_C in heads}
         return predictions, mix(predictions, world.settings.head_weights)
     except Exception:
         log.exception("L2 failed; the order of the stage before it stands")

@@ -25,6 +25,7 @@ class Settings:
     features: str
     features_timeout_ms: float
     features_look_s: float
+    features_head_events: int
     generators: Mapping[str, int]
     l1_top_k: int
     page_size: int
@@ -63,6 +64,7 @@ class Settings:
     user_cache_s: float
     recent_requests: int
     inference_threads: int
+    side_by_side: int
     waiting_requests: int
     max_candidates: int
     max_body_bytes: int

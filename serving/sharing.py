@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _LOADS = "loads"
 _SIZE = struct.Struct(">I")
-_ANSWERS_WITHIN_S = 20.0
-"""One that takes longer hangs."""
+MOST_S = 20.0
+"""One that takes longer to answer hangs."""
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -69,11 +69,11 @@ class Sharing:
                 least, found = has, number
         return found
 
-    async def computed_by(self, number: int, request: bytes) -> bytes | None:
-        """Another worker's answer; None if it gave none, and then it is computed here."""
+    async def computed_by(self, number: int, request: bytes, within_s: float = MOST_S) -> bytes | None:
+        """Another worker's answer; None if it gave none in that time, and then it is computed here."""
         self._handed[number] += 1
         try:
-            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            async with asyncio.timeout(min(within_s, MOST_S)):
                 idle = self._idle[number]
                 connection = idle.pop() if idle else await asyncio.open_unix_connection(self._path(number))
                 try:
@@ -85,7 +85,7 @@ class Sharing:
             idle.append(connection)
             return answer or None
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            self._loads[number] = 0  # it was killed, and tells when it is there again
+            self._loads[number] = 0  # it was killed or hangs, and tells when it is there again
             return None
         finally:
             self._handed[number] -= 1

@@ -17,6 +17,7 @@ def status_of(engine: Engine) -> dict[str, Any]:
     known: dict[str, Any] = {
         "ready": not engine.missing(),
         "missing": engine.missing(),
+        "degraded": engine.troubles(),
         "clock": answers.instant(engine.clock.now_us()),
     }
     if engine.seat is not None:
@@ -58,6 +59,13 @@ def watch(metrics: Metrics, engine: Engine) -> None:
         world = engine.world
         return (engine.clock.now_us() - world.store.view().tick_us) / 1e6 if world else float("nan")
 
+    def away_s() -> float:
+        cluster = engine.world.cluster if engine.world else None
+        return cluster.away_s if cluster else 0.0
+
+    def head_events() -> float:
+        return float(engine.world.store.num_head_events()) if engine.world else float("nan")
+
     def of_cache(name: str, result: str) -> float:
         world = engine.world
         kept = (world.caches.by_name() | world.models.memos()).get(name) if world else None
@@ -67,6 +75,8 @@ def watch(metrics: Metrics, engine: Engine) -> None:
         metrics.cache(name, functools.partial(of_cache, name))
     metrics.versions(lambda: engine.world.models.versions if engine.world else {})
     metrics.gauge("ready", "1 when feeds are answered", lambda: 0.0 if engine.missing() else 1.0)
+    metrics.gauge("features_away_seconds", "How long RisingWave has not answered; 0 while it does", away_s)
+    metrics.gauge("head_events", "Events in memory that no tick holds yet, each group's own counted", head_events)
     metrics.gauge("tick_age_seconds", "Server clock minus T; above 900 the stream is stuck", tick_age_s)
     metrics.gauge("forward_log_waiting", "Requests that wait for the lake", of_log("num_waiting"))
     metrics.gauge("forward_log_written", "Requests written to the lake since the start", of_log("num_written"))

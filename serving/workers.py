@@ -20,6 +20,8 @@ from warehouse.errors import HeadraceError
 
 METRICS, STATUS, REQUEST = "metrics", "status", "request"
 """What workers ask each other."""
+_LATE_BY_S = 0.1
+"""How long after its deadline a feed that another worker computes may still come. Then it is hurried along here."""
 OF_WORKER = ("worker", "pid", "leads", "ready", "missing", "tick", "position", "forwardLog")
 
 
@@ -79,7 +81,8 @@ async def handed_on(app: FastAPI, metrics: Metrics, body: bytes, budget: Budget)
     sharing: Sharing | None = app.state.sharing
     if sharing is None or (other := sharing.less_busy(app.state.in_flight)) is None:
         return None
-    answer = await sharing.computed_by(other, to_hand_on(app, body, budget))
+    within_s = max(budget.left_ms(), 0) / 1000 + _LATE_BY_S
+    answer = await sharing.computed_by(other, to_hand_on(app, body, budget), within_s)
     if answer is not None:
         metrics.handed_on.inc()
     return answer

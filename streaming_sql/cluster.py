@@ -5,13 +5,15 @@
     events that no block holds      the log's, as in the embedded store
 
 A tick counts once the cluster has closed it and this process has read the log as far. While the cluster is away the store stays
-at its tick, and what is not known of a reader at that tick is answered from an earlier one.
+at its tick, what is not known of a reader at that tick is answered from an earlier one, and the head is bounded.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,15 +21,21 @@ from cachetools import LRUCache
 
 from streaming_sql.block_views import READER, BlockViews
 from streaming_sql.group_state import GroupState
+from streaming_sql.head import Head
 from streaming_sql.key_index import KeyIndex
 from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work, with_blocks, without_withdrawn
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
+from streaming_sql.reader_head import ReaderHead
+from streaming_sql.runner_report import iso
+from streaming_sql.text_codes import TextCodes
+from streaming_sql.tick_news import TickNews
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 
 _LOG = logging.getLogger("headrace.stream")
-AWAY, STALE = "risingwave_away", "reader_features_stale"
-"""What is said of a request: the cluster did not answer lately; the reader's own blocks are of an earlier tick, or none."""
+AWAY, STALE, SHORT = "risingwave_away", "reader_features_stale", "head_shortened"
+"""What is said of a request: the cluster did not answer lately; the reader's own blocks are of an earlier tick, or none; events
+since the tick had no room in the head."""
 _WHOLE_GROUPS = ReaderSettings(statement_timeout_s=120.0, attempts=2)
 _STOPS_WITHIN_S = 2.0
 
@@ -46,10 +54,19 @@ class _OfReader:
 class Cluster:
     """`open_store` once, then `start`; any number of threads ask for views of a reader, one takes ticks."""
 
-    def __init__(self, dsn: str, groups: Mapping[str, FeatureGroup], timeout_s: float, connections: int, num_readers: int):
+    def __init__(
+        self,
+        dsn: str,
+        groups: Mapping[str, FeatureGroup],
+        timeout_s: float,
+        connections: int,
+        num_readers: int,
+        max_head_events: int = 2_000_000,
+    ):
         """timeout_s: how long a request waits for a statement, which is tried again only where the connection broke before;
-        num_readers: whose blocks are kept."""
-        self._groups = dict(groups)
+        num_readers: whose blocks are kept; max_head_events: how many events the heads of all groups keep together while no tick
+        comes."""
+        self._dsn, self._groups, self._max_head_events = dsn, dict(groups), max_head_events
         self._of_reader = tuple(name for name, group in groups.items() if group.entity_keys[0] == READER)
         self._whole = tuple(name for name in groups if name not in self._of_reader)
         self._views = BlockViews(groups)
@@ -68,8 +85,7 @@ class Cluster:
         """The tick up to which whole groups were read: `take` gives each once, so the store's is no newer."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.is_away = False
-        """Whether the newest read failed; until one succeeds, requests do not try."""
+        self._away_since_s: float | None = None
         self.store = OnlineStore({})
 
     def open_store(self, end_of_log: Callable[[], tuple[int, ...]]) -> OnlineStore:
@@ -87,8 +103,10 @@ class Cluster:
         return store
 
     def start(self, every_s: float) -> None:
-        """Looks for a new tick that often, on a thread of its own, until `stop`."""
-        self._thread = threading.Thread(target=self._follow, args=(every_s,), name="headrace-risingwave", daemon=True)
+        """Waits for new ticks on a thread of its own until `stop`; asks for them so often where no subscription tells them."""
+        self._thread = threading.Thread(
+            target=self._follow, args=(TickNews(self._dsn, every_s),), name="headrace-risingwave", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,12 +117,41 @@ class Cluster:
         self._bulk.close()
 
     def take(self, closed_us: int) -> AddedBlocks | None:
-        """The store's next tick, as `Feed` asks; None where there is none up to closed_us."""
+        """The store's next tick, as `Feed` asks; None where there is none up to closed_us: the heads are then held to their
+        bound, on the thread that fills them."""
         ahead = self._ahead
         if ahead is None or ahead.tick_us > closed_us:
+            self._bound_heads()
             return None
         self._ahead = None
         return ahead
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the newest read failed; until one succeeds, requests do not try."""
+        return self._away_since_s is not None
+
+    @property
+    def away_s(self) -> float:
+        """How long ago reads began to fail, seconds; 0 while they do not."""
+        since_s = self._away_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
+    def troubles(self) -> list[str]:
+        """What an operator should know of features that are served nevertheless; empty when all is well."""
+        view, said = self.store.view(), []
+        if self.is_away:
+            said.append(
+                f"RisingWave has not answered for {timedelta(seconds=round(self.away_s))}: blocks stay those of "
+                f"{iso(view.tick_us)}, events since count from memory ({self.store.num_head_events():,} of "
+                f"{self._max_head_events:,} that have room)"
+            )
+        if view.lacks_events:
+            said.append(
+                f"no tick has come since {iso(view.tick_us)}, and the oldest events since were dropped (features_head_events): "
+                "event-fresh features lack them until one comes"
+            )
+        return said
 
     def look(self) -> None:
         """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
@@ -114,13 +161,13 @@ class Cluster:
             self._read_through_us = tick_us
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:
-        """The store's view with the reader's own blocks in it, and what is to be said of it (AWAY, STALE)."""
+        """The store's view with the reader's own blocks in it, and what is to be said of it (AWAY, STALE, SHORT)."""
         entry = self._entry(user_id)
         with entry.lock:
             view = self.store.view()
             if entry.tick_us < view.tick_us and not self.is_away:
                 self._heard(lambda: self._read(entry, user_id, view.tick_us))
-            said = [AWAY] * self.is_away + [STALE] * (entry.tick_us < view.tick_us)
+            said = [AWAY] * self.is_away + [STALE] * (entry.tick_us < view.tick_us) + [SHORT] * view.lacks_events
             states = {name: self._state(entry, view, name, user_id) for name in self._of_reader}
             entry.withdrawn = view.withdrawn
         return replace(view, groups={**view.groups, **states}), said
@@ -138,11 +185,12 @@ class Cluster:
         states = {}
         for name, rows in found.items():
             state = entry.states.get(name) or _nothing_of(self.store.view().groups[name])
-            states[name] = replace(state, layers=with_blocks(state, rows, tick_us, Work()), fresh_layers=None)
+            layers = with_blocks(state, rows, tick_us, Work())
+            states[name] = replace(state, layers=layers, fresh_layers=None).without_unused()
         entry.states, entry.tick_us, entry.withdrawn = states, tick_us, {}
 
     def _state(self, entry: _OfReader, view: StoreView, name: str, user_id: str) -> GroupState:
-        """The group as the view has it, with the reader's blocks."""
+        """The group as the view has it, with the reader's blocks and the codes of the texts in them."""
         shared = view.groups[name]
         state = entry.states.get(name) or _nothing_of(shared)
         if entry.withdrawn is not view.withdrawn:
@@ -150,15 +198,24 @@ class Cluster:
             own = None if rows is None else rows.filter(pc.equal(rows[READER], user_id))
             state = replace(state, fresh_layers=without_withdrawn(state, own))
         entry.states[name] = state
-        return replace(shared, index=state.index, layers=state.layers, fresh_layers=state.fresh_layers)
+        return replace(state, head=ReaderHead.of(shared, state.codes))
 
     def _read_whole(self, after_us: int, tick_us: int) -> dict[str, pa.Table]:
         from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._whole}
         return {name: self._views.rows(self._bulk, name, after_us, tick_us, from_us[name]) for name in self._whole}
 
-    def _follow(self, every_s: float) -> None:
-        while not self._stopping.wait(every_s):
-            self._heard(self.look)
+    def _bound_heads(self) -> None:
+        num_dropped = self.store.drop_head_events(self._max_head_events)
+        if num_dropped:
+            _LOG.warning("%s head events dropped, the oldest: no tick has come to hold them", f"{num_dropped:,}")
+
+    def _follow(self, news: TickNews) -> None:
+        while not self._stopping.is_set():
+            told_us = news.wait(self._stopping)
+            # what was told before may have waited for the store to take what is ahead
+            if told_us is None or told_us > self._read_through_us or self.is_away:
+                self._heard(self.look)
+        news.close()
 
     def _heard(self, read: Callable[[], None]) -> None:
         """What `read` says of the cluster is kept, and told once when it changes. Whatever goes wrong, nobody who reads ends of
@@ -169,13 +226,13 @@ class Cluster:
             if not self.is_away:
                 is_expected = isinstance(error, HeadraceError)
                 _LOG.warning("features stay as they are: %s", error, exc_info=None if is_expected else error)
-            self.is_away = True
+                self._away_since_s = time.monotonic()
             return
         if self.is_away:
             _LOG.warning("RisingWave answers again")
-        self.is_away = False
+        self._away_since_s = None
 
 
 def _nothing_of(shared: GroupState) -> GroupState:
-    """A group without blocks, to which those of one reader are added. Texts of map entries have the codes of the head's."""
-    return replace(shared, index=KeyIndex(shared.plan.group.keys), layers=(), fresh_layers=None)
+    """A group without blocks, to which those of one reader are added. Its tables go with the reader."""
+    return replace(shared, index=KeyIndex(shared.plan.group.keys), codes=TextCodes(), layers=(), head=Head(), fresh_layers=None)

@@ -137,8 +137,10 @@ class Feed:
         if self._elsewhere is None:
             return AddedBlocks(tick_us, self._blocks(tick_us))
         taken = self._elsewhere.take(tick_us)
-        if taken is not None:
-            self.retractions.take_due(taken.tick_us)
+        if taken is None:  # however long none comes, ids are not remembered for longer
+            self.arrivals.forget_before(min(self.read_through_us))
+            return None
+        self.retractions.take_due(taken.tick_us)
         return taken
 
     def remember(self, records: pa.Table) -> None:

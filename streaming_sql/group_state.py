@@ -55,13 +55,13 @@ class GroupState:
     def without_unused(self) -> "GroupState":
         """The state with new tables that have forgotten the keys and texts which no block and no head event has, once those are
         as many as the rest; itself otherwise, and while there are several layers, as what went shows when they merge."""
-        if len(self.layers) != 1:
+        if len(self.layers) > 1:
             return self
-        (layer,) = self.layers
+        rows = self.layers[0].rows if self.layers else np.zeros(0, dtype=np.int64)
         state = self
-        if len(self.index) > _FEW + _UNUSED_AT * len(layer.rows):
-            state = replace(state, index=self.index.kept(layer.rows))
-        if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use(layer)):
+        if len(self.index) > _FEW + _UNUSED_AT * len(rows):
+            state = replace(state, index=self.index.kept(rows))
+        if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use()):
             state = replace(state, codes=self.codes.kept(codes))
         return state
 
@@ -70,35 +70,32 @@ class GroupState:
         head what the tick does not hold. Events are copied where a number changes: views of before go on reading theirs."""
         index, codes = KeysBeside(made.index), CodesBeside(made.codes)
         left = ((key, event) for key, event in self.head.events() if event.known_at > tick_us)
-        head = Head((key, self._recoded(event, codes)) for key, event in left)
+        head = Head((key, self.recoded(event, codes)) for key, event in left)
         return replace(self, index=index, codes=codes, layers=made.layers, head=head, fresh_layers=None)
 
-    def _recoded(self, event: HeadEvent, codes: TextCodes) -> HeadEvent:
+    def recoded(self, event: HeadEvent, codes: TextCodes) -> HeadEvent:
+        """A head event by the codes of another table; itself where they are the same."""
         values = event.values
-        for place in self._places_of_texts():
+        for place in self.plan.fresh_texts:
             if values[place] is not None:
                 code, numbers = values[place]
                 (text,) = self.codes.texts([code])
                 values = (*values[:place], (codes.code(text), numbers), *values[place + 1 :])
         return event if values == event.values else replace(event, values=values)
 
-    def _places_of_texts(self) -> list[int]:
-        """Which values of a head event are map entries with a text's code."""
-        maps = self.plan.maps
-        return [place for place, m in enumerate(self.plan.fresh) if m.name in maps and maps[m.name].has_texts]
-
-    def _codes_in_use(self, layer: BlockLayer) -> np.ndarray:
+    def _codes_in_use(self) -> np.ndarray:
         """int64, ascending: of map entries in blocks and in the head."""
-        texts = self._places_of_texts()
+        places = self.plan.fresh_texts
         in_head = [
-            event.values[place][0] for _, event in self.head.events() for place in texts if event.values[place] is not None
+            event.values[place][0] for _, event in self.head.events() for place in places if event.values[place] is not None
         ]
-        in_blocks = [layer.maps[name].entry for name, shape in self.plan.maps.items() if shape.has_texts]
+        of_texts = [name for name, shape in self.plan.maps.items() if shape.has_texts]
+        in_blocks = [layer.maps[name].entry for layer in self.layers for name in of_texts]
         return np.unique(np.concatenate([np.array(in_head, dtype=np.int64), *in_blocks]))
 
     def code(self, event: HeadEvent) -> None:
         """Puts the codes of texts into a new head event's map entries."""
-        for place in self._places_of_texts():
+        for place in self.plan.fresh_texts:
             value = event.values[place]
             if value is not None:
                 coded = (self.codes.code(value[0]), value[1])

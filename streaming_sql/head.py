@@ -81,6 +81,12 @@ class Head:
         """A new head without what the blocks of `tick_us` hold; views of this one keep theirs."""
         return Head(item for item in self.events() if item[1].known_at > tick_us)
 
+    def split(self, landed_from_us: int) -> tuple["Head", int]:
+        """A new head of what landed from then on, and the latest known_at of the rest, 0 if there is none."""
+        events = self.events()
+        dropped = (event.known_at for _, event in events if event.landed_us < landed_from_us)
+        return Head(item for item in events if item[1].landed_us >= landed_from_us), max(dropped, default=0)
+
     def visible(self, key: Key, position: Sequence[int], before_us: int) -> list[HeadEvent]:
         """The key's events below the position, with event_ts < before_us."""
         events = self._of_key.get(key)

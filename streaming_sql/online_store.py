@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from streaming_sql.block_layer import BlockLayer, Blocks
@@ -39,6 +40,13 @@ class StoreView:
     groups: Mapping[str, GroupState]
     withdrawn: Mapping[str, pa.Table] = field(default_factory=dict)
     """By group, the rebuilt rows that `fresh_layers` were made of."""
+    dropped_through_us: int = 0
+    """The last tick that an event which the head had no room for waited for."""
+
+    @property
+    def lacks_events(self) -> bool:
+        """Whether events are neither in the blocks of the tick nor in the head, so that event-fresh measures lack them."""
+        return self.dropped_through_us > self.tick_us
 
     def assemble(self, group_name: str, keys: Sequence[Key], t_us: int) -> FeatureMatrix:
         """The group's features for N keys as a request at t_us reads them; unknown keys get the empty values.
@@ -183,7 +191,8 @@ class OnlineStore:
                 states[name] = replace(state, fresh_layers=without_withdrawn(state, withdrawn.get(name)))
         if withdrawn is None:
             withdrawn = view.withdrawn if tick is None else {}
-        next_view = StoreView(view.tick_us if tick is None else tick.tick_us, position, states, withdrawn)
+        moved_us = view.tick_us if tick is None else tick.tick_us
+        next_view = replace(view, tick_us=moved_us, position=position, groups=states, withdrawn=withdrawn)
         if tick is not None:
             self._previous = view
         self._view = next_view
@@ -191,6 +200,21 @@ class OnlineStore:
     def num_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""
         return {name: sum(layer.num_bytes for layer in state.layers) for name, state in self._view.groups.items()}
+
+    def drop_head_events(self, max_events: int) -> int:
+        """Where the heads hold more than max_events, drops those that landed first, down to three quarters of it; the view then
+        `lacks_events` until a tick holds them. Returns how many went. On the thread that advances."""
+        if self.num_head_events() <= max_events:
+            return 0
+        view = self._view
+        landed_us = np.array([event.landed_us for s in view.groups.values() for _, event in s.head.events()], dtype=np.int64)
+        landed_us.sort()
+        last_us = int(landed_us[-1 - max_events * 3 // 4])
+        parts = {name: state.head.split(last_us + 1) for name, state in view.groups.items()}
+        states = {name: replace(state, head=parts[name][0]).without_unused() for name, state in view.groups.items()}
+        dropped_through_us = max(known_at for _, known_at in parts.values())
+        self._view = replace(view, groups=states, dropped_through_us=max(view.dropped_through_us, dropped_through_us))
+        return len(landed_us) - self.num_head_events()
 
     def num_head_events(self) -> int:
         """Events that wait in the heads for a tick to hold them."""

@@ -99,6 +99,8 @@ class GroupPlan:
     """Measure → how its maps are stored."""
     fresh: tuple[Measure, ...]
     """Measures of the head, in declared order."""
+    fresh_texts: tuple[int, ...]
+    """Which of them, counted from 0, are maps whose entries are texts."""
     derived: tuple[Compiled, ...]
     feature_names: tuple[str, ...]
     """The group's, which works them out anew each time."""
@@ -139,6 +141,8 @@ class GroupPlan:
             )
             for entry in group.derived
         )
+        maps = {measure.name: MapShape.of(measure) for measure in group.measures if measure.representation == "map"}
+        fresh = tuple(measure for measure in group.measures if measure.freshness == "event")
         return cls(
             group,
             tuple(families),
@@ -147,8 +151,9 @@ class GroupPlan:
             covers,
             tuple(measure for measure in group.measures if measure.representation == "moments"),
             tuple(measure for measure in group.measures if measure.representation == "events"),
-            {measure.name: MapShape.of(measure) for measure in group.measures if measure.representation == "map"},
-            tuple(measure for measure in group.measures if measure.freshness == "event"),
+            maps,
+            fresh,
+            tuple(place for place, m in enumerate(fresh) if m.name in maps and maps[m.name].has_texts),
             derived,
             group.feature_names,
             max(window.length_us for measure in group.measures for window in measure.windows),

@@ -89,7 +89,7 @@ class PostgresReader:
         connection = self._idle.get(timeout=self._settings.statement_timeout_s)
         try:
             if connection is None or connection.closed:
-                connection = self._connected()
+                connection = connected(self._dsn, self._settings)
             cursor = connection.execute(sql, parameters)
             return [column.name for column in cursor.description or ()], cursor.fetchall()
         except BaseException:
@@ -100,23 +100,6 @@ class PostgresReader:
         finally:
             self._idle.put(connection)
 
-    def _connected(self) -> psycopg.Connection:
-        milliseconds = round(self._settings.statement_timeout_s * 1000)
-        connection = _Bounded.connect(
-            self._dsn,
-            autocommit=True,
-            connect_timeout=self._settings.connect_timeout_s,
-            # a server that is gone without a word is noticed by the probes, not by waiting
-            keepalives_idle=1,
-            keepalives_interval=1,
-            keepalives_count=3,
-            tcp_user_timeout=milliseconds,
-        )
-        connection.longest_wait_s = self._settings.statement_timeout_s + _SLACK_S
-        connection.execute(f"set statement_timeout = {milliseconds}")
-        connection.execute("set time zone 'UTC'")
-        return connection
-
     def close(self) -> None:
         """Closes what is idle; nothing is read from then on."""
         with contextlib.suppress(queue.Empty):
@@ -124,6 +107,25 @@ class PostgresReader:
                 connection = self._idle.get_nowait()
                 if connection is not None:
                     connection.close()
+
+
+def connected(dsn: str, settings: ReaderSettings) -> psycopg.Connection[tuple[Any, ...]]:
+    """A new connection in UTC, without transactions, that waits no longer than the settings say. Raises psycopg.Error."""
+    milliseconds = round(settings.statement_timeout_s * 1000)
+    connection = _Bounded.connect(
+        dsn,
+        autocommit=True,
+        connect_timeout=settings.connect_timeout_s,
+        # a server that is gone without a word is noticed by the probes, not by waiting
+        keepalives_idle=1,
+        keepalives_interval=1,
+        keepalives_count=3,
+        tcp_user_timeout=milliseconds,
+    )
+    connection.longest_wait_s = settings.statement_timeout_s + _SLACK_S
+    connection.execute(f"set statement_timeout = {milliseconds}")
+    connection.execute("set time zone 'UTC'")
+    return connection
 
 
 def _where(dsn: str) -> str:

@@ -34,5 +34,7 @@ settings.load_profile("headrace")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`--dist loadfile` gives whole files to its workers: with the long ones first they end together."""
     folder = Path(__file__).parent
+    if gone := [name for name in DEAREST if not (folder / name).exists()]:
+        raise pytest.UsageError(f"tests/conftest.py: DEAREST names {', '.join(gone)}, which is not there")
     places = {folder / name: place for place, name in enumerate(DEAREST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))

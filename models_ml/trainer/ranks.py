@@ -102,12 +102,17 @@ def late_rank(seconds_W: np.ndarray) -> int | None:
     return slowest if is_late else None
 
 
+def device_of(local: int, local_size: int, num_gpus: int) -> torch.device:
+    """A GPU for each of this machine's ranks, or the CPU for all: ranks of different backends would wait for each other."""
+    return torch.device("cuda", local) if local_size <= num_gpus else torch.device("cpu")
+
+
 @contextmanager
 def ranks_of_environment(timeout_s: float = 300.0) -> Iterator[Ranks]:
     """The ranks that `torchrun` started, be it one, or this process alone. On the CPU unless HEADRACE_DEVICE is `cuda`."""
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    wants_gpu = os.environ.get("HEADRACE_DEVICE") == "cuda" and torch.cuda.is_available()
-    device = torch.device("cuda", local) if wants_gpu and local < torch.cuda.device_count() else torch.device("cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count() if os.environ.get("HEADRACE_DEVICE") == "cuda" else 0
+    device = device_of(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size)), num_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:

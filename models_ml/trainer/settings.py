@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from models_ml.shards import MOST_GB, Cache
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +27,9 @@ class TrainerSettings:
     workers: reading threads. prefetch: batches made ahead. cache_mb: decoded rows kept between epochs.
     rank_timeout_s: how long ranks wait for one another. compiled: through torch.compile, which takes a minute at the start.
     shard_rows: embedding tables with so many rows are split by rows over the ranks; 0 splits none.
+    request_rows: a folder or URL (s3://…) with the request rows of this export, to read instead of writing them in the home.
+    cache_dir: where copies of what lies at a URL go (default: `cache/` in the home); where it is set, what lies in a folder (a
+    slow mount) is copied too. cache_dir_gb: most that it may hold.
     """
 
     accumulate: int = 1
@@ -42,6 +47,9 @@ class TrainerSettings:
     tensorboard: bool = False
     compiled: bool = False
     shard_rows: int = 0
+    request_rows: str = ""
+    cache_dir: str = ""
+    cache_dir_gb: float = MOST_GB
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
@@ -51,5 +59,13 @@ class TrainerSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
+        if self.cache_dir_gb <= 0:
+            raise ValueError(f"cache_dir_gb must be positive, got {self.cache_dir_gb}")
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+
+    def cache_of(self, where: str) -> Cache | None:
+        """What copies of this place go into; None where it is read as it lies."""
+        if self.cache_dir or "://" in where:
+            return Cache.of(self.cache_dir, self.cache_dir_gb)
+        return None

@@ -17,9 +17,11 @@ def add_operations(app: FastAPI, metrics: Metrics) -> None:
 
     @app.get("/readyz", tags=["operations"])
     async def readyz() -> Response:
-        """200 when feeds are answered; 503 with what is missing, each with the command that mends it."""
-        missing = engine_of(app).missing()
-        return json_response({"status": "not ready" if missing else "ready", "missing": missing}, 503 if missing else 200)
+        """200 when feeds are answered, with what is degraded in all of them; 503 with what is missing, and what mends it."""
+        engine = engine_of(app)
+        missing = engine.missing()
+        told = {"status": "not ready" if missing else "ready", "missing": missing, "degraded": engine.troubles()}
+        return json_response(told, 503 if missing else 200)
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def prometheus() -> Response:

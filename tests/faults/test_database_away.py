@@ -6,12 +6,22 @@ import time
 
 import pytest
 
+from streaming_sql.cluster import Cluster
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
-from streaming_sql.replica import Replica
 from tests.streaming_sql.generated import as_table
 from tests.streaming_sql.postgres import Server
-from tests.streaming_sql.test_risingwave_models import GROUPS, a_log, compiled, create_views, load_into_postgres, manifest
+from tests.streaming_sql.test_risingwave_models import (
+    GROUPS,
+    a_log,
+    compiled,
+    copy_into_log,
+    create_log_events,
+    create_views,
+    load_into_postgres,
+    manifest,
+)
 from warehouse.errors import HeadraceError
+from warehouse.time_algebra import DAY_US
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
@@ -29,6 +39,19 @@ def opened(server):
     """Makes readers that are closed at the end."""
     with contextlib.ExitStack() as stack:
         yield lambda settings: stack.enter_context(contextlib.closing(PostgresReader(server.dsn, settings)))
+
+
+@pytest.fixture
+def beside(server):
+    """Makes a cluster of it that is stopped at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make():
+            cluster = Cluster(server.dsn, GROUPS, timeout_s=2.0, connections=1, num_readers=10)
+            stack.callback(cluster.stop)
+            return cluster
+
+        yield make
 
 
 @contextlib.contextmanager
@@ -55,29 +78,35 @@ def test_each_connection_that_was_cut_is_replaced(server, opened):
     assert reader.rows("select 1 as one") == [{"one": 1}]
 
 
-def test_a_database_that_stays_away_is_said_within_bounds_and_the_store_keeps_its_tick(server, opened, compiled):
+def test_a_database_that_stays_away_is_said_within_bounds_and_the_store_keeps_its_tick(server, beside, compiled):
     with server.connected() as connection:
         load_into_postgres(connection, as_table(a_log(5, 400)))
         create_views(connection, compiled)
-    replica = Replica(opened(QUICK), GROUPS)
-    assert replica.refresh()
-    view = replica.store.view()
+    cluster = beside()
+    store = cluster.open_store(lambda: (0, 0))
+    view = store.view()
     server.kill()
     began = time.monotonic()
-    with pytest.raises(HeadraceError, match=r"the database at .*/dev did not answer in 4 attempts"):
-        replica.refresh()
+    with pytest.raises(HeadraceError, match=r"the database at .*/dev did not answer in 2 attempts"):
+        cluster.look()
     assert time.monotonic() - began < 15
-    assert replica.store.view() is view
+    assert cluster.take(store.tick_us + DAY_US) is None
+    assert store.view() is view
     server.start()
-    assert not replica.refresh()
+    cluster.look()
 
 
-def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, opened, compiled, monkeypatch):
+def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, beside, compiled, monkeypatch):
+    records = a_log(5, 400)
     with server.connected() as connection:
-        load_into_postgres(connection, as_table(a_log(5, 400)))
+        given = create_log_events(connection)
+        copy_into_log(connection, given, as_table(records[:300]))
         create_views(connection, compiled)
-    replica = Replica(opened(QUICK), GROUPS)
-    read, names = replica.views.rows, []
+    cluster = beside()
+    store = cluster.open_store(lambda: (0, 0))
+    with server.connected() as connection:
+        copy_into_log(connection, given, as_table(records[300:]))
+    read, names = cluster._views.rows, []
 
     def read_and_kill(reader, name, *given):
         names.append(name)
@@ -85,13 +114,16 @@ def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, opened, co
             server.kill()
         return read(reader, name, *given)
 
-    monkeypatch.setattr(replica.views, "rows", read_and_kill)
+    monkeypatch.setattr(cluster._views, "rows", read_and_kill)
     with pytest.raises(HeadraceError, match="did not answer"):
-        replica.refresh()
-    assert (replica.store.tick_us, len(names)) == (0, 2)
+        cluster.look()
+    assert len(names) == 2
+    assert cluster.take(store.tick_us + DAY_US) is None
     server.start()
-    assert replica.refresh()
-    assert replica.store.view().groups["note_engagement"].layers
+    cluster.look()
+    tick_us, blocks = cluster.take(store.tick_us + DAY_US)
+    assert tick_us > store.tick_us
+    assert min(blocks[name].num_rows for name in names) > 0
 
 
 def test_a_statement_that_takes_too_long_ends_and_a_wrong_one_is_not_repeated(opened):

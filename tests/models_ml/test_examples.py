@@ -68,7 +68,7 @@ def test_unknown_words_have_code_zero():
         (lambda folder: _drop_column(folder, "label_click"), "lacks the column.* label_click"),
         (
             lambda folder: _change_manifest(folder, files={"users.parquet": "0" * 64}),
-            r"users\.parquet is not the file that its manifest names; run `headrace export-training` again",
+            r"users\.parquet has changed: its SHA-256 is .*; run `headrace export-training` again",
         ),
     ],
 )

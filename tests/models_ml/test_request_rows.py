@@ -24,6 +24,11 @@ def written(loaded, tmp_path):
     return RequestRows(tmp_path / "rows")
 
 
+@pytest.fixture
+def rows_folder(tmp_path):
+    return tmp_path / "rows"
+
+
 @pytest.fixture(scope="module")
 def of_four(loaded):
     """The same export, every four impressions in one request."""
@@ -121,32 +126,32 @@ def test_the_same_export_is_written_once(loaded, tmp_path):
     assert request_rows.of_examples(other, tmp_path / "rows").fingerprint != first.fingerprint
 
 
-def test_a_changed_file_set_is_refused_and_the_file_named(written):
-    part = written.folder / "part-00000.parquet"
+def test_a_changed_file_set_is_refused_and_the_file_named(written, rows_folder):
+    part = rows_folder / "part-00000.parquet"
     content = part.read_bytes()
     part.write_bytes(content[:-1])
     with pytest.raises(HeadraceError, match=r"part-00000.parquet has [\d,]+ bytes, the manifest says"):
-        RequestRows(written.folder)
+        RequestRows(rows_folder)
     part.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     with pytest.raises(HeadraceError, match=r"part-00000.parquet has changed: its SHA-256 is"):
-        RequestRows(written.folder).table(0)
+        RequestRows(rows_folder).table(0)
     part.write_bytes(content)
-    pq.write_table(pa.table({"x": [1]}), written.folder / "part-00001.parquet")
+    pq.write_table(pa.table({"x": [1]}), rows_folder / "part-00001.parquet")
     with pytest.raises(HeadraceError, match=r"part-00001.parquet is not in the manifest"):
-        RequestRows(written.folder)
-    (written.folder / "part-00001.parquet").unlink()
+        RequestRows(rows_folder)
+    (rows_folder / "part-00001.parquet").unlink()
     part.unlink()
     with pytest.raises(HeadraceError, match=r"part-00000.parquet is missing but in the manifest"):
-        RequestRows(written.folder)
+        RequestRows(rows_folder)
 
 
-def test_a_group_that_cannot_be_read_is_named(written):
-    part = written.folder / "part-00000.parquet"
-    manifest = json.loads((written.folder / "manifest.json").read_text())
+def test_a_group_that_cannot_be_read_is_named(written, rows_folder):
+    part = rows_folder / "part-00000.parquet"
+    manifest = json.loads((rows_folder / "manifest.json").read_text())
     content = bytearray(part.read_bytes())
     content[200:5000] = b"\xff" * 4800
     part.write_bytes(content)
     manifest["files"][part.name]["sha256"] = hashlib.sha256(content).hexdigest()
-    (written.folder / "manifest.json").write_text(json.dumps(manifest))
+    (rows_folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(HeadraceError, match=r"part-00000.parquet, row group 0, cannot be read"):
-        RequestRows(written.folder).table(0)
+        RequestRows(rows_folder).table(0)

@@ -49,6 +49,14 @@ def test_the_report_says_what_was_measured_on_what(home):
     assert report["rows"]["train"] + report["rows"]["test"] == 4000
     assert report["protocol"].startswith("synthetic: train on the ")
     assert set(report["ranking"]) == {"l1", "l2", "floor"}
+    by_chance = [
+        (model, head)
+        for model, heads in report["ranking"].items()
+        for head, values in heads.items()
+        if values["auc_low"] <= 0.5
+    ]
+    assert [(model, head) for model, heads in report["not_learned"].items() for head in heads] == by_chance
+    assert ("l2", "click") not in by_chance
     for heads in report["ranking"].values():
         for values in heads.values():
             assert values["auc_low"] < values["auc"] < values["auc_high"]
@@ -86,6 +94,8 @@ def test_a_report_without_positive_test_rows_has_null_where_a_metric_is_undefine
     quiet = replace(loaded, labels=labels)
     report = train.train(quiet, ["l1"], configs, 0, Registry(tmp_path), lambda name, done, total: None)
     assert report["ranking"]["l1"]["click"]["auc"] is None
+    positives = int(loaded.labels["click"][loaded.train_rows].sum())
+    assert report["not_learned"]["l1"]["click"] == {"positives_train": positives, "positives_test": 0}
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 

@@ -1,4 +1,4 @@
-"""The streaming models on the cluster that RISINGWAVE_DSN names: every view beside DuckDB, and a replica fed from them.
+"""The streaming models on the cluster that RISINGWAVE_DSN names: every view beside DuckDB, and features read from them.
 
 Everything is made in a schema of its own, which is dropped at the end. A PostgreSQL may stand in (it then says nothing of
 RisingWave). Kafka is not needed: the events table is made without its connector.
@@ -6,22 +6,20 @@ RisingWave). Kafka is not needed: the events table is made without its connector
 
 import contextlib
 import os
+import threading
 import time
 
 import duckdb
-import numpy as np
 import psycopg
 import pytest
 
 from streaming_sql.changes import Changes
 from streaming_sql.cluster import Cluster
 from streaming_sql.feed import Feed
-from streaming_sql.postgres_reader import PostgresReader
-from streaming_sql.replica import Replica
+from streaming_sql.tick_news import TickNews
 from tests.parity.test_cluster_equals_oracle import assert_each_reader_equals_oracle, end_of
 from tests.streaming_sql.generated import ListHistory, as_table, typed
 from tests.streaming_sql.generated import alive as living
-from tests.streaming_sql.test_replica import KEYS, fed
 from tests.streaming_sql.test_risingwave_models import (
     GROUPS,
     SINKS,
@@ -37,14 +35,16 @@ from tests.streaming_sql.test_risingwave_models import (
     manifest,
     rows_of,
 )
+from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
-from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, MINUTE_US
+from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, MINUTE_US, closed_tick
 
 __all__ = ["compiled", "manifest"]  # the fixtures
 
 DSN = os.environ.get("RISINGWAVE_DSN", "")
 SCHEMA = "headrace_test"
+PLACE = ("landed_at", "log_partition", "log_offset")
 pytestmark = pytest.mark.skipif(not DSN, reason="RISINGWAVE_DSN names no cluster")
 
 
@@ -72,13 +72,18 @@ def cluster(compiled):
 
 
 def fill(connection, events):
-    given = create_log_events(connection)
-    marks = ", ".join("%s::jsonb" if name == "properties" else "%s" for name in given)
+    create_log_events(connection)
+    insert(connection, events)
+
+
+def insert(connection, events):
+    given = [name for name in EVENTS_SCHEMA.names if name not in PLACE and name != "landing"]
+    marks = ", ".join("%s::jsonb" if name == "properties" else "%s" for name in (*given, *PLACE))
     with connection.cursor() as cursor:
-        rows = events.select(given).to_pylist()
+        rows = events.to_pylist()
         cursor.executemany(
             f"insert into log_events values ({marks})",
-            [[str(row[name]) if name.startswith("log_") else row[name] for name in given] for row in rows],
+            [[str(row[name]) if name.startswith("log_") else row[name] for name in (*given, *PLACE)] for row in rows],
         )
 
 
@@ -127,10 +132,13 @@ def test_a_subscription_gives_every_row_and_then_what_changes(risingwave):
     connection, _ = risingwave
     rows = rows_of(connection.execute("select * from note_engagement"))
     found = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}")
-    with Changes.opened(found, f"{SCHEMA}.note_engagement_changes") as changes:
-        first = changes.next(at_most=100_000, wait_s=10)
-        assert all(change.is_added for change in first)
+    with contextlib.closing(Changes.open(found, f"{SCHEMA}.note_engagement_changes", wait_s=10)) as changes:
+        first = changes.next(at_most=100_000)
+        assert all(change.is_added and change.changed_ms is None for change in first)
         assert comparable([dict(change.row) for change in first]) == comparable(rows)
+    with contextlib.closing(
+        Changes.open(found, f"{SCHEMA}.note_engagement_changes", since_ms=round(time.time() * 1000))
+    ) as changes:
         assert changes.next() == []
 
 
@@ -176,19 +184,6 @@ def test_every_view_agrees_with_the_batch_side_to_the_bit(cluster):
         assert comparable(rows_of(connection.execute(f"select * from {name}"))) == expected, name
 
 
-def test_a_replica_answers_as_the_embedded_store(cluster):
-    _, records = cluster
-    store = fed(records)
-    found = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}")
-    with contextlib.closing(PostgresReader(found)) as reader:
-        replica = Replica(reader, GROUPS)
-        assert replica.refresh()
-        assert replica.store.tick_us == store.tick_us
-        for name in ("note_engagement", "author_engagement", "user_author_affinity"):
-            mine, theirs = (one.view().assemble(name, KEYS[name], store.tick_us) for one in (replica.store, store))
-            assert np.array_equal(mine.values, theirs.values, equal_nan=True), name
-
-
 def test_a_server_beside_the_cluster_reads_what_the_oracle_says(cluster):
     _, records = cluster
     found = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}")
@@ -203,3 +198,30 @@ def test_a_server_beside_the_cluster_reads_what_the_oracle_says(cluster):
         assert_each_reader_equals_oracle(here, events, records[-1]["landed_at"] + MINUTE_US)
     finally:
         here.stop()
+
+
+def test_a_new_tick_is_told_by_the_subscription_on_the_tick_view(risingwave):
+    connection, records = risingwave
+    found, stopping = psycopg.conninfo.make_conninfo(DSN, options=f"-c search_path={SCHEMA}"), threading.Event()
+    newest = {record["log_partition"]: record for record in records}
+    with contextlib.closing(TickNews(found, look_s=30.0)) as news:
+        assert news.wait(stopping) == closed_tick([record["landed_at"] for record in newest.values()])
+        later_us = max(record["landed_at"] for record in newest.values()) + 2 * FIVE_MINUTES_US
+        idle = [
+            {
+                **record,
+                "event_id": f"idle{partition}",
+                "event_type": "heartbeat",
+                "retracts": None,
+                "log_offset": record["log_offset"] + 1,
+            }
+            | {"landed_at": later_us, "event_ts": later_us}
+            for partition, record in newest.items()
+        ]
+        insert(connection, as_table(idle))
+        settle(connection)
+        told, deadline = 0, time.monotonic() + 60
+        while told != closed_tick([later_us]):
+            assert time.monotonic() < deadline
+            told = news.wait(stopping)
+            assert told is not None

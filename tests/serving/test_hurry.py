@@ -110,9 +110,9 @@ def test_a_slow_l2_is_learned_of(server, readers, pace):
     class Slow:
         user_features, note_features = model.user_features, model.note_features
 
-        def score(self, *arguments, **more):
+        def score_many(self, requests):
             time.sleep(0.3)
-            return model.score(*arguments, **more)
+            return model.score_many(requests)
 
     server.engine.world = dataclasses.replace(world, models=dataclasses.replace(world.models, l2=Slow()))
     assert server.feed(readers[2], deadlineMs=250)["degraded"] == []  # nobody knew

@@ -1,6 +1,7 @@
 """Features of the request, of other services and of batch tables, from a request to training rows, with a real service that
 answers, dawdles, lies, sends elsewhere and is not there."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -50,7 +51,8 @@ class Service(BaseHTTPRequestHandler):
             self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/good/moved")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body.encode())
+        with contextlib.suppress(BrokenPipeError):  # who asked did not wait
+            self.wfile.write(body.encode())
 
     def log_message(self, *_: object) -> None:
         """Not on the test's output."""

@@ -96,7 +96,7 @@ def test_log_lines_of_a_failing_stage_carry_the_request_and_not_the_reader(serve
     def torn(*given, **named):
         raise RuntimeError("scores torn")
 
-    monkeypatch.setattr(server.engine.world.models.l1, "score", torn)
+    monkeypatch.setattr(server.engine.world.models.l1, "score_many", torn)
     answer = server.feed(READER, context={"surface": "tab1"})
     assert "l1" in answer["degraded"]
     until(lambda: any(line["logger"] == "headrace.access" for line in lines()))

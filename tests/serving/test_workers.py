@@ -181,6 +181,8 @@ def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_p
         async def of_second(request):
             if request == b"no":
                 raise ValueError("cannot")
+            if request == b"hang":
+                await asyncio.sleep(60)
             return b"second did " + request
 
         first, second, third = (Sharing(tmp_path, number, of_second) for number in range(3))
@@ -196,6 +198,9 @@ def test_requests_go_to_whoever_has_least_and_come_back_from_one_that_died(tmp_p
         await asyncio.sleep(0)
         while_three_are_out = first.less_busy(4), first.less_busy(3)
         assert await asyncio.gather(*waiting) == [b"second did this"] * 3
+        assert await first.computed_by(1, b"hang", within_s=0.05) is None
+        assert first.less_busy(3) is None  # until it tells again
+        second.tell(1)
         await second.close()
         after_it_closed = first.less_busy(4), await first.computed_by(1, b"this")
         (tmp_path / "2.work").unlink()  # as one that was killed: it is counted, and does not answer

@@ -12,7 +12,6 @@ with read_through as (
 )
 
 select
-    {{ newest_tick('min(landed_at)') }} as closed_tick,
-    min(landed_at) as read_through
+    {{ newest_tick('min(landed_at)') }} as closed_tick
 from read_through
 having count(*) = {{ var('log_partitions') }}

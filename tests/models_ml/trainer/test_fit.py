@@ -14,7 +14,7 @@ from models_ml.trainer import checkpoints
 from models_ml.trainer import fit as fitting
 from models_ml.trainer.checkpoints import Checkpoints, Progress
 from models_ml.trainer.fit import Run, Stopped, fit
-from models_ml.trainer.ranks import late_rank
+from models_ml.trainer.ranks import device_of, late_rank
 from models_ml.trainer.settings import Plan, TrainerSettings
 from tests.models_ml.trainer import toy
 from warehouse.errors import HeadraceError
@@ -274,3 +274,8 @@ def test_a_late_rank_is_named_and_an_even_field_is_not():
     assert late_rank(np.array([0.1, 0.12])) is None
     assert late_rank(np.array([0.001, 0.004])) is None
     assert late_rank(np.array([0.3])) is None
+
+
+def test_ranks_have_a_gpu_each_or_none_has_one():
+    assert [str(device_of(local, 2, num_gpus=2)) for local in range(2)] == ["cuda:0", "cuda:1"]
+    assert [str(device_of(local, 2, num_gpus=1)) for local in range(2)] == ["cpu", "cpu"]
