@@ -226,6 +226,7 @@ class Engine:
         check_trending(groups, self.settings.trending_feature)
         folder, cluster = self.home.online / STORE_FOLDER, self._cluster(groups)
         if cluster is not None:
+            cluster.check_log(event_log, lake)
             store = cluster.open_store(event_log.end)
         elif not leads:
             self._ticks = PublishedTicks(folder, groups)

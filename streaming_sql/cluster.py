@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from cachetools import LRUCache
 
 from streaming_sql.block_views import READER, BlockViews
+from streaming_sql.event_log import Log
 from streaming_sql.group_state import GroupState
 from streaming_sql.head import Head
 from streaming_sql.key_index import KeyIndex
@@ -27,10 +28,12 @@ from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from streaming_sql.reader_head import ReaderHead
 from streaming_sql.runner_report import iso
+from streaming_sql.same_log import check_same_log
 from streaming_sql.text_codes import TextCodes
 from streaming_sql.tick_news import TickNews
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
+from warehouse.lake import Lake
 
 _LOG = logging.getLogger("headrace.stream")
 AWAY, STALE, SHORT = "risingwave_away", "reader_features_stale", "head_shortened"
@@ -87,6 +90,10 @@ class Cluster:
         self._thread: threading.Thread | None = None
         self._away_since_s: float | None = None
         self.store = OnlineStore({})
+
+    def check_log(self, log: Log, lake: Lake) -> None:
+        """Raises HeadraceError unless the views read this log, as far as can be told, or if the cluster does not answer."""
+        check_same_log(self._bulk, log, lake)
 
     def open_store(self, end_of_log: Callable[[], tuple[int, ...]]) -> OnlineStore:
         """A store at the cluster's closed tick, for a runner to take to the log's end. Raises HeadraceError if the cluster does

@@ -51,6 +51,9 @@ class Log(Protocol):
     def end(self) -> Position:
         """The position after the last record."""
 
+    def offset_of(self, partition: int, own: int) -> int:
+        """The offset, as positions here count, of what has the offset `own` where the log is kept: imports move them apart."""
+
     def read_through_us(self) -> tuple[int, ...]:
         """Largest landed_at of each partition (0: nothing yet), microseconds."""
 
@@ -402,6 +405,10 @@ class EventLog:
         """The position after the last durable record."""
         with self._reader_lock:
             return self._column(self._reader, "next_offset")
+
+    def offset_of(self, partition: int, own: int) -> int:
+        """`own`: an import moves what is kept."""
+        return own
 
     def read_through_us(self) -> tuple[int, ...]:
         """Largest landed_at of each partition (0: nothing yet), microseconds."""

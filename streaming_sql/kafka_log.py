@@ -360,6 +360,10 @@ class KafkaLog:
                     self._known_end[partition] = max(self._known_end[partition], high)
         return tuple(end + shift for end, shift in zip(self._known_end, self._shift, strict=True))
 
+    def offset_of(self, partition: int, own: int) -> int:
+        """The offset here of what the topic has at `own`."""
+        return own + self._shift[partition]
+
     def read_through_us(self) -> tuple[int, ...]:
         """Largest landed_at of each partition (0: nothing yet), microseconds."""
         end = self.end()

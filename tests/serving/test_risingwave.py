@@ -38,6 +38,9 @@ class Views:
         columns = BlockViews(GROUPS).columns
         with server.connected() as connection:
             connection.execute("create table closed_tick (closed_tick timestamptz)")
+            connection.execute(
+                "create table newest_arrivals (log_partition int, log_offset bigint, event_id varchar, landed_at timestamptz)"
+            )
             for name in GROUPS:
                 typed = ", ".join(f"{column} {kind}" for column, kind in columns(name).items())
                 connection.execute(f"create table {name} ({typed})")
@@ -51,6 +54,10 @@ class Views:
                 with connection.cursor().copy(f"copy {name} ({', '.join(rows.column_names)}) from stdin") as copy:
                     for row in rows.to_pylist():
                         copy.write_row([stored(value) for value in row.values()])
+            connection.execute("delete from newest_arrivals")
+            newest = "from lake.events qualify row_number() over (partition by log_partition order by log_offset desc) = 1"
+            for row in batch.execute(f"select log_partition, log_offset, event_id, landed_at {newest}").fetchall():
+                connection.execute("insert into newest_arrivals values (%s, %s, %s, %s)", row)
             connection.execute("delete from closed_tick")
             connection.execute("insert into closed_tick values (to_timestamp(%s))", [tick_us / 1e6])
         self.tick_us = tick_us

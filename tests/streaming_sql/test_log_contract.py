@@ -208,6 +208,7 @@ def test_renumbered_records_keep_their_order_and_ids(log):
     assert records["landed_at"].cast("int64").to_pylist() == [START_US + 5_000] * 3
     assert (log.end(), log.landed()) == ((7, 7), (4, 7))
     assert log.ids(0, 4, 6) == {4: "e2", 5: "e3"}
+    assert log.offset_of(0, 2 if isinstance(log, KafkaLog) else 4) == 4
 
 
 def test_what_is_no_event_is_buried_with_its_reason_and_counts_nowhere(place, tmp_path, clock):

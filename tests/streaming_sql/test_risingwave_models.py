@@ -26,7 +26,7 @@ from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US,
 
 GROUPS = load_groups()
 STAGING = ["stg_engagements", "stg_retractions", "stg_retracted_events"]
-VIEWS = ["arrivals", "closed_tick", *STAGING, *GROUPS, "user_sequences"]
+VIEWS = ["arrivals", "closed_tick", "newest_arrivals", *STAGING, *GROUPS, "user_sequences"]
 SLIDING = "note_engagement_sliding_1h"
 SINKS = [f"{name}_to_lake" for name in GROUPS]
 SUBSCRIPTIONS = [f"{name}_changes" for name in (*GROUPS, "closed_tick")]
@@ -218,6 +218,12 @@ def test_postgres_runs_the_very_text_and_agrees_with_duckdb_to_the_bit(compiled,
         [tick] = rows_of(stream.execute("select * from closed_tick"))
         newest = [instant_us(max(r["landed_at"] for r in events.to_pylist() if r["log_partition"] == p)) for p in (0, 1)]
         assert instant_us(tick["closed_tick"]) == closed_tick(newest)
+
+        newest = {r["log_partition"]: r for r in living(a_log(seed)) if r["event_type"] != "heartbeat"}
+        for row in rows_of(stream.execute("select * from newest_arrivals")):
+            expected = newest.pop(row["log_partition"])
+            assert {**row, "landed_at": instant_us(row["landed_at"])} == {name: expected[name] for name in row}
+        assert newest == {}
 
         for row in rows_of(stream.execute("select * from user_sequences")):
             expected = batch.execute(

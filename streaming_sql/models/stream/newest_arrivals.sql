@@ -1,0 +1,26 @@
+{# One row per partition that has events: its newest one, by which a server knows whether the views read the log that it reads. Not of
+   `arrivals`, which forgets: of a table that only grows, one row per partition is all the state there is. Late and early events, which
+   are dead letters, are left out as there. #}
+{{ config(materialized='materialized_view') }}
+
+with placed as (
+    select
+        event_id,
+        kafka_timestamp as landed_at,
+        cast(kafka_partition as integer) as log_partition,
+        cast(kafka_offset as bigint) as log_offset,
+        row_number() over (partition by kafka_partition order by cast(kafka_offset as bigint) desc) as place
+    from {{ ref('log_events') }}
+    where
+        event_ts >= kafka_timestamp - {{ seconds(var('duplicate_memory_seconds')) }}
+        and event_ts <= kafka_timestamp + {{ seconds(var('furthest_ahead_seconds')) }}
+        and event_type not in ('heartbeat', 'dead_letter')
+)
+
+select
+    log_partition,
+    log_offset,
+    event_id,
+    landed_at
+from placed
+where place <= 1
