@@ -14,7 +14,7 @@ from rich.table import Table
 from models_ml import batch, export
 from models_ml.examples import load, load_spine
 from models_ml.registry import Registry
-from warehouse.durable import replace_file
+from warehouse.durable import write_out
 from warehouse.errors import HeadraceError, disk_full_said
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -84,9 +84,7 @@ def _score(words: list[str]) -> int:
     scored = batch.score(name, model, examples, table)
     stream = io.BytesIO()
     pq.write_table(scored.replace_schema_metadata({"headrace.model": f"{name}@{version}"}), stream)
-    with disk_full_said(given.out.parent):
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(given.out, stream.getvalue())
+    write_out(given.out, stream.getvalue())
     print(f"{given.out}: {len(scored):,} rows scored by {name}@{version}")
     return 0
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models_ml import configuration, train
-from models_ml.evaluation import NDCG_AT, RECALL_AT
+from models_ml import configuration, tables, train
+from models_ml.evaluation import NDCG_AT
 from models_ml.examples import load
 from models_ml.logged_rows import as_served
 from models_ml.registry import Registry
@@ -118,11 +118,11 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             for head, values in report["ranking"].get(model, {}).items():
                 low, high = values["auc_low"], values["auc_high"]
                 interval = "–" if low is None else f"±{(high - low) / 2:.4f}"  # both ends are in the report
-                others = (_number(values[name]) for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
-                table.add_row(model, head, _number(values["auc"]), interval, *others)
+                others = (tables.number(values[name]) for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
+                table.add_row(model, head, tables.number(values["auc"]), interval, *others)
         console.print(table)
     for head, values in report["l2_over_floor"].items():
-        gain, low, high = (_number(values[name], "+.4f") for name in ("auc", "low", "high"))
+        gain, low, high = (tables.number(values[name], "+.4f") for name in ("auc", "low", "high"))
         console.print(f"L2 over the floor, {head}: AUC {gain} ({low} to {high}, paired)")
     for model, heads in report["not_learned"].items():
         for head, counts in heads.items():
@@ -132,13 +132,4 @@ def _print(console: Console, report: dict[str, Any]) -> None:
                 soft_wrap=True,
             )
     if report["retrieval"]:
-        table = Table(title="Retrieval of the notes clicked on the test days", box=SIMPLE_HEAD, pad_edge=False)
-        for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
-            table.add_column(name, justify="left" if name == "generator" else "right")
-        for generator, values in report["retrieval"].items():
-            table.add_row(generator, *(_number(values[f"recall@{k}"]) for k in RECALL_AT))
-        console.print(table)
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "–" if value is None else format(value, form)
+        console.print(tables.retrieval(report["retrieval"]))

@@ -1,4 +1,4 @@
-"""`headrace evaluate --model NAME@VERSION`: a published ranking model on the test days, or on what was served."""
+"""`headrace evaluate --model NAME@VERSION`: a published model on the test days, or what was predicted of served rows."""
 
 import argparse
 import json
@@ -13,15 +13,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from models_ml import evaluation, examples, l1, l2, metrics, plots
+from models_ml import evaluation, examples, item_to_item, l1, l2, metrics, plots, tables, two_tower
 from models_ml.evaluation import NDCG_AT
+from models_ml.examples import Examples
 from models_ml.metrics_sql import METRICS, SERVED_ROWS
 from models_ml.registry import Registry
+from warehouse.durable import write_out
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 from warehouse.lake import Lake
 
-LOADERS = {"l1": l1.load, "l2": l2.load}
+RANKERS = {"l1": l1.load, "l2": l2.load}
+GENERATORS = {"item_to_item": item_to_item.load, "two_tower": two_tower.load}
 COLUMNS = (
     "auc", "grouped_auc", "pr_auc", "nce", "log_loss", f"ndcg@{NDCG_AT}", "mrr", f"map@{NDCG_AT}", f"recall@{NDCG_AT}",
     f"coverage@{NDCG_AT}", "ece", "relative_calibration",
@@ -29,9 +32,10 @@ COLUMNS = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="headrace evaluate", description="Metrics of a published ranking model.")
+    parser = argparse.ArgumentParser(prog="headrace evaluate", description="Metrics of a published model.")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help=f"NAME or NAME@VERSION or NAME@ALIAS, of {', '.join(LOADERS)}; without @: production")
+    names = ", ".join(RANKERS | GENERATORS)
+    which.add_argument("--model", help=f"NAME or NAME@VERSION or NAME@ALIAS, of {names}; without @: production")
     which.add_argument(
         "--served", metavar="HEAD", help="instead, what the forward log predicted for HEAD, in SQL over the lake"
     )
@@ -64,13 +68,18 @@ def main(words: list[str]) -> int:
 
 
 def of_model(registry: Registry, given: str, export: Path | str, slice_names: list[str], folder: Path | None) -> dict[str, Any]:
-    """The report of NAME[@VERSION]: protocol, rules, metrics by head, and by slice; plots into `folder`."""
-    name, _, version = given.partition("@")
-    if name not in LOADERS:
-        raise HeadraceError(f"--model {given}: evaluate knows {', '.join(LOADERS)}, as NAME or NAME@VERSION")
-    version = registry.resolve(name, version or "production")
-    model: Any = LOADERS[name](registry.path(name, version))
+    """The report of NAME[@VERSION]: protocol, rules, metrics by head, and by slice; plots into `folder`. Of a generator: its
+    recall beside popularity's."""
+    name, _, _ = given.partition("@")
+    if name not in RANKERS | GENERATORS:
+        raise HeadraceError(f"--model {given}: evaluate knows {', '.join(RANKERS | GENERATORS)}, as NAME or NAME@VERSION")
+    if name in GENERATORS and (slice_names or folder):
+        raise HeadraceError(f"--slice and --plots are of heads, which {name} has not: they go with {' and '.join(RANKERS)}")
+    name, version = registry.find(given)
     loaded = examples.load(export)
+    if name in GENERATORS:
+        return of_generator(registry, name, version, loaded)
+    model: Any = RANKERS[name](registry.path(name, version))
     predictions = model.score_rows(loaded, loaded.test_rows)
     report: dict[str, Any] = {
         "model": f"{name}@{version}",
@@ -84,6 +93,21 @@ def of_model(registry: Registry, given: str, export: Path | str, slice_names: li
         labels = {head: loaded.labels[head][loaded.test_rows] for head in predictions}
         report["plots"] = [str(path) for path in draw(folder, report, labels, predictions)]
     return report
+
+
+def of_generator(registry: Registry, name: str, version: str, loaded: Examples) -> dict[str, Any]:
+    """Recall of the notes clicked on the test days, beside what popularity reaches."""
+    model: Any = GENERATORS[name](registry.path(name, version))
+    queries = evaluation.RetrievalQueries(loaded)
+    return {
+        "model": f"{name}@{version}",
+        "protocol": f"{loaded.protocol()}; {len(queries):,} queries",
+        "rules": evaluation.RETRIEVAL_RULES,
+        "trained_on_this_export": registry.manifest(name, version).get("training_sha256") == loaded.fingerprint(),
+        "heads": {},
+        "slices": {},
+        "retrieval": {"popularity": queries.popularity(), name: getattr(queries, name)(model)},
+    }
 
 
 def served(lake: Lake, head: str, wait_min: int) -> dict[str, Any]:
@@ -123,12 +147,11 @@ def draw(
     folder: Path, report: Mapping[str, Any], labels: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
 ) -> list[Path]:
     """Writes `reliability-HEAD.svg`, and `slice-NAME-HEAD.svg` of the AUC, and returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for head, probability_R in predictions.items():
         title = f"{report['model']}, {head}: ECE {report['heads'][head]['ece']:.4f}"
         path = folder / f"reliability-{head}.svg"
-        path.write_text(plots.reliability_svg(title, metrics.reliability(labels[head], probability_R)))
+        write_out(path, plots.reliability_svg(title, metrics.reliability(labels[head], probability_R)).encode())
         written.append(path)
         for name, parts in report["slices"].items():
             rows = [
@@ -136,7 +159,8 @@ def draw(
                 for part, values in parts.items()
             ]
             path = folder / f"slice-{name}-{head}.svg"
-            path.write_text(plots.slices_svg(f"{report['model']}, {head} AUC by {name}", rows, report["heads"][head]["auc"]))
+            title = f"{report['model']}, {head} AUC by {name}"
+            write_out(path, plots.slices_svg(title, rows, report["heads"][head]["auc"]).encode())
             written.append(path)
     return written
 
@@ -147,14 +171,10 @@ def _names(given: str) -> list[str]:
 
 def _print(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"{report['model']}\n{report['protocol']}", soft_wrap=True, highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("metric", *report["heads"]):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    for metric in COLUMNS:
-        values = [heads.get(metric) for heads in report["heads"].values()]
-        if any(value is not None for value in values):
-            table.add_row(metric, *(_with_interval(metric, heads) for heads in report["heads"].values()))
-    console.print(table)
+    if "retrieval" in report:
+        console.print(tables.retrieval(report["retrieval"]))
+    else:
+        console.print(_of_heads(report["heads"]))
     for name, parts in report["slices"].items():
         table = Table(title=f"AUC by {name}", box=SIMPLE_HEAD, pad_edge=False)
         for column in (name, "rows", *report["heads"]):
@@ -166,6 +186,16 @@ def _print(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"rules: {report['rules']}", soft_wrap=True, highlight=False)
     for path in report.get("plots", ()):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _of_heads(heads: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("metric", *heads):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for metric in COLUMNS:
+        if any(values.get(metric) is not None for values in heads.values()):
+            table.add_row(metric, *(_with_interval(metric, values) for values in heads.values()))
+    return table
 
 
 def _with_interval(metric: str, values: Mapping[str, float]) -> str:

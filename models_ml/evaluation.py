@@ -11,6 +11,7 @@ from models_ml import metrics, slices
 from models_ml.examples import Examples, encode
 from models_ml.item_to_item import ItemToItem
 from models_ml.two_tower import TwoTower
+from warehouse.errors import HeadraceError
 
 NDCG_AT = 10
 RECALL_AT = (50, 200, 500)
@@ -151,14 +152,19 @@ class RetrievalQueries:
             for query, history_L in enumerate(histories_QL):
                 seeds = [self.note_ids[code - 1] for code in history_L[:SEEDS][::-1] if code]
                 for note_id, score in model.neighbours(seeds, max(RECALL_AT) * 4) if seeds else ():
-                    scores_QN[query, self._place_of[note_id]] = score
+                    if note_id in self._place_of:  # a model of another export may know others
+                        scores_QN[query, self._place_of[note_id]] = score
             return scores_QN
 
         return self._recall(scores)
 
     def two_tower(self, model: TwoTower) -> dict[str, float]:
-        """Product of the reader's vector and every note's. The model's notes are those of the same export, in the same
-        order."""
+        """Product of the reader's vector and every note's. Raises HeadraceError when the model was trained on other notes."""
+        if list(model.note_ids) != self.note_ids:
+            raise HeadraceError(
+                f"two_tower knows {len(model.note_ids):,} notes, the export has {len(self.note_ids):,}, and they are not the "
+                "same: train it on this export, or name its own with --export"
+            )
         length = model.history_length
 
         def scores(histories_QL: np.ndarray) -> np.ndarray:

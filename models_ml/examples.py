@@ -29,6 +29,7 @@ REQUEST_FEATURES = ("note_duration_ms", "note_age_min")
 _IDS = ("impression_id", "user_id", "note_id", "author_id", "surface")
 _WORDS = ("note_type", "note_topic")
 _AGAIN = "run `headrace export-training` again"
+_OF_SPINE = "rows to score have user_id, note_id and the model's features by name, as `headrace features compute` writes them"
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,8 @@ def load_spine(path: Path, where: Path | str) -> tuple[Examples, pa.Table]:
 
     Raises HeadraceError when a file or column is missing.
     """
-    table = _read_parquet(path)
-    _require(table, ("user_id", "note_id"), path)
+    table = _read_parquet(path, _OF_SPINE)
+    _require(table, ("user_id", "note_id"), path, _OF_SPINE)
     _, (notes, users) = _read(where, None, ("notes", "users"))
     nothing = pa.nulls(len(table))
     words = {name: (table[name] if name in table.column_names else nothing).cast(pa.string()) for name in (*_IDS, *_WORDS)}
@@ -264,17 +265,17 @@ def _read_manifest(shards: Shards) -> dict[str, Any]:
     return manifest
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path, way_out: str = _AGAIN) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise HeadraceError(f"{path} cannot be read as Parquet: {error}; {_AGAIN}") from error
+        raise HeadraceError(f"{path} cannot be read as Parquet: {error}; {way_out}") from error
 
 
-def _require(table: pa.Table, names: Iterable[str], path: Path | str) -> None:
+def _require(table: pa.Table, names: Iterable[str], path: Path | str, way_out: str = _AGAIN) -> None:
     missing = [name for name in names if name not in table.column_names]
     if missing:
-        raise HeadraceError(f"{path} lacks the column(s) {', '.join(missing)}; {_AGAIN}")
+        raise HeadraceError(f"{path} lacks the column(s) {', '.join(missing)}; {way_out}")
 
 
 def _as_float(column: pa.ChunkedArray) -> np.ndarray:

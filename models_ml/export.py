@@ -27,7 +27,7 @@ from models_ml.l1 import L1, L1Network
 from models_ml.l2 import L2
 from models_ml.l2_network import L2Network
 from models_ml.two_tower import TwoTower, TwoTowerNetwork
-from warehouse.durable import replace_file
+from warehouse.durable import write_out
 from warehouse.errors import HeadraceError
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch": ".pt2"}
@@ -269,9 +269,8 @@ def export(model: Any, about: Mapping[str, Any], examples: Examples, form: str, 
         "outputs": ["reader_vector"] if isinstance(model, TwoTower) else list(model.heads),
         "parity": asdict(parity),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content)
-    replace_file(path.with_name(path.name + ".json"), (json.dumps(described, indent=1) + "\n").encode())
+    write_out(path, content)
+    write_out(path.with_name(path.name + ".json"), (json.dumps(described, indent=1) + "\n").encode())
     return parity
 
 

@@ -1,8 +1,8 @@
 """Everything the server holds open, from the first file to the last flush: lake, event log, store, runner, models, forward log.
 
 `start` loads in the background and can be watched through `missing()`; `stop` flushes. One server per home: one runner lands
-the log in the lake, so a second server on the same home is refused. A server may have several processes (`serving.seat`): each
-keeps a store of its own up to date from the log, and the one that leads lands, publishes and keeps the log's time going.
+the log in the lake, so a second server on the same home is refused. A server may have several processes (`serving.seat`): one
+leads, makes ticks, lands, publishes and keeps the log's time going; the others map its ticks and read the log for their head.
 """
 
 import logging
@@ -37,6 +37,7 @@ from streaming_sql.event_log import Log
 from streaming_sql.open_log import open_log
 from streaming_sql.pauses import settle
 from streaming_sql.published import Publisher
+from streaming_sql.published_ticks import PublishedTicks
 from streaming_sql.records import DeadLetter, position_after
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
@@ -103,6 +104,8 @@ class Engine:
         """After the newest event that was answered here."""
         self._told_lock = threading.Lock()
         self.seat: Seat | None = None
+        self._ticks: PublishedTicks | None = None
+        """Of a worker that follows."""
 
     def start(self) -> None:
         """Begins loading on a thread of its own, so that /livez and /readyz answer meanwhile."""
@@ -182,6 +185,8 @@ class Engine:
             self.log.close()
         if self.world is not None:
             self.world.tables.stop()
+            if self._ticks is not None:
+                self._ticks.stop()
             self.world.assembled.stop()
             if self.world.cluster is not None:
                 self.world.cluster.stop()
@@ -223,6 +228,9 @@ class Engine:
         if cluster is not None:
             cluster.check_log(event_log, lake)
             store = cluster.open_store(event_log.end)
+        elif not leads:
+            self._ticks = PublishedTicks(folder, groups)
+            store = self._ticks.open_store(lake, event_log)
         else:
             if unbuilt := [name for name in groups if not lake.exists(f"features.{name}")]:
                 log.warning("%s not built: replaying all events; `dbt build` makes the start faster", ", ".join(unbuilt))
@@ -237,11 +245,13 @@ class Engine:
             self.home.online / RUNNER_FILE,
             only_reads=not leads,
             publisher=Publisher(folder, groups) if leads and cluster is None else None,
-            elsewhere=cluster,
+            elsewhere=cluster or self._ticks,
         )
         runner.catch_up()
         if leads:
             runner.flush()
+        if self._server is not None:
+            runner.publish()  # what the workers that follow start from
         tables = TableStore(lake, kinds.tables)
         tables.refresh(store.view().tick_us)
         catalogue = Catalogue.from_lake(lake)
@@ -286,6 +296,8 @@ class Engine:
         runner.start(hear)
         if cluster is not None:
             cluster.start(self.settings.features_look_s)
+        if self._ticks is not None:
+            self._ticks.start()
         world.assembled.start(store.view)
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)

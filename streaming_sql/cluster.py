@@ -1,6 +1,6 @@
 """A server's features beside a RisingWave cluster: blocks from its views, the head from the log's tail.
 
-    groups of notes and authors    read whole, once a tick, ahead of the store (`TickBlocks`)
+    groups of notes and authors    read whole, once a tick, ahead of the store (`Ticks`)
     groups that begin with a reader  read when the reader asks, once a tick, in one statement
     events that no block holds      the log's, as in the embedded store
 
@@ -24,7 +24,7 @@ from streaming_sql.event_log import Log
 from streaming_sql.group_state import GroupState
 from streaming_sql.head import Head
 from streaming_sql.key_index import KeyIndex
-from streaming_sql.online_store import OnlineStore, StoreView, Work, with_blocks, without_withdrawn
+from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work, with_blocks, without_withdrawn
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from streaming_sql.reader_head import ReaderHead
 from streaming_sql.runner_report import iso
@@ -83,7 +83,7 @@ class Cluster:
         self._quick, self._bulk = PostgresReader(dsn, quick), PostgresReader(dsn, _WHOLE_GROUPS)
         self._readers: LRUCache[str, _OfReader] = LRUCache(max(num_readers, 1))
         self._readers_lock = threading.Lock()
-        self._ahead: tuple[int, dict[str, pa.Table]] | None = None
+        self._ahead: AddedBlocks | None = None
         self._read_through_us = 0
         """The tick up to which whole groups were read: `take` gives each once, so the store's is no newer."""
         self._stopping = threading.Event()
@@ -104,7 +104,7 @@ class Cluster:
                 "RisingWave has closed no tick yet: a partition of the log is silent there; is its topic the event log's?"
             )
         store = self.store = OnlineStore(self._groups)
-        store.advance(store.position, {}, tick_us=tick_us, blocks=self._read_whole(0, tick_us))
+        store.advance(store.position, {}, tick=AddedBlocks(tick_us, self._read_whole(0, tick_us)))
         self._read_through_us = tick_us
         store.blocks_through = end_of_log()  # asked after the tick: what the cluster had read by then is before it
         return store
@@ -123,11 +123,11 @@ class Cluster:
         self._quick.close()
         self._bulk.close()
 
-    def take(self, closed_us: int) -> tuple[int, dict[str, pa.Table]] | None:
-        """The store's next tick and the rows that it adds, as `Feed` asks; None where there is none up to closed_us: the heads
-        are then held to their bound, on the thread that fills them."""
+    def take(self, closed_us: int) -> AddedBlocks | None:
+        """The store's next tick, as `Feed` asks; None where there is none up to closed_us: the heads are then held to their
+        bound, on the thread that fills them."""
         ahead = self._ahead
-        if ahead is None or ahead[0] > closed_us:
+        if ahead is None or ahead.tick_us > closed_us:
             self._bound_heads()
             return None
         self._ahead = None
@@ -164,7 +164,7 @@ class Cluster:
         """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
         tick_us = self._views.closed_tick(self._quick)
         if self._ahead is None and tick_us > self._read_through_us:
-            self._ahead = tick_us, self._read_whole(self._read_through_us, tick_us)
+            self._ahead = AddedBlocks(tick_us, self._read_whole(self._read_through_us, tick_us))
             self._read_through_us = tick_us
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:

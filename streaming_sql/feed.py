@@ -18,7 +18,7 @@ from streaming_sql.head import HeadEvent
 from streaming_sql.history import History
 from streaming_sql.key_index import Key
 from streaming_sql.micro_batch import MicroBatch
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.online_store import AddedBlocks, NextTick, OnlineStore
 from streaming_sql.records import position_after
 from streaming_sql.retractions import Place, Retraction, Retractions, split
 from warehouse.errors import HeadraceError
@@ -42,11 +42,11 @@ class Taken:
     closed_tick_us: int | None = None
 
 
-class TickBlocks(Protocol):
-    """Blocks that are made elsewhere, of the same log."""
+class Ticks(Protocol):
+    """Ticks whose blocks are made elsewhere, of the same log."""
 
-    def take(self, closed_us: int) -> tuple[int, dict[str, pa.Table]] | None:
-        """The store's next tick, closed_us at most, and the rows of `features.<group>` that it adds; None for not yet."""
+    def take(self, closed_us: int) -> NextTick | None:
+        """The store's next tick, closed_us at most, given once; None for not yet."""
 
 
 class Feed:
@@ -60,9 +60,9 @@ class Feed:
         position: tuple[int, ...],
         history: History,
         tables: AttributeTables | None = None,
-        elsewhere: TickBlocks | None = None,
+        elsewhere: Ticks | None = None,
     ):
-        """tables: those that add to light events; without, every attribute is NULL. elsewhere: where the blocks of ticks come
+        """tables: those that add to light events; without, every attribute is NULL. elsewhere: where ticks come
         from, if not from the events that are taken; a tick then waits for it, too."""
         self._elsewhere = elsewhere
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
@@ -104,7 +104,7 @@ class Feed:
                 self._pending.append(staged)
             self._superseded.update(loser for loser, _ in admission.superseded)
         if (closed := self._next_tick()) is not None:
-            heads = self._heads(staged.filter(pa.array(instants(staged["known_at"]) > closed[0])))
+            heads = self._heads(staged.filter(pa.array(instants(staged["known_at"]) > closed.tick_us)))
             taken.closed_tick_us = self._close(closed, heads, admission.superseded, retractions)
         elif records.num_rows:
             changed = bool(retractions or admission.superseded)
@@ -119,29 +119,28 @@ class Feed:
 
     def _close(
         self,
-        closed: tuple[int, dict[str, pa.Table]],
+        closed: NextTick,
         heads: dict[str, list[tuple[Key, HeadEvent]]],
         superseded: Sequence[tuple[Place, Place]],
         retractions: Sequence[Retraction],
     ) -> int:
-        tick_us, blocks = closed
-        self.store.advance(self.position, heads, superseded, retractions, self._withdrawn(tick_us), tick_us, blocks)
+        self.store.advance(self.position, heads, superseded, retractions, self._withdrawn(closed.tick_us), closed)
         self.arrivals.forget_before(min(self.read_through_us))
         self.retractions.forget_before(min(self.read_through_us))
-        return tick_us
+        return closed.tick_us
 
-    def _next_tick(self) -> tuple[int, dict[str, pa.Table]] | None:
-        """A tick that the log has closed and the store does not hold, and its rows."""
+    def _next_tick(self) -> NextTick | None:
+        """A tick that the log has closed and the store does not hold."""
         tick_us = closed_tick(self.read_through_us)
         if not all(self.read_through_us) or tick_us is None or tick_us <= self.store.tick_us:
             return None
         if self._elsewhere is None:
-            return tick_us, self._blocks(tick_us)
+            return AddedBlocks(tick_us, self._blocks(tick_us))
         taken = self._elsewhere.take(tick_us)
         if taken is None:  # however long none comes, ids are not remembered for longer
             self.arrivals.forget_before(min(self.read_through_us))
             return None
-        self.retractions.take_due(taken[0])
+        self.retractions.take_due(taken.tick_us)
         return taken
 
     def remember(self, records: pa.Table) -> None:

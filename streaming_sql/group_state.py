@@ -12,9 +12,9 @@ from streaming_sql import moments
 from streaming_sql.block_layer import BlockLayer
 from streaming_sql.entry_maps import buckets, distinct_counts, most_frequent, quantiles
 from streaming_sql.head import Head, HeadEvent
-from streaming_sql.key_index import Key, KeyIndex
+from streaming_sql.key_index import Key, KeyIndex, KeysBeside
 from streaming_sql.plan import GroupPlan
-from streaming_sql.text_codes import TextCodes
+from streaming_sql.text_codes import CodesBeside, TextCodes
 from streaming_sql.window_reader import Instant, WindowReader
 from warehouse.features.measures import Measure
 from warehouse.time_algebra import Window
@@ -64,6 +64,24 @@ class GroupState:
         if len(self.codes) > _FEW and len(self.codes) > _UNUSED_AT * len(codes := self._codes_in_use()):
             state = replace(state, codes=self.codes.kept(codes))
         return state
+
+    def at(self, tick_us: int, made: "GroupState") -> "GroupState":
+        """The state at a newer tick whose layers were made elsewhere, with the numbers that keys and texts have there; of the
+        head what the tick does not hold. Events are copied where a number changes: views of before go on reading theirs."""
+        index, codes = KeysBeside(made.index), CodesBeside(made.codes)
+        left = ((key, event) for key, event in self.head.events() if event.known_at > tick_us)
+        head = Head((key, self.recoded(event, codes)) for key, event in left)
+        return replace(self, index=index, codes=codes, layers=made.layers, head=head, fresh_layers=None)
+
+    def recoded(self, event: HeadEvent, codes: TextCodes) -> HeadEvent:
+        """A head event by the codes of another table; itself where they are the same."""
+        values = event.values
+        for place in self.plan.fresh_texts:
+            if values[place] is not None:
+                code, numbers = values[place]
+                (text,) = self.codes.texts([code])
+                values = (*values[:place], (codes.code(text), numbers), *values[place + 1 :])
+        return event if values == event.values else replace(event, values=values)
 
     def _codes_in_use(self) -> np.ndarray:
         """int64, ascending: of map entries in blocks and in the head."""

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Key = tuple[str, ...]
+_BESIDE = 1 << 30
+"""Rows from here on are of keys beside an index."""
 
 
 class KeyIndex:
@@ -107,3 +109,32 @@ class KeyIndex:
             distinct = distinct // size
         rows = [self._row(key) for key in zip(*reversed(parts), strict=True)]
         return np.array(rows, dtype=np.int64)[place] if rows else np.zeros(0, dtype=np.int64)
+
+
+class KeysBeside(KeyIndex):
+    """The keys of another index, which others extend meanwhile, and more of its own with rows that the other never gives.
+
+    A key that is here keeps its row, whatever row the other index gives it later.
+    """
+
+    def __init__(self, other: KeyIndex):
+        super().__init__(other._columns)
+        self._other = other
+
+    def __len__(self) -> int:
+        return len(self._other) + len(self._given)
+
+    def find(self, keys: Iterable[Key]) -> np.ndarray:
+        if not self._given:
+            return self._other.find(keys)
+        keys = list(keys)
+        own = super().find(keys)
+        return np.where(own >= 0, own + _BESIDE, self._other.find(keys))
+
+    def under(self, first: str) -> list[tuple[Key, int]]:
+        own = {key: row + _BESIDE for key, row in super().under(first)}
+        return [(key, row) for key, row in self._other.under(first) if key not in own] + list(own.items())
+
+    def _row(self, key: Key) -> int:
+        (row,) = self.find([key]).tolist()
+        return row if row >= 0 else super()._row(key) + _BESIDE

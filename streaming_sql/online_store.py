@@ -6,6 +6,7 @@ The store moves from tick to tick and keeps two; `view()` is an immutable snapsh
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -78,6 +79,28 @@ class Work:
     num_blocks_merged: int = 0
 
 
+class NextTick(Protocol):
+    """A tick that a store moves to."""
+
+    @property
+    def tick_us(self) -> int: ...
+
+    def of(self, state: GroupState, work: Work) -> GroupState:
+        """The group's state at the tick, its head being what the tick does not hold."""
+
+
+@dataclass(frozen=True)
+class AddedBlocks:
+    """A tick by the rows of `features.<group>` that it adds, rebuilt ones in place of what there is."""
+
+    tick_us: int
+    rows: Mapping[str, pa.Table] = field(default_factory=dict)
+
+    def of(self, state: GroupState, work: Work) -> GroupState:
+        layers = with_blocks(state, self.rows.get(state.plan.group.name), self.tick_us, work)
+        return replace(state, layers=layers, head=state.head.after(self.tick_us), fresh_layers=None).without_unused()
+
+
 class OnlineStore:
     """The current view and the one a tick older."""
 
@@ -99,7 +122,7 @@ class OnlineStore:
         store = cls(groups)
         tick_us, blocks = blocks_in_lake(lake, groups)
         if tick_us:
-            store.advance(store.position, {}, tick_us=tick_us, blocks=blocks)
+            store.advance(store.position, {}, tick=AddedBlocks(tick_us, blocks))
         return store
 
     @classmethod
@@ -140,19 +163,17 @@ class OnlineStore:
         superseded: Sequence[tuple[Place, Place]] = (),
         retractions: Sequence[Retraction] = (),
         withdrawn: Mapping[str, pa.Table] | None = None,
-        tick_us: int | None = None,
-        blocks: Mapping[str, pa.Table] | None = None,
+        tick: NextTick | None = None,
     ) -> None:
-        """Moves to a log position and, with `tick_us`, to a newer tick; readers see all of it at once.
+        """Moves to a log position and, with `tick`, to a newer tick; readers see all of it at once.
 
         head: new events of each fresh group; superseded: (loser, winner) places; retractions: those read since; withdrawn:
-        rebuilt rows of `features.<group>` that event-fresh measures read in place of the tick's (None: as before); blocks: the
-        rows of `features.<group>` that the tick adds, rebuilt ones in place of what there is. Raises ValueError if the tick is
-        not newer.
+        rebuilt rows of `features.<group>` that event-fresh measures read in place of the tick's (None: as before). Raises
+        ValueError if the tick is not newer.
         """
         view = self._view
-        if tick_us is not None and tick_us <= view.tick_us:
-            raise ValueError(f"tick_us must be after {view.tick_us}, got {tick_us}")
+        if tick is not None and tick.tick_us <= view.tick_us:
+            raise ValueError(f"the tick must be after {view.tick_us}, got {tick.tick_us}")
         states = dict(view.groups)
         for name, events in head.items():
             for key, event in events:
@@ -163,28 +184,18 @@ class OnlineStore:
                 state.head.retract(retraction)
             for loser, winner in superseded:
                 state.head.supersede(loser, winner)
-        if tick_us is not None:
-            for name, state in states.items():
-                layers = with_blocks(state, (blocks or {}).get(name), tick_us, self.work[name])
-                moved = replace(state, layers=layers, head=state.head.after(tick_us), fresh_layers=None)
-                states[name] = moved.without_unused()
+        if tick is not None:
+            states = {name: tick.of(state, self.work[name]) for name, state in states.items()}
         if withdrawn is not None:
             for name, state in states.items():
                 states[name] = replace(state, fresh_layers=without_withdrawn(state, withdrawn.get(name)))
         if withdrawn is None:
-            withdrawn = view.withdrawn if tick_us is None else {}
-        next_view = replace(
-            view, tick_us=view.tick_us if tick_us is None else tick_us, position=position, groups=states, withdrawn=withdrawn
-        )
-        if tick_us is not None:
+            withdrawn = view.withdrawn if tick is None else {}
+        moved_us = view.tick_us if tick is None else tick.tick_us
+        next_view = replace(view, tick_us=moved_us, position=position, groups=states, withdrawn=withdrawn)
+        if tick is not None:
             self._previous = view
         self._view = next_view
-
-    def show(self, view: StoreView) -> None:
-        """Moves to a view of a newer tick that was made elsewhere. Raises ValueError if it is not newer."""
-        if view.tick_us <= self.tick_us:
-            raise ValueError(f"the view's tick must be after {self.tick_us}, got {view.tick_us}")
-        self._previous, self._view = (self._view if self.tick_us else view), view
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""

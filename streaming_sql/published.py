@@ -1,17 +1,16 @@
 """What a store publishes at each tick, for other processes and for its own next start: files in one folder.
 
-    tick-<T>.json     which tick and position, by which declarations, and which of the files below make it up
+    tick-<T>.json     which tick, what the publisher had read, by which declarations, and which of the files below make it up
     layer-<id>.bin    one layer of blocks; shared by all ticks that hold it, so a tick writes what it changed
     keys-<id>.bin     keys and texts that came since the publication before
-    head-<id>.json    the events of the head at that position
 
-Every file is whole under its name and never changes; the manifest is renamed into place last. Two ticks are kept. Layers,
-keys and texts are mapped, not read. Knows nothing of the log or the lake.
+Every file is whole under its name and never changes; the manifest is renamed into place last. Two ticks are kept. Layers are
+mapped, not read. What no block of the tick holds is in the log. Knows nothing of the log or the lake.
 """
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,17 @@ import pyarrow as pa
 from streaming_sql.array_file import checksum, map_arrays, text_arrays, texts_of, write_arrays, write_whole
 from streaming_sql.block_layer import BlockLayer
 from streaming_sql.group_state import GroupState
-from streaming_sql.head import Head, HeadEvent
+from streaming_sql.head import Head
 from streaming_sql.key_index import KeyIndex
 from streaming_sql.layer_file import arrays_of, layer_of
-from streaming_sql.online_store import OnlineStore, StoreView
+from streaming_sql.online_store import StoreView
 from streaming_sql.plan import GroupPlan
 from streaming_sql.text_codes import TextCodes
-from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup, declarations_hash
 from warehouse.features.render import macros_digest
 
 _LOG = logging.getLogger("headrace.stream")
-_FORMAT = 2
+_FORMAT = 3
 _TICKS_KEPT = 2
 _MOST_SEGMENTS = 24
 """Files of keys and texts before they are written as one again."""
@@ -67,18 +65,13 @@ class Publisher:
         if view.tick_us == self.tick_us:
             return manifest
         self._folder.mkdir(parents=True, exist_ok=True)
-        groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        groups: dict[str, list[dict[str, Any]]] = {}
         held: dict[int, tuple[BlockLayer, dict[str, Any]]] = {}
         for name, state in view.groups.items():
-            groups[name] = {}
-            for which, layers in (("layers", state.layers), ("fresh_layers", state.fresh_layers)):
-                if layers is not None:
-                    files = [self._layer(layer) for layer in layers]
-                    groups[name][which] = [file for _, file in files]
-                    held |= {id(layer): (layer, file) for layer, file in files}
-        segment = self._write_segment(view)
-        events = {name: _told_head(state, view.position) for name, state in view.groups.items() if state.plan.fresh}
-        head = self._write(f"head-{uuid.uuid4().hex}.json", orjson.dumps(events))
+            files = [self._layer(layer) for layer in state.layers]
+            groups[name] = [file for _, file in files]
+            held |= {id(layer): (layer, file) for layer, file in files}
+        segments = self._write_segment(view)
         told = {
             "meaning": self._meaning,
             "session": self._session,
@@ -86,8 +79,7 @@ class Publisher:
             "position": list(view.position),
             "origin": dict(origin),
             "groups": groups,
-            "segments": segment,
-            "head": head,
+            "segments": segments,
         }
         write_whole(manifest, orjson.dumps(told))
         self._layers, self.tick_us = held, view.tick_us
@@ -132,11 +124,6 @@ class Publisher:
         self.num_bytes_written += (self._folder / name).stat().st_size
         return {"file": name, "crc": crc}
 
-    def _write(self, name: str, data: bytes) -> dict[str, Any]:
-        crc = write_whole(self._folder / name, data)
-        self.num_bytes_written += len(data)
-        return {"file": name, "crc": crc}
-
     def _sweep(self) -> None:
         """Removes what no kept tick needs; whoever has it mapped keeps it."""
         manifests = sorted(self._folder.glob("tick-*.json"))
@@ -157,41 +144,8 @@ class Publisher:
 
 def _files(manifest: Mapping[str, Any]) -> dict[str, int]:
     """File → CRC-32 of everything that a manifest names."""
-    of_groups = (file for told in manifest["groups"].values() for files in told.values() for file in files)
-    return {told["file"]: told["crc"] for told in (*of_groups, *manifest["segments"], manifest["head"])}
-
-
-def _told_head(state: GroupState, position: tuple[int, ...]) -> list[list[Any]]:
-    """The head's events that a reader at the position sees."""
-    return [
-        [
-            key,
-            event.event_ts,
-            event.event_id,
-            event.known_at,
-            event.landed_us,
-            event.log_partition,
-            event.log_offset,
-            event.values,
-        ]
-        for key, event in state.head.events()
-        if event.is_visible(position)
-    ]
-
-
-def _head(plan: GroupPlan, told: list[list[Any]]) -> Head:
-    is_map = [measure.name in plan.maps for measure in plan.fresh]
-
-    def values(given: list[Any]) -> tuple[Any, ...]:
-        return tuple(
-            (one[0], tuple(one[1])) if has_entry and one is not None else one
-            for one, has_entry in zip(given, is_map, strict=True)
-        )
-
-    return Head(
-        (tuple(key), HeadEvent(event_ts, event_id, known_at, landed_us, partition, offset, values(measured)))
-        for key, event_ts, event_id, known_at, landed_us, partition, offset, measured in told
-    )
+    of_groups = (file for files in manifest["groups"].values() for file in files)
+    return {told["file"]: told["crc"] for told in (*of_groups, *manifest["segments"])}
 
 
 @dataclass(frozen=True)
@@ -205,17 +159,20 @@ class Published:
     def tick_us(self) -> int:
         return self.told["tick_us"]
 
-    def check(self) -> None:
-        """Raises ValueError naming the first file that is missing or not as it was written. Reads them all."""
-        for name, crc in _files(self.told).items():
-            path = self.path.parent / name
-            if not path.exists() or checksum(path) != crc:
-                raise ValueError(f"{path} is missing or damaged")
+    def check(self, but: Container[str] = ()) -> set[str]:
+        """The names of its files. Reads all but some; raises ValueError naming the first that is not as it was written,
+        OSError if one is not there."""
+        files = _files(self.told)
+        for name, crc in files.items():
+            if name not in but and checksum(self.path.parent / name) != crc:
+                raise ValueError(f"{self.path.parent / name} is damaged")
+        return set(files)
 
 
-def newest_published(folder: Path) -> Published | None:
-    """The newest manifest that can be read; None where there is none."""
-    for path in sorted(folder.glob("tick-*.json"), reverse=True):
+def newest_published(folder: Path, after_us: int = 0) -> Published | None:
+    """The newest manifest that can be read, of a tick after `after_us`; None where there is none."""
+    newer = (path for path in folder.glob("tick-*.json") if path.name > f"tick-{after_us:020d}.json")
+    for path in sorted(newer, reverse=True):
         try:
             return Published(path, orjson.loads(path.read_bytes()))
         except (OSError, ValueError):
@@ -231,21 +188,29 @@ class Reading:
         self._meaning = meaning_of(groups)
         self._session = ""
         self._layers: dict[str, BlockLayer] = {}
+        self._sound: set[str] = set()
+        """Files of the newest tick: their checksums were right."""
         self._indexes: dict[str, KeyIndex] = {}
         self._codes: dict[str, TextCodes] = {}
 
-    def view(self, published: Published, with_head: bool = True) -> StoreView:
-        """The view that was published. Raises ValueError if it is of other declarations or damaged, OSError if a file went."""
+    def has_same_meaning(self, published: Published) -> bool:
+        """Whether it was published for these declarations, by this version."""
+        return published.told.get("meaning") == self._meaning
+
+    def view(self, published: Published) -> StoreView:
+        """The view that was published, with an empty head. Its tables of keys and texts grow with later ones, and are not to be
+        added to meanwhile (`GroupState.at`). Raises ValueError if it is of other declarations or damaged, OSError if a file
+        went."""
         told, folder = published.told, published.path.parent
-        if told.get("meaning") != self._meaning:
+        if not self.has_same_meaning(published):
             raise ValueError(f"{published.path} was published for other declarations")
+        self._sound = published.check(but=self._sound)
         if told["session"] != self._session:
             self._session, self._layers = told["session"], {}
             self._indexes = {name: KeyIndex(plan.group.keys) for name, plan in self._plans.items()}
             self._codes = {name: TextCodes() for name in self._plans}
         for segment in told["segments"]:
             self._take(folder, segment)
-        heads = orjson.loads((folder / told["head"]["file"]).read_bytes()) if with_head else {}
         layers: dict[str, BlockLayer] = {}
         states = {}
         for name, plan in self._plans.items():
@@ -255,15 +220,7 @@ class Reading:
                     layers[file] = self._layers.get(file) or layer_of(plan, map_arrays(folder / file))
                 return tuple(layers[one["file"]] for one in files)
 
-            group = told["groups"][name]
-            states[name] = GroupState(
-                plan,
-                self._indexes[name],
-                self._codes[name],
-                mapped(group["layers"]),
-                _head(plan, heads.get(name, [])),
-                mapped(group["fresh_layers"]) if with_head and "fresh_layers" in group else None,
-            )
+            states[name] = GroupState(plan, self._indexes[name], self._codes[name], mapped(told["groups"][name]), Head())
         self._layers = layers
         return StoreView(told["tick_us"], tuple(told["position"]), states)
 
@@ -278,31 +235,3 @@ class Reading:
             index.extend(keys, arrays[f"{name}/rows"][new:].tolist())
             new = max(len(codes) - told["first_text"], 0)
             codes.extend(texts_of(f"{name}/texts", arrays).slice(new).to_pylist(), arrays[f"{name}/codes"][new:].tolist())
-
-
-class PublishedStore:
-    """The newest published ticks, for a process that does not run the stream itself: `store` answers like the runner's own."""
-
-    def __init__(self, folder: Path, groups: Mapping[str, FeatureGroup]):
-        """Raises HeadraceError if nothing is published there, or for other declarations."""
-        self._folder, self._reading = folder, Reading(groups)
-        self.store = OnlineStore(groups)
-        if not self.refresh():
-            raise HeadraceError(
-                f"nothing is published in {folder}: start `headrace stream run` or `headrace serve` there first"
-            )
-
-    def refresh(self) -> bool:
-        """Moves to the newest tick; whether there was a newer one. Views that are in use stay as they are."""
-        for _ in range(10):  # a publisher may sweep a tick away while we open it; the next one is then there
-            published = newest_published(self._folder)
-            if published is None or published.tick_us <= self.store.tick_us:
-                return False
-            try:
-                self.store.show(self._reading.view(published))
-            except FileNotFoundError:
-                continue
-            except ValueError as error:
-                raise HeadraceError(f"{error}; restart the process that publishes") from error
-            return True
-        raise HeadraceError(f"{self._folder} is swept faster than it can be read")

@@ -4,7 +4,6 @@ So the texts of all readers' blocks are in no table that grows with readers.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from streaming_sql.group_state import GroupState
 from streaming_sql.head import Head, HeadEvent
@@ -29,12 +28,4 @@ class ReaderHead(Head):
         return len(self._shared.head)
 
     def visible(self, key: Key, position: Sequence[int], before_us: int) -> list[HeadEvent]:
-        return [self._coded(event) for event in self._shared.head.visible(key, position, before_us)]
-
-    def _coded(self, event: HeadEvent) -> HeadEvent:
-        values = list(event.values)
-        for place in self._shared.plan.fresh_texts:
-            if values[place] is not None:
-                code, numbers = values[place]
-                values[place] = self._codes.code(self._shared.codes.texts([code])[0]), numbers
-        return replace(event, values=tuple(values))
+        return [self._shared.recoded(event, self._codes) for event in self._shared.head.visible(key, position, before_us)]

@@ -12,7 +12,7 @@ from typing import Any
 from streaming_sql.bulk_load import newest_built_tick
 from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.published import Reading, newest_published
+from streaming_sql.published import Published, Reading, newest_published
 from warehouse.features.declarations import FeatureGroup
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS
@@ -47,16 +47,20 @@ def _restored(folder: Path, lake: Lake, log: Log, groups: Mapping[str, FeatureGr
     if published is None:
         return None, None
     try:
-        if published.told["origin"] != origin_of(lake):
-            return None, f"{published.path} was made from other events than the lake holds"
-        position = tuple(published.told["position"])
-        end = log.end()
-        if len(position) != len(end) or any(held > there for held, there in zip(position, end, strict=True)):
-            return None, f"{published.path} holds events up to {list(position)}, the event log ends at {list(end)}"
+        position = position_of(published, lake, log)
         if published.tick_us <= newest_built_tick(lake, groups):
             return None, None
-        published.check()
-        view = Reading(groups).view(published, with_head=False)
+        view = Reading(groups).view(published)
     except (ValueError, KeyError, TypeError, OSError) as error:
         return None, f"{published.path} cannot be used: {error}"
     return OnlineStore.of_blocks(view, position), None
+
+
+def position_of(published: Published, lake: Lake, log: Log) -> tuple[int, ...]:
+    """What its publisher had read. Raises ValueError if that was another lake or another log."""
+    if published.told["origin"] != origin_of(lake):
+        raise ValueError("it was made from other events than the lake holds")
+    position, end = tuple(published.told["position"]), log.end()
+    if len(position) != len(end) or any(held > there for held, there in zip(position, end, strict=True)):
+        raise ValueError(f"it holds events up to {list(position)}, the event log ends at {list(end)}")
+    return position

@@ -1,7 +1,7 @@
 """The embedded runner: log → head, ticks → blocks → store, log → lake. All of its state can be rebuilt from lake and log.
 
-`step()` does one round and is deterministic under a manual clock; `start()` runs rounds in two threads (feeding and landing,
-so that a slow commit never delays an event's way to the head) until `stop()`.
+`step()` does one round and is deterministic under a manual clock; `start()` runs rounds in threads (feeding, landing and
+publishing, so that a slow commit delays neither an event's way to the head nor a tick's to other processes) until `stop()`.
 """
 
 import logging
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from streaming_sql.attribute_tables import LakeTables
 from streaming_sql.event_log import Log
-from streaming_sql.feed import REMEMBERED, Feed, Taken, TickBlocks
+from streaming_sql.feed import REMEMBERED, Feed, Taken, Ticks
 from streaming_sql.history import LakeAndLog
 from streaming_sql.lander import Lander, LanderSettings
 from streaming_sql.online_store import OnlineStore
@@ -33,6 +33,8 @@ from warehouse.time_algebra import DUPLICATE_MEMORY_US, FURTHEST_AHEAD_US, SECON
 _LOG = logging.getLogger("headrace.stream")
 _IDLE_AFTER_S = 1.0
 _LANDER_RESTS_S = 1.0
+_PUBLISHER_RESTS_S = 1.0
+"""Then a tick that a full disk did not take is tried again."""
 Progress = Callable[[int, int], None]
 """Called with (records replayed, records in all)."""
 Hear = Callable[[pa.Table], None]
@@ -84,7 +86,7 @@ class Runner:
         status_path: Path | None = None,
         only_reads: bool = False,
         publisher: Publisher | None = None,
-        elsewhere: TickBlocks | None = None,
+        elsewhere: Ticks | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
         only_reads: it follows the log beside a runner that lands, in another process, and writes neither lake nor log.
@@ -95,7 +97,7 @@ class Runner:
         self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
-        self._stopping, self._awaited = threading.Event(), threading.Event()
+        self._stopping, self._awaited, self._ticked = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._caught_up = False
         self._hear: Hear | None = None
@@ -194,6 +196,8 @@ class Runner:
             self._hear(records)
         taken = self._feed.take(records, is_history) if records.num_rows else self._feed.move()
         self._count(taken)
+        if taken.closed_tick_us is not None:
+            self._ticked.set()
         if records.num_rows:
             self._tell_waiting()
         return records.num_rows, taken
@@ -225,6 +229,8 @@ class Runner:
         rounds = {"feed": (lambda: self._feed_once(self._settings.read_limit)[0], self._rest_of_feed)}
         if not self._only_reads:
             rounds["lander"] = (self._land_once, lambda idle_s: self._stopping.wait(_LANDER_RESTS_S))
+        if self._publisher is not None:
+            rounds["publisher"] = (self.publish, self._rest_of_publisher)
         self._threads = [
             threading.Thread(target=self._run, args=its, name=f"headrace-{name}", daemon=True) for name, its in rounds.items()
         ]
@@ -258,7 +264,6 @@ class Runner:
         landed = self._lander.step()
         if landed or not self._history.is_prepared:
             self._history.prepare()
-        self.publish()
         self.report()
         return landed
 
@@ -281,6 +286,10 @@ class Runner:
         self._awaited.wait(settings.poll_seconds if idle_s < _IDLE_AFTER_S else settings.idle_poll_seconds)
         self._awaited.clear()
 
+    def _rest_of_publisher(self, idle_s: float) -> None:
+        self._ticked.wait(_PUBLISHER_RESTS_S)
+        self._ticked.clear()
+
     @property
     def is_healthy(self) -> bool:
         return self.failure is None
@@ -289,6 +298,7 @@ class Runner:
         """Ends the threads, then lands what is left, if it lands at all. Raises what ended a thread early, if anything did."""
         self._stopping.set()
         self._awaited.set()
+        self._ticked.set()
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -301,15 +311,18 @@ class Runner:
         self.publish()
         self.report()
 
-    def publish(self) -> None:
-        """Publishes the store if its tick is new. A disk that is full makes the next start longer, and stops nothing."""
+    def publish(self) -> bool:
+        """Publishes the store if its tick is new; whether it did. A disk that is full makes the next start longer and leaves
+        other processes at their tick, and stops nothing."""
         view = self.store.view()
-        if self._publisher is None or not view.tick_us:
-            return
+        if self._publisher is None or view.tick_us in (0, self._publisher.tick_us):
+            return False
         try:
             self._publisher.publish(view, self._origin)
         except OSError as error:
             _LOG.warning("tick %s was not published: %s", view.tick_us, error)
+            return False
+        return True
 
     def wait_until(self, position: tuple[int, ...], timeout_s: float = 10.0) -> bool:
         """Waits until the store has absorbed `position`; false if it has not by then."""

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_BESIDE = 1 << 30
+"""Codes from here on are of texts beside a table."""
+
 
 class TextCodes:
     """Text → code, and back."""
@@ -80,3 +83,32 @@ class TextCodes:
     def texts(self, codes: Sequence[int]) -> list[str]:
         """The text of each code."""
         return [self._text_of[code] for code in codes]
+
+
+class CodesBeside(TextCodes):
+    """The codes of another table, which others extend meanwhile, and more of its own that the other never gives.
+
+    A text that has a code here keeps it, whatever code the other table gives it later.
+    """
+
+    def __init__(self, other: TextCodes) -> None:
+        super().__init__()
+        self._other = other
+
+    def __len__(self) -> int:
+        return len(self._other) + len(self._given)
+
+    def code(self, text: str) -> int:
+        own = self._code_of.get(text)
+        if own is None:
+            there = self._other._code_of.get(text)
+            if there is not None:
+                return there
+            own = self._added(text)
+        return own + _BESIDE
+
+    def texts(self, codes: Sequence[int]) -> list[str]:
+        if not self._given:
+            return self._other.texts(codes)
+        own, other = self._text_of, self._other._text_of
+        return [own[code - _BESIDE] if code >= _BESIDE else other[code] for code in codes]

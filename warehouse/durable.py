@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from warehouse.errors import HeadraceError
+
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:
     """Returns when the disk has it; the name itself is durable once `sync_folder` has run."""
@@ -27,6 +29,15 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def write_out(path: Path, *parts: bytes | memoryview) -> None:
+    """`replace_file` for a path that a user gave: its folder is made. Raises HeadraceError saying why it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, *parts)
+    except OSError as error:
+        raise HeadraceError(f"{path} cannot be written: {error.strerror}; name another file, or make room there") from error
 
 
 def sync_folder(folder: Path) -> None:

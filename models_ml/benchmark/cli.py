@@ -14,7 +14,7 @@ from rich.table import Table
 
 from models_ml.benchmark import run, sequences
 from models_ml.benchmark.published import SETS, PublishedSet
-from warehouse.durable import replace_file
+from warehouse.durable import write_out
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
@@ -73,7 +73,7 @@ def main(words: list[str]) -> int:
     report["seconds"] = round(time.monotonic() - started, 1)
     report["published"] = [vars(figure) for figure in known.figures] if known else []
     if arguments.out is not None:
-        replace_file(arguments.out, json.dumps(report, indent=1).encode() + b"\n")
+        write_out(arguments.out, json.dumps(report, indent=1).encode() + b"\n")
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
         sys.stdout.write("\n")

@@ -121,9 +121,9 @@ def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, beside, co
     assert cluster.take(store.tick_us + DAY_US) is None
     server.start()
     cluster.look()
-    tick_us, blocks = cluster.take(store.tick_us + DAY_US)
-    assert tick_us > store.tick_us
-    assert min(blocks[name].num_rows for name in names) > 0
+    taken = cluster.take(store.tick_us + DAY_US)
+    assert taken.tick_us > store.tick_us
+    assert min(taken.rows[name].num_rows for name in names) > 0
 
 
 def test_a_statement_that_takes_too_long_ends_and_a_wrong_one_is_not_repeated(opened):

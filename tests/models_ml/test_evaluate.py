@@ -66,8 +66,12 @@ def test_pictures_hold_a_dot_a_bin_and_a_line_a_part(evaluate, tmp_path):
 def test_an_unknown_slice_model_or_version_is_answered_with_those_there_are(evaluate):
     with pytest.raises(HeadraceError, match="no slice 'planet'; there are new_user, surface"):
         evaluate("--model", "l1", "--slice", "planet")
-    with pytest.raises(HeadraceError, match="evaluate knows l1, l2"):
-        evaluate("--model", "two_tower")
+    with pytest.raises(HeadraceError, match="evaluate knows l1, l2, item_to_item, two_tower"):
+        evaluate("--model", "floor")
+    with pytest.raises(HeadraceError, match="--slice and --plots are of heads, which two_tower has not"):
+        evaluate("--model", "two_tower", "--slice", "surface")
+    with pytest.raises(HeadraceError, match=r"/proc/none/reliability-click.svg cannot be written: No such file"):
+        evaluate("--model", "l1@0001", "--plots", "/proc/none")
     with pytest.raises(HeadraceError, match="has no version"):
         evaluate("--model", "l1@0009-0123456789ab")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models_ml import cli, configuration, floor, item_to_item, l1, l2, metrics, train, two_tower
+from models_ml import cli, configuration, evaluate_cli, evaluation, floor, item_to_item, l1, l2, metrics, train, two_tower
 from models_ml.floor import FloorConfig
 from models_ml.registry import Registry
 from warehouse.errors import HeadraceError
@@ -64,6 +64,21 @@ def test_the_report_says_what_was_measured_on_what(home):
     assert set(report["retrieval"]) == {"popularity", "item_to_item", "two_tower"}
     assert set(report["l2_over_floor"]) == {"click", "long_view"}
     assert set(report["seconds"]) == {"item_to_item", "two_tower", "l1", "l2", "floor"}
+
+
+def test_a_generator_is_evaluated_as_its_training_reported(home, export, loaded, monkeypatch, capsys):
+    monkeypatch.setenv("HEADRACE_HOME", str(home))
+    expected = json.loads((home / "models" / "report.json").read_text())["retrieval"]
+    for name in ("item_to_item", "two_tower"):
+        assert evaluate_cli.main(["evaluate", "--model", f"{name}@0001", "--json", "--export", str(export)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["retrieval"] == {"popularity": expected["popularity"], name: expected[name]}
+        assert found["trained_on_this_export"] is True
+    assert evaluate_cli.main(["evaluate", "--model", "two_tower", "--export", str(export)]) == 0
+    assert "recall@500" in capsys.readouterr().out
+    fewer = evaluation.RetrievalQueries(replace(loaded, notes=loaded.notes.slice(1)))
+    with pytest.raises(HeadraceError, match=r"two_tower knows .* notes, the export has"):
+        fewer.two_tower(two_tower.load(Registry(home / "models").path("two_tower")))
 
 
 def test_training_one_model_again_changes_nothing_else(home, export, monkeypatch, capsys):

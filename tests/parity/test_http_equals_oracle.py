@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from streaming_sql.event_log import EventLog
-from streaming_sql.published import PublishedStore
+from streaming_sql.published_ticks import PublishedTicks
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
 from tests.serving.hand_made import furnish
@@ -166,12 +166,22 @@ def test_ticks_of_the_hour_and_the_day_pass_while_events_are_posted_and_feeds_ar
         assert_equals_oracle(held[tick_us], events, tick_us + MINUTE_US, GROUPS)
 
 
+def following(home, folder):
+    """(a runner of this process that follows the server's, the ticks that it takes)."""
+    lake, ticks = Lake.open(home), PublishedTicks(folder, GROUPS)
+    log = EventLog.open(home.log)
+    store = ticks.open_store(lake, log)
+    runner = Runner(lake, log, store, GROUPS, ManualClock(FIRST_US), only_reads=True, elsewhere=ticks)
+    runner.catch_up()
+    return runner, ticks
+
+
 def one_night(home, started_us, midnight_us):
     """(views by tick, acknowledged ids) of a server whose clock passes midnight; nothing if it had not started by then."""
     folder, held, acknowledged = home.online / STORE_FOLDER, {}, set()
     began = time.monotonic()
     with serving(home, started_us) as (client, process):
-        published = None
+        follower = None
         for number in range(2_000):
             now_us = started_us + round((time.monotonic() - began) * 60 * SECOND_US)
             if now_us > midnight_us and number == 0:
@@ -182,10 +192,12 @@ def one_night(home, started_us, midnight_us):
                 if result["status"] == "accepted":
                     acknowledged.add(event["eventId"])
             assert client.post("/v1/feed", json={"userId": USERS[number % 2]}).status_code == 200
-            if published is None and any(folder.glob("tick-*.json")):
-                published = PublishedStore(folder, GROUPS)
-            if published is not None and published.refresh():
-                held[published.store.tick_us] = published.store.view()
+            if follower is None and any(folder.glob("tick-*.json")):
+                follower, ticks = following(home, folder)
+            if follower is not None:
+                ticks.look()
+                follower._feed_once(10_000)
+                held[follower.store.tick_us] = follower.store.view()
             if held and max(held) > midnight_us:
                 break
             time.sleep(0.1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -91,6 +92,8 @@ def test_one_leads_and_both_stand_at_the_same_tick(two):
     assert [one["leads"] for one in workers].count(True) == 1
     assert len({one["pid"] for one in workers}) == 2
     assert len({one["tick"] for one in workers}) == 1
+    mapped = {one["leads"]: Path(f"/proc/{one['pid']}/maps").read_text().count("/online/store/layer-") for one in workers}
+    assert mapped[False] > mapped[True]  # what follows reads the very files that the leader made
 
 
 def test_what_one_worker_is_told_counts_in_both(two):

@@ -8,7 +8,7 @@ import pytest
 
 from streaming_sql.block_layer import BlockLayer, Blocks
 from streaming_sql.key_index import KeyIndex
-from streaming_sql.online_store import OnlineStore
+from streaming_sql.online_store import AddedBlocks, OnlineStore
 from streaming_sql.plan import GroupPlan
 from streaming_sql.text_codes import TextCodes
 from warehouse.features.declarations import load_groups
@@ -38,7 +38,7 @@ def store_with(*ticks):
     store = OnlineStore({"note_engagement": GROUPS["note_engagement"]}, tick_us=TICK_US - 10 * FIVE_MINUTES_US)
     for number, blocks in enumerate(ticks, 1):
         tick_us = TICK_US - (len(ticks) - number) * FIVE_MINUTES_US
-        store.advance((0, 0), {}, tick_us=tick_us, blocks={"note_engagement": table(*blocks)})
+        store.advance((0, 0), {}, tick=AddedBlocks(tick_us, {"note_engagement": table(*blocks)}))
     return store
 
 
@@ -145,5 +145,5 @@ def test_a_request_before_the_tick_gets_the_view_before_or_is_told():
     older = store.view(at_us=TICK_US)  # inside the grace of the newest tick
     assert older.tick_us == TICK_US - FIVE_MINUTES_US
     assert store.view(at_us=TICK_US + FIVE_MINUTES_US).tick_us == TICK_US
-    with pytest.raises(ValueError, match="tick_us must be after"):
-        store.advance((0, 0), {}, tick_us=TICK_US)
+    with pytest.raises(ValueError, match="the tick must be after"):
+        store.advance((0, 0), {}, tick=AddedBlocks(TICK_US))

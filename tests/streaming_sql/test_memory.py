@@ -9,7 +9,8 @@ from streaming_sql import group_state
 from streaming_sql.feed import Feed
 from streaming_sql.key_index import KeyIndex
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.published import PublishedStore, Publisher
+from streaming_sql.published import Publisher
+from streaming_sql.published_ticks import PublishedTicks
 from streaming_sql.text_codes import TextCodes
 from tests.streaming_sql.generated import GROUPS, START_US, ListHistory, as_table
 from tests.streaming_sql.test_live_store import assert_equals_oracle, begun, deliveries, times_to_ask
@@ -67,11 +68,14 @@ def test_a_growing_key_space_is_held_by_what_windows_reach(groups, tmp_path):
     per_tick, ticks, history = 200, 50, ListHistory()
     store = OnlineStore(groups)
     feed = Feed(store, groups, (0, 0), history)
-    publisher, reader, most = Publisher(tmp_path / "store", groups), None, 0
+    publisher, made, most = Publisher(tmp_path / "store", groups), PublishedTicks(tmp_path / "store", groups), 0
+    followed = OnlineStore(groups)
+    following = Feed(followed, groups, (0, 0), history, elsewhere=made)
     for tick in range(ticks):
         records = visits(tick, tick * (per_tick + 1), per_tick)
         before = store.view()
-        feed.take(as_table(records))
+        for one in (feed, following):
+            one.take(as_table(records))
         if store.tick_us <= 0:
             continue
         view = store.view()
@@ -91,19 +95,19 @@ def test_a_growing_key_space_is_held_by_what_windows_reach(groups, tmp_path):
             kept = before.assemble("visitors", [(f"u{tick - 2}-7",)], max(before.tick_us, now_us - FIVE_MINUTES_US))
             assert kept.sequences["user_fresh_notes_30m"] == [[f"n{tick - 2}-7"]]
         publisher.publish(view, {})
-        reader = reader or PublishedStore(tmp_path / "store", groups)
-        reader.refresh()
-        theirs = reader.store.view().assemble("visitors", keys, now_us)
+        made.look()
+        following.move()
+        theirs = followed.view().assemble("visitors", keys, now_us)
         assert np.array_equal(theirs.values, found.values)
-        assert (theirs.sequences, reader.store.position) == (found.sequences, store.position)
+        assert (theirs.sequences, followed.position) == (found.sequences, store.position)
     assert per_tick * 12 < most < per_tick * 35 < per_tick * ticks
-    assert len(reader.store.view().groups["visitors"].index) == len(store.view().groups["visitors"].index)
+    assert len(followed.view().groups["visitors"].index) == len(store.view().groups["visitors"].index)
     rows = store.view().groups["visitors"].index.rows()
     assert rows.max() < most  # rows are given again, so that what is as long as the largest of them stays short
     assert len(set(rows.tolist())) == len(rows)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(deliveries(), st.data())
 def test_whatever_is_forgotten_as_soon_as_it_can_be_values_stay_the_oracles(tmp_path_factory, delivery, data):
     some = data.draw(st.lists(st.sampled_from(list(GROUPS)), min_size=1, max_size=3, unique=True))
@@ -111,7 +115,9 @@ def test_whatever_is_forgotten_as_soon_as_it_can_be_values_stay_the_oracles(tmp_
     events, pieces, store, history, feed = begun(delivery, groups)
     seen, held = [], []
     folder = tmp_path_factory.mktemp("store")
-    publisher = Publisher(folder, groups)
+    publisher, ticks = Publisher(folder, groups), PublishedTicks(folder, groups)
+    followed = OnlineStore(groups, position=store.position)
+    following = Feed(followed, groups, store.position, history, elsewhere=ticks)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(group_state, "_FEW", 0)
         patched.setattr(group_state, "_UNUSED_AT", 1)
@@ -126,8 +132,12 @@ def test_whatever_is_forgotten_as_soon_as_it_can_be_values_stay_the_oracles(tmp_
             held.append((view, t_us))
             if tick_us is not None and tick_us > 0:
                 publisher.publish(view, {})
-                assert_equals_oracle(PublishedStore(folder, groups).store.view(), events, t_us, groups)
-    for view, t_us in held[-3:]:
+                ticks.look()
+            following.take(as_table(piece))
+            assert (followed.tick_us, followed.position) == (store.tick_us, store.position)
+            assert_equals_oracle(followed.view(), events, t_us, groups)
+            held.append((followed.view(), t_us))
+    for view, t_us in held[-6:]:
         assert_equals_oracle(view, events, t_us, groups)
 
 
