@@ -105,12 +105,12 @@ def test_two_processes_at_once_fetch_each_file_once(elsewhere, cache, tmp_path):
     shards = [put(elsewhere, number, MB) for number in range(4)]
     (tmp_path / "shards.json").write_text(json.dumps([[shard.name, shard.sha256, shard.num_bytes] for shard in shards]))
     script = f"""
-import json, sys
+import json, os, sys
 from pathlib import Path
 from models_ml import shards
 fetch = shards.Cache._copy
 def counted(cache, shard, *others):
-    print(shard.name, flush=True)
+    os.write(1, (shard.name + chr(10)).encode())
     fetch(cache, shard, *others)
 shards.Cache._copy = counted
 described = [shards.Shard(*one) for one in json.loads(Path({str(tmp_path / "shards.json")!r}).read_text())]
