@@ -1,10 +1,9 @@
-"""What a worker that follows costs beside the one that leads, and so beside one that made its own blocks: a tick's processor
-time, and memory.
+"""What a worker that follows costs beside one that makes its own blocks: a tick's processor time, and memory.
 
     python -m bench.followers [--events 1000000] [--per-tick 6000] [--ticks 12] [--json]
 
-Two processes read the same made-up log. One makes ticks as the embedded runner does; the other takes what it publishes. What
-the leader does but publish is what a follower that kept a store of its own would do.
+Three processes read the same made-up log. One leads: it makes ticks and publishes them. One follows: it takes them. One starts
+from the files of the first tick, as the one that follows does, and then makes ticks alone. All must give the same values.
 """
 
 import argparse
@@ -24,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 
 from streaming_sql.event_log import Position
-from streaming_sql.feed import Feed
+from streaming_sql.feed import REMEMBERED, Feed
 from streaming_sql.online_store import OnlineStore, StoreView
 from streaming_sql.pauses import settle
-from streaming_sql.published import Publisher
+from streaming_sql.published import Publisher, Reading, newest_published
 from streaming_sql.published_ticks import PublishedTicks
 from warehouse.errors import HeadraceError
 from warehouse.events import EVENTS_SCHEMA, NUM_PARTITIONS
@@ -43,7 +42,7 @@ COMPARED = 500
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A tick in a process that leads and in one that follows.")
+    parser = argparse.ArgumentParser(description="A tick in a process that follows and in one that makes its own.")
     parser.add_argument("--events", type=int, default=1_000_000, help="before the first tick (default %(default)s)")
     parser.add_argument("--per-tick", type=int, default=6_000, help="events of a tick (default %(default)s)")
     parser.add_argument("--ticks", type=int, default=12, help="that are timed (default %(default)s)")
@@ -62,19 +61,19 @@ def main() -> int:
 
 
 def measured(num_events: int, per_tick: int, ticks: int) -> dict[str, Any]:
-    """What each of the two says; HeadraceError if they give other values."""
+    """What each process says; HeadraceError if they give different values."""
     processes = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        ours, theirs = zip(*(processes.Pipe() for _ in range(2)), strict=True)
+        ours, theirs = zip(*(processes.Pipe() for _ in ROLES), strict=True)
         children = [
             processes.Process(target=work, args=(pipe, Path(folder), num_events, per_tick), daemon=True)
-            for work, pipe in zip((leads, follows), theirs, strict=True)
+            for work, pipe in zip(ROLES.values(), theirs, strict=True)
         ]
         for child in children:
             child.start()
-        spent: list[list[float]] = [[], []]
+        spent: list[list[float]] = [[] for _ in ROLES]
         for tick in range(ticks + 1):
-            for place, pipe in enumerate(ours):  # in turn: the leader publishes, then the other takes it
+            for place, pipe in enumerate(ours):  # in turn: the leader publishes, then the others read
                 pipe.send(tick)
                 spent[place].append(pipe.recv())
         told = []
@@ -84,11 +83,11 @@ def measured(num_events: int, per_tick: int, ticks: int) -> dict[str, Any]:
         for child in children:
             child.join()
     values = [one.pop("values") for one in told]
-    if not all(np.array_equal(*pair, equal_nan=True) for pair in zip(*values, strict=True)):
-        raise HeadraceError("the process that follows gives other values; the timings mean nothing")
+    if not all(np.array_equal(values[0][i], one[i], equal_nan=True) for one in values[1:] for i in range(len(one))):
+        raise HeadraceError("the processes give different values; the timings mean nothing")
     return {
         name: {"tick_ms": 1000 * statistics.median(seconds[1:]), "start_s": seconds[0], **one}
-        for name, seconds, one in zip(("leads", "follows"), spent, told, strict=True)
+        for name, seconds, one in zip(ROLES, spent, told, strict=True)
     }
 
 
@@ -111,16 +110,43 @@ def leads(pipe: Connection, folder: Path, num_events: int, per_tick: int) -> Non
 def follows(pipe: Connection, folder: Path, num_events: int, per_tick: int) -> None:
     groups = load_groups()
     store, ticks = OnlineStore(groups), PublishedTicks(folder, groups)
-    feed = Feed(store, groups, (0,) * NUM_PARTITIONS, _NothingRetracted(), elsewhere=ticks)
-    before = memory()
+    feed, before = Feed(store, groups, (0,) * NUM_PARTITIONS, _NothingRetracted(), elsewhere=ticks), memory()
     while (tick := pipe.recv()) is not None:
-        # the first tick's events come last: at its start a process remembers ids of seven days, and takes the tick as it is
-        piece = list(history(num_events))[-1] if tick == 0 else events_of(tick, per_tick)
+        pieces = history(num_events) if tick == 0 else [events_of(tick, per_tick)]
         began = time.thread_time()
         ticks.look()
-        feed.take(piece)
+        if tick == 0 and (published := ticks.take(START_US + DAY_US)) is not None:
+            store.advance(store.position, {}, tick=published)
+        _read(feed, pieces)
         pipe.send(time.thread_time() - began)
     pipe.send(_told(store, before))
+
+
+def alone(pipe: Connection, folder: Path, num_events: int, per_tick: int) -> None:
+    """Starts from the same files, then makes its own ticks."""
+    groups, before = load_groups(), memory()
+    while (tick := pipe.recv()) is not None:
+        pieces = history(num_events) if tick == 0 else [events_of(tick, per_tick)]
+        began = time.thread_time()
+        if tick == 0:
+            published = newest_published(folder)
+            assert published is not None
+            view = Reading(groups).view(published)
+            store = OnlineStore.of_blocks(view, view.position)
+            feed = Feed(store, groups, (0,) * NUM_PARTITIONS, _NothingRetracted())
+        _read(feed, pieces)
+        pipe.send(time.thread_time() - began)
+    pipe.send(_told(store, before))
+
+
+def _read(feed: Feed, pieces: Sequence[pa.Table]) -> None:
+    """As a process does that starts: the ids of seven days first, then what its tick may not hold."""
+    for piece in pieces[:-1]:
+        feed.remember(piece.select(REMEMBERED))
+    feed.take(pieces[-1], is_history=len(pieces) > 1)
+
+
+ROLES = {"leads": leads, "follows": follows, "alone": alone}
 
 
 class _NothingRetracted:
@@ -203,7 +229,7 @@ def _values(view: StoreView) -> list[np.ndarray]:
 
 def as_text(result: dict[str, Any]) -> str:
     lines = [result["machine"], "         a tick   start    anonymous     files       Pss  (MB more than before)   keys"]
-    for name in ("leads", "follows"):
+    for name in ROLES:
         one = result[name]
         lines.append(
             f"{name:8} {one['tick_ms']:5.0f} ms {one['start_s']:5.2f} s {one['anonymous_mb']:9.0f} {one['file_mb']:9.0f} "

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--retrain", action="store_true", help="train although models are there")
     given = parser.parse_args(words[1:])
     home = Home.from_env()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what it started ends, too
     with _only_demo(home):
         _check_ground(home, given.host, given.port)
         return _Demo(home, given).run()
@@ -124,18 +126,19 @@ class _Demo:
     def _dbt(self, *words: str) -> None:
         """Runs dbt with a bar in the place of its many lines; all of them are shown if it fails."""
         command = [str(Path(sys.executable).with_name("dbt")), "--no-use-colors", *words]
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=self._environment(""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        lines = []
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console) as bar:
+        bar, lines = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console), []
+        with (
+            _started(command, self._environment(""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+            bar,
+        ):
+            assert process.stdout is not None
             task = bar.add_task("dbt parses the project", total=None)
             for line in process.stdout:
                 lines.append(line)
                 if found := _DBT_STEP.search(line):
                     bar.update(task, completed=int(found[1]), total=int(found[2]), description=found[3])
-        if process.wait() != 0:
+            process.wait()
+        if process.returncode != 0:
             self.console.print("".join(lines), markup=False, highlight=False)
             raise HeadraceError(f"`dbt {' '.join(words)}` ended with status {process.returncode}; see above")
         self.console.print(next((line.partition("Done.")[2].strip() for line in reversed(lines) if "Done." in line), ""))
@@ -150,17 +153,9 @@ class _Demo:
     @contextmanager
     def _server(self, clock: str) -> Iterator[None]:
         command = [sys.executable, "-m", "headrace.cli", "serve", "--host", self.given.host, "--port", str(self.given.port)]
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=self._environment(clock))
-        try:
+        with _started(command, self._environment(clock)) as process:
             _wait_until_ready(process, self.url)
             yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         if process.returncode not in (0, -15):
             raise HeadraceError(f"the server ended with status {process.returncode}; see its output above")
 
@@ -280,8 +275,23 @@ def _in_us(instant: str) -> int:
     return round(datetime.fromisoformat(instant).timestamp() * 1_000_000)
 
 
+@contextmanager
+def _started(command: list[str], environment: dict[str, str], **more: Any) -> Iterator[subprocess.Popen]:
+    """A process that ends with the block, however the block ends. more: for Popen."""
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, **more) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
 def _run(command: list[str], environment: dict[str, str], check: bool) -> int:
-    status = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+    with _started(command, environment) as process:
+        status = process.wait()
     if check and status != 0:
         words = " ".join(Path(word).name if os.sep in word else word for word in command)
         raise HeadraceError(f"`{words}` ended with status {status}; see above")

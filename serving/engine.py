@@ -131,6 +131,8 @@ class Engine:
 
     def troubles(self) -> list[str]:
         """What is wrong although feeds are answered; empty when nothing is."""
+        if self._ticks is not None:
+            return self._ticks.troubles()
         return self.world.cluster.troubles() if self.world is not None and self.world.cluster is not None else []
 
     def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:

@@ -38,18 +38,16 @@ class Changes:
         self._connection, self._subscription, self._wait_s = connection, subscription, wait_s
 
     @classmethod
-    def open(
-        cls, dsn: str, subscription: str, since_ms: int | None = None, wait_s: int = 1, settings: ReaderSettings | None = None
-    ) -> "Changes":
+    def open(cls, dsn: str, subscription: str, since_ms: int | None = None, wait_s: int = 1) -> "Changes":
         """From since_ms on (included), by RisingWave's clock; without, every row that is there and then what changes.
 
-        wait_s: how long `next` waits for a change. settings: how long for an answer that should be there.
+        wait_s: how long `next` waits for a change; what should be there at once it awaits as `ReaderSettings` say.
 
         Raises psycopg.Error if the cluster or the subscription is not there, or since_ms is past its retention.
         """
         if not 0 < wait_s <= _LONGEST_WAIT_S:
             raise HeadraceError(f"wait_s must be 1 to {_LONGEST_WAIT_S} whole seconds, got {wait_s}")
-        settings = settings or ReaderSettings()
+        settings = ReaderSettings()
         since = sql.SQL("full") if since_ms is None else sql.SQL("since {}").format(sql.Literal(since_ms))
         name = sql.Identifier(*subscription.split("."))
         connection = connected(dsn, replace(settings, statement_timeout_s=settings.statement_timeout_s + wait_s))

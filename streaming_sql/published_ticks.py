@@ -45,6 +45,7 @@ class PublishedTicks:
         self._ahead: PublishedTick | None = None
         self._read_through_us = 0
         self._refused: Published | None = None
+        self._why_refused = ""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -99,10 +100,14 @@ class PublishedTicks:
         except FileNotFoundError:  # swept away meanwhile: there is a newer one
             return
         except (ValueError, KeyError, TypeError, OSError) as error:
-            self._refused = published
-            _LOG.warning("features stay as they are: %s cannot be used: %s; restart the server", published.path, error)
+            self._refused, self._why_refused = published, f"{published.path} cannot be used: {error}; restart the server"
+            _LOG.warning("features stay at their tick: %s", self._why_refused)
             return
-        self._read_through_us, self._ahead = view.tick_us, PublishedTick(view)
+        self._read_through_us, self._ahead, self._refused = view.tick_us, PublishedTick(view), None
+
+    def troubles(self) -> list[str]:
+        """What an operator should know of features that are served nevertheless; empty when all is well."""
+        return [] if self._refused is None else [f"features stay at their tick: {self._why_refused}"]
 
     def _follow(self) -> None:
         while not self._stopping.wait(_LOOKED_AT_EVERY_S):

@@ -26,7 +26,7 @@ class TickNews:
     """One thread waits."""
 
     def __init__(self, dsn: str, look_s: float):
-        """look_s: how often to wake without a subscription, seconds; with one, rounded up, how long a wait for it lasts."""
+        """look_s: how often to wake without a subscription, seconds."""
         self._dsn, self._look_s = dsn, look_s
         self._changes: Changes | None = None
         self._since_ms: int | None = None
@@ -37,10 +37,10 @@ class TickNews:
 
     def wait(self, stopping: threading.Event) -> int | None:
         """The newest tick that the subscription has told, microseconds (0: none is closed), at once if it is new, else after a
-        while. Where it does not tell, None after look_s or when `stopping` is set: the view must then be asked."""
+        second. Where it does not tell, None after look_s or when `stopping` is set: the view must then be asked."""
         try:
             if self._changes is None and time.monotonic() >= self._try_at_s:
-                self._changes = Changes.open(self._dsn, SUBSCRIPTION, self._since_ms, math.ceil(self._look_s) or 1)
+                self._changes = Changes.open(self._dsn, SUBSCRIPTION, self._since_ms)
             if self._changes is not None:
                 self._note(self._changes.next())
                 return self._tick_us

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_a_second_demo_at_once_is_refused(tmp_path):
         finished = demo(tmp_path)
     assert finished.returncode == 2
     assert "another demo runs on" in finished.stdout
+
+
+def test_a_demo_that_is_told_to_stop_leaves_no_process_behind(tmp_path):
+    command = [sys.executable, "-m", "headrace.cli", "demo", "--small", "--port", str(free_port())]
+    running = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "HEADRACE_HOME": str(tmp_path)})
+    children, deadline = Path(f"/proc/{running.pid}/task/{running.pid}/children"), time.monotonic() + 60
+    while not (child := children.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.terminate()
+    assert running.wait(timeout=60) == 143
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_missing_data_folder_is_named(tmp_path):

@@ -27,6 +27,7 @@ from tests.streaming_sql.test_risingwave_models import (
     STAGING,
     SUBSCRIPTIONS,
     a_log,
+    assert_newest,
     comparable,
     compiled,
     create_log_events,
@@ -182,6 +183,7 @@ def test_every_view_agrees_with_the_batch_side_to_the_bit(cluster):
     for name, group in GROUPS.items():
         expected = comparable(rows_of(batch.execute(block_sql(group, "staged", "retracted"))))
         assert comparable(rows_of(connection.execute(f"select * from {name}"))) == expected, name
+    assert_newest(connection, records)
 
 
 def test_a_server_beside_the_cluster_reads_what_the_oracle_says(cluster):

@@ -5,6 +5,7 @@ The database lags, goes away, hangs and comes back; a page is answered each time
 
 import dataclasses
 import logging
+import re
 import time
 
 import psycopg
@@ -186,11 +187,16 @@ def test_while_the_database_is_away_pages_come_of_the_last_tick_and_say_so(serve
         assert (other["degraded"], len(other["notes"])) == ([AWAY, STALE], 20)
         click(server, known, page["notes"][0]["noteId"])  # events go on counting
         assert features_of(server, server.feed(known))["user_num_clicks_7d"] == told["user_num_clicks_7d"] + 1
-        assert server.get("/readyz").status_code == 200
+        ready = server.get("/readyz")
+        assert (ready.status_code, ready.json()["missing"]) == (200, [])
+        assert "RisingWave has not answered for 0:00:" in ready.json()["degraded"][0]
+        away_s = re.search(r"^headrace_features_away_seconds (\S+)$", server.get("/metrics").text, re.M)
+        assert float(away_s[1]) > 0
     finally:
         views.server.start()
     until(lambda: server.feed(unknown)["degraded"] == [])
     assert server.feed(known)["degraded"] == []
+    assert server.get("/readyz").json()["degraded"] == []
     next_tick()
     assert server.engine.forward_log.flush()
     parity = check_parity(Lake.open(server.engine.home))
