@@ -2,10 +2,13 @@
 
 Both are unit vectors; their product ranks notes. A note tower over author and topic too means that a new note has a vector
 before its first view; in training the id is dropped at times so that the rest learns to stand alone. Loss: softmax over the
-notes of the batch with logQ correction (Yi et al., RecSys 2019).
-B pairs in a batch, L places of a history (newest first, code 0 = padding), D width, N notes.
+notes of the batch (drawn as often as they are clicked) and uniform draws, with logQ correction for the mixture (Yi et al.,
+RecSys 2019; Yang et al., WWW 2020).
+B pairs in a batch, U uniform draws, C = B + U candidates, L places of a history (newest first, code 0 = padding), D width, N
+notes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -29,7 +32,8 @@ from warehouse.errors import HeadraceError
 
 @dataclass(frozen=True)
 class TwoTowerConfig:
-    """epochs count passes over the pairs; pairs_per_reader limits those made from what was watched before the log."""
+    """epochs count passes over the pairs; pairs_per_reader limits those made from what was watched before the log.
+    uniform_negatives: notes drawn for each batch, all alike, so that those nobody clicks are learned of too; 0 draws none."""
 
     width: int = 48
     history_length: int = 30
@@ -40,18 +44,24 @@ class TwoTowerConfig:
     id_dropout: float = 0.1
     pairs_per_reader: int = 8
     weight_decay: float = 1e-3
+    uniform_negatives: int = 256
+
+    def __post_init__(self) -> None:
+        if self.uniform_negatives < 0:
+            raise ValueError(f"uniform_negatives must be at least 0, got {self.uniform_negatives}")
 
 
-def in_batch_softmax_loss(user_BD: Tensor, item_BD: Tensor, item_B: Tensor, log_q_B: Tensor, temperature: float) -> Tensor:
-    """Cross entropy, in nats, of each reader's own note against the other notes of the batch; mean over B.
+def mixed_softmax_loss(user_BD: Tensor, item_CD: Tensor, item_C: Tensor, log_q_C: Tensor, temperature: float) -> Tensor:
+    """Cross entropy, in nats, of each reader's own note, which is in the first B rows, against all others; mean over B.
 
-    user_BD, item_BD: unit rows. item_B: the notes' codes; another row with the same note is not a negative. log_q_B: natural
-    log of the chance that a note is drawn as a row's positive, <= 0. Raises ValueError on unequal sizes or a temperature <= 0.
+    user_BD, item_CD: unit rows. item_C: the notes' codes; another row with the same note is not a negative. log_q_C: natural
+    log of the chance that a note is drawn as a candidate, <= 0. Raises ValueError on unequal sizes or a temperature <= 0.
     """
-    sizes = len(user_BD), len(item_BD), len(item_B), len(log_q_B)
-    if len(set(sizes)) != 1:
-        raise ValueError(f"user_BD, item_BD, item_B and log_q_B must share one batch size, got {sizes}")
-    return sampled_softmax(user_BD, item_BD, item_BD, log_q_B, log_q_B, item_B, item_B, temperature).mean()
+    size, sizes = len(user_BD), (len(item_CD), len(item_C), len(log_q_C))
+    if len(set(sizes)) != 1 or sizes[0] < size:
+        raise ValueError(f"item_CD, item_C and log_q_C must share one size, at least that of user_BD, got {sizes} and {size}")
+    own = item_CD[:size], log_q_C[:size], item_C[:size]
+    return sampled_softmax(user_BD, own[0], item_CD, own[1], log_q_C, own[2], item_C, temperature).mean()
 
 
 class TwoTowerNetwork(nn.Module):
@@ -120,22 +130,35 @@ class TwoTowerObjective(nn.Module):
 
     log_q_N: Tensor
 
-    def __init__(self, network: TwoTowerNetwork, log_q_N: Tensor, temperature: float):
+    def __init__(self, network: TwoTowerNetwork, log_q_N: Tensor, temperature: float, uniform_negatives: int = 0):
         super().__init__()
-        self.network, self.temperature = network, temperature
+        self.network, self.temperature, self.uniform_negatives = network, temperature, uniform_negatives
         self.register_buffer("log_q_N", log_q_N)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        item_B = batch["target"]
-        table_ND, history_BL, place_B = self.network.table_of_batch(batch["history"], item_B)
+        item_C, log_q_C = self._candidates(batch["target"])
+        table_ND, history_BL, place_C = self.network.table_of_batch(batch["history"], item_C)
         user_BD = self.network.user_vectors(history_BL, table_ND)
-        item_BD, log_q_B = F.embedding(place_B, table_ND), self.log_q_N[item_B]
+        item_CD = F.embedding(place_C, table_ND)
         # products of unit vectors over a small temperature: rounded to bf16 they would be off by tenths, so autocast must not
         # have them; the kernel of a GPU takes bf16 vectors and adds up in fp32
         kind = torch.bfloat16 if user_BD.is_cuda and torch.is_autocast_enabled("cuda") else torch.float32
         with torch.autocast(user_BD.device.type, enabled=False):
-            loss = in_batch_softmax_loss(user_BD.to(kind), item_BD.to(kind), item_B, log_q_B, self.temperature)
+            loss = mixed_softmax_loss(user_BD.to(kind), item_CD.to(kind), item_C, log_q_C, self.temperature)
         return loss * batch["num_pairs"]
+
+    def _candidates(self, item_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes of the batch's notes, then of the uniform draws; natural log of the chance of each in that mixture). A
+        validation draws none: its loss must not depend on chance."""
+        log_q_B = self.log_q_N[item_B]
+        if not (self.training and self.uniform_negatives):
+            return item_B, log_q_B
+        size, num_drawn, num_notes = len(item_B), self.uniform_negatives, len(self.log_q_N) - 1
+        drawn_U = torch.randint(1, num_notes + 1, (num_drawn,), dtype=item_B.dtype, device=item_B.device)
+        item_C = torch.cat([item_B, drawn_U])
+        of_clicks_C = self.log_q_N[item_C] + math.log(size / (size + num_drawn))
+        of_draws = self.log_q_N.new_tensor(math.log(num_drawn / (size + num_drawn) / num_notes))
+        return item_C, torch.logaddexp(of_clicks_C, of_draws)
 
 
 def train(
@@ -143,7 +166,7 @@ def train(
 ) -> "TwoTower":
     """Trains on the rows before `test_start`; the same seed gives the same weights. progress: (steps done, steps in all).
 
-    Over several ranks, a rank's negatives are the notes of its own part of the batch.
+    Over several ranks, a rank's negatives are the notes of its own part of the batch, and its own draws.
     """
     words = NoteWords.of(examples)
     settings = {"config": asdict(config), "words": asdict(words)}
@@ -162,7 +185,8 @@ def train(
         plan = Plan(config.epochs, config.batch_size, config.learning_rate)
         source = ArraySource(pairs, examples.fingerprint())
         run = replace(run or Run(), progress=progress)
-        fit(TwoTowerObjective(network, log_q_N, config.temperature), source, tensors_of, optimizer, plan, seed, run)
+        objective = TwoTowerObjective(network, log_q_N, config.temperature, config.uniform_negatives)
+        fit(objective, source, tensors_of, optimizer, plan, seed, run)
     return TwoTower(network, settings)
 
 

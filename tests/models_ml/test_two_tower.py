@@ -7,7 +7,7 @@ import torch
 from models_ml import two_tower
 from models_ml.evaluation import RetrievalQueries, mean_places, recall_at
 from models_ml.notes import NoteWords
-from models_ml.two_tower import TwoTowerConfig, TwoTowerNetwork, TwoTowerObjective, in_batch_softmax_loss
+from models_ml.two_tower import TwoTowerConfig, TwoTowerNetwork, TwoTowerObjective, mixed_softmax_loss
 
 SMALL = TwoTowerConfig(width=16, history_length=10, epochs=4, batch_size=128)
 
@@ -25,26 +25,42 @@ def test_the_loss_of_two_pairs_by_hand():
     # logits: 1 / 0.5 = 2 on the diagonal, 0 beside it; q = 1/2 for both shifts all alike
     eye, log_q = torch.eye(2), torch.full((2,), math.log(0.5))
     expected = math.log(1 + math.exp(-2))
-    assert in_batch_softmax_loss(eye, eye, torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
+    assert mixed_softmax_loss(eye, eye, torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
 
 
 def test_a_popular_note_is_a_lighter_negative():
     # the second note has q = 0.8: its logit as a negative is 0 - ln 0.8
     log_q = torch.tensor([0.2, 0.8]).log()
     expected = (math.log(1 + math.exp(-2) * 0.2 / 0.8) + math.log(1 + math.exp(-2) * 0.8 / 0.2)) / 2
-    assert in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
+    assert mixed_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), log_q, 0.5).item() == pytest.approx(expected)
 
 
 def test_the_same_note_twice_is_not_its_own_negative():
     same = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert in_batch_softmax_loss(same, same, torch.tensor([3, 3]), torch.zeros(2), 1.0).item() == 0.0
+    assert mixed_softmax_loss(same, same, torch.tensor([3, 3]), torch.zeros(2), 1.0).item() == 0.0
 
 
 def test_the_loss_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="share one batch size"):
-        in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1]), torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match="must share one size"):
+        mixed_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1]), torch.zeros(2), 1.0)
     with pytest.raises(ValueError, match="temperature must be positive"):
-        in_batch_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), torch.zeros(2), 0.0)
+        mixed_softmax_loss(torch.eye(2), torch.eye(2), torch.tensor([1, 2]), torch.zeros(2), 0.0)
+
+
+def test_uniform_draws_are_negatives_and_count_by_the_chance_of_the_mixture(loaded):
+    network = TwoTowerNetwork(SMALL, NoteWords.of(loaded))
+    num_notes = len(loaded.notes)
+    chance_N = torch.rand(num_notes + 1)
+    objective = TwoTowerObjective(network, chance_N.log(), 0.1, uniform_negatives=1000)
+    item_C, log_q_C = objective._candidates(torch.tensor([1, 2, 2]))
+    assert item_C[:3].tolist() == [1, 2, 2]
+    assert item_C[3:].unique().numel() > 0.8 * num_notes
+    assert item_C.min() > 0
+    assert torch.allclose(log_q_C.exp(), (3 * chance_N[item_C] + 1000 / num_notes) / 1003, rtol=1e-4)
+    assert objective.eval()._candidates(torch.tensor([1, 2]))[0].tolist() == [1, 2]
+    # one reader, two candidates of which the second is a draw: logits 2 and 0, as by hand above
+    loss = mixed_softmax_loss(torch.eye(2)[:1], torch.eye(2), torch.tensor([1, 2]), torch.full((2,), math.log(0.5)), 0.5)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)))
 
 
 def test_the_same_seed_gives_the_same_weights(loaded, model):
