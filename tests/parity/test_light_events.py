@@ -356,7 +356,7 @@ def project_with(folder: Path, entries: list[dict], model: str = "stg_engagement
 
 def test_on_risingwave_the_staging_view_joins_models_over_the_lakes_tables(copied, tmp_path):  # noqa: F811
     declare(copied)
-    stream = copied / "streaming_sql" / "models" / "stream"
+    stream = copied / "streaming_sql" / "models" / "streaming_sql"
     tables = ("note_versions", "author_versions")
     for name in tables:
         (stream / f"{name}.sql").write_text(

@@ -36,15 +36,24 @@ START_US = 1_651_766_400_000_000
 
 def compile_models(home, *more, project=REPOSITORY):
     """`dbt compile` with no server to talk to."""
-    words = ["compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache", "--select", "path:streaming_sql"]
-    return try_dbt(Home(home), *words, *more, project=project, DBT_PROFILES_DIR=str(REPOSITORY), RISINGWAVE_PORT="1")
+    words = ["compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache"]
+    return try_dbt(
+        Home(home),
+        *words,
+        "--select",
+        "streaming_sql",
+        *more,
+        project=project,
+        DBT_PROFILES_DIR=str(REPOSITORY),
+        RISINGWAVE_PORT="1",
+    )
 
 
 def compiled_texts(home, project):
     """Model's name -> its text, of a project that compiles."""
     done = compile_models(home, project=project)
     assert done.returncode == 0, done.stdout
-    folder = home / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "stream"
+    folder = home / "dbt" / "target" / "compiled" / "headrace" / "streaming_sql" / "models" / "streaming_sql"
     return {path.stem: path.read_text() for path in folder.glob("*.sql")}
 
 
@@ -357,7 +366,7 @@ models:
 
 def test_sessions_in_the_stream_are_those_of_a_read_while_they_are_on(copied, tmp_path):  # noqa: F811
     (copied / "warehouse" / "models" / "blocks" / "sessions.yml").write_text(SESSIONS)
-    models = copied / "streaming_sql" / "models" / "stream"
+    models = copied / "streaming_sql" / "models" / "streaming_sql"
     (models / "sessions.sql").write_text(
         "{{ session_windows(feature_group('sessions'), ref('stg_engagements'), ref('stg_retracted_events')) }}\n"
     )
