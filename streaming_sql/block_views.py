@@ -1,4 +1,4 @@
-"""What the views of `models/streaming_sql` hold of closed ticks, as block rows: of a whole group, or of one reader in one statement.
+"""What the views of `models/streaming_sql` hold of closed ticks, as block rows: of a group, or of one reader in one statement.
 
 Rows of a closed tick never change, so a reader may take what the ticks since its last one brought and be none the wiser. Knows
 nothing of stores.

@@ -1,6 +1,6 @@
 """What changes in a RisingWave view, as it happens: a subscription read through a cursor, over psycopg.
 
-A subscription (`models/streaming_sql/*_changes.sql`) keeps changes for its retention; a reader that starts again says from when.
+A subscription (`models/streaming_sql/*_changes.sql`) keeps changes for its retention; whoever starts again says from when.
 No other database has them. Source: https://docs.risingwave.com/serve/subscription.
 """
 

@@ -134,7 +134,7 @@ class Publisher:
         for name in kept:
             try:
                 wanted |= set(_files(orjson.loads((self._folder / name).read_bytes())))
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):  # damaged, or of another version
                 _LOG.warning("%s cannot be read and is removed", self._folder / name)
                 wanted.discard(name)
         for path in self._folder.iterdir():

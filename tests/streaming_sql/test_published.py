@@ -222,7 +222,7 @@ def test_a_start_takes_up_what_was_published_though_nothing_of_it_had_landed(tmp
     world.crash()
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "manifest", "declarations", "import", "log"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "manifest", "declarations", "version", "import", "log"])
 def test_what_is_damaged_or_of_another_world_is_made_again_from_lake_and_log(tmp_path, harm, caplog):
     world, _ = opened(tmp_path)
     moved(world, 6)
@@ -242,6 +242,9 @@ def test_what_is_damaged_or_of_another_world_is_made_again_from_lake_and_log(tmp
             manifest.write_text("{")
         case "declarations":
             manifest.write_text(json.dumps(told | {"meaning": "others"}))
+        case "version":
+            groups = {name: {"layers": layers} for name, layers in told["groups"].items()}
+            manifest.write_text(json.dumps(told | {"meaning": "others", "groups": groups}))
         case "import":
             manifest.write_text(json.dumps(told | {"origin": {"table": "other", "imports": []}}))
         case "log":
@@ -250,6 +253,8 @@ def test_what_is_damaged_or_of_another_world_is_made_again_from_lake_and_log(tmp
     assert store.blocks_through == (0, 0)
     assert bool(caplog.records) == (harm != "manifest")
     assert np.array_equal(everything(world).values, before.values, equal_nan=True)
+    moved(world, 6)
+    assert world.runner.publish()
     world.crash()
 
 
