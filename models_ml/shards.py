@@ -9,7 +9,6 @@ fsspec (memory://, http:// …). In a cache's folder:
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -74,7 +73,7 @@ class Cache:
 
         source: its path in `files`. Raises HeadraceError: it cannot be read, is not what the manifest says, there is no room.
         """
-        path = self.folder / f"{shard.sha256}{Path(shard.name).suffix}"
+        path = self.folder / f"{shard.sha256}.parquet"
         if path.name in self._held:
             return path
         with locks.in_turn(self.folder / f".{shard.sha256}.lock"):
@@ -270,19 +269,15 @@ def _held(path: Path, check: Shard | None = None) -> IO[bytes] | None:
         handle = path.open("rb")
     except FileNotFoundError:
         return None
-    try:
+    with contextlib.ExitStack() as unless_kept:
+        unless_kept.callback(handle.close)
         fcntl.flock(handle, fcntl.LOCK_SH)
         if os.fstat(handle.fileno()).st_nlink == 0:  # taken away before it was held
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            return None
         if check is not None and hashlib.file_digest(handle, "sha256").hexdigest() != check.sha256:
-            raise FileNotFoundError(errno.ENOENT, "damaged", str(path))
-        os.utime(path)
-    except FileNotFoundError:
-        handle.close()
-        return None
-    except BaseException:
-        handle.close()
-        raise
+            return None
+        os.utime(handle.fileno())
+        unless_kept.pop_all()
     return handle
 
 
