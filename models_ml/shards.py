@@ -172,10 +172,10 @@ class Shards:
     are read where they lie. Raises HeadraceError for a URL that nothing here opens."""
 
     def __init__(self, where: str | Path, cache: Cache | None = None):
-        self.where = str(where)
-        is_url = "://" in self.where
+        self.told = told(where)
+        is_url = "://" in str(where)
         self._cache = cache or (Cache.of() if is_url else None)
-        self._files, self._root = _opened(self.where) if is_url else (fs.LocalFileSystem(), str(Path(where).absolute()))
+        self._files, self._root = _opened(str(where)) if is_url else (fs.LocalFileSystem(), str(Path(where).absolute()))
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
@@ -186,7 +186,7 @@ class Shards:
 
     def path(self, name: str) -> str:
         """What a person is told."""
-        return f"{self.where.partition('?')[0].rstrip('/')}/{name}"
+        return f"{self.told.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
         """A small file, as it is now. Raises FileNotFoundError, OSError."""
@@ -215,7 +215,7 @@ class Shards:
     def require_room(self, shards: Sequence[Shard]) -> None:
         """Raises HeadraceError when a cache could never hold them all."""
         if self._cache is not None:
-            self._cache.require_room(shards, self.where)
+            self._cache.require_room(shards, self.told)
 
     def fetch_ahead(self, shards: Sequence[Shard]) -> None:
         """Begins to fetch what a cache lacks, in this order, and returns. What cannot be fetched is for the reader to meet."""
@@ -236,6 +236,15 @@ class Shards:
             threading.Thread(target=fetch, name=f"shards-{number}", daemon=True).start()
 
 
+def told(where: str | Path) -> str:
+    """The place as a person is told of it: a URL without its keys, which stand before an @ or behind a question mark."""
+    scheme, sep, rest = str(where).partition("://")
+    if not sep:
+        return scheme
+    server, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path}"
+
+
 def _opened(url: str) -> tuple[fs.FileSystem, str]:
     try:
         try:
@@ -243,7 +252,7 @@ def _opened(url: str) -> tuple[fs.FileSystem, str]:
         except pa.ArrowInvalid:
             files, root = fs.FileSystem.from_uri(f"fsspec+{url}")
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise HeadraceError(f"{url.partition('?')[0]} cannot be opened: {error}") from error
+        raise HeadraceError(f"{told(url)} cannot be opened: {error}") from error
     return files, root.rstrip("/")
 
 

@@ -86,8 +86,9 @@ class _Run:
         rows = RequestRows(Shards(place, self.configs.trainer.cache_of(place)))
         if (of := rows.manifest.get("training_sha256")) != self.examples.fingerprint():
             raise HeadraceError(
-                f"trainer.request_rows: the rows at {place} are of the export {of}, this one is {self.examples.fingerprint()}; "
-                f"train without that setting and copy {self.options.work or Home.from_env().training}/request_rows there"
+                f"trainer.request_rows: the rows at {rows.shards.told} are of the export {of}, "
+                f"this one is {self.examples.fingerprint()}; train without that setting and copy "
+                f"{self.options.work or Home.from_env().training}/request_rows there"
             )
         return rows
 
