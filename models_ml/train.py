@@ -4,7 +4,6 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 """
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -174,7 +173,7 @@ class _Run:
         manifest = {
             "config": asdict(getattr(self.configs, name)),
             "seed": self.seed,
-            "metrics": _nullable(metrics),
+            "metrics": evaluation.nullable(metrics),
             "protocol": self.examples.protocol(),
             "training": self.examples.manifest,
             "training_sha256": self.examples.fingerprint(),
@@ -268,7 +267,7 @@ def _report(run: _Run) -> dict[str, Any]:
         report["l2_over_floor"] = evaluation.gain(examples, run.predictions["l2"], run.predictions["floor"])
     elif run.predictions.keys() & {"l2", "floor"}:
         report["l2_over_floor"] = {}  # one of the two has changed: the old comparison is no longer true
-    return _nullable(report)
+    return evaluation.nullable(report)
 
 
 def _not_learned(examples: Examples, heads: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -279,13 +278,6 @@ def _not_learned(examples: Examples, heads: Mapping[str, Any]) -> dict[str, dict
         for head, values in heads.items()
         if not evaluation.is_learned(values)
     }
-
-
-def _nullable(value: Any) -> Any:
-    """The same with None where a metric is not defined (no positive row, say): JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _nullable(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_report(path: Path) -> dict[str, Any]:
