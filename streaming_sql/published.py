@@ -33,6 +33,8 @@ from warehouse.features.render import macros_digest
 
 _LOG = logging.getLogger("headrace.stream")
 _FORMAT = 3
+UNUSABLE = (ValueError, KeyError, TypeError, OSError)
+"""What taking up a published tick raises where it is damaged, gone, or of another version or world."""
 _TICKS_KEPT = 2
 _MOST_SEGMENTS = 24
 """Files of keys and texts before they are written as one again."""
@@ -199,8 +201,8 @@ class Reading:
 
     def view(self, published: Published) -> StoreView:
         """The view that was published, with an empty head. Its tables of keys and texts grow with later ones, and are not to be
-        added to meanwhile (`GroupState.at`). Raises ValueError if it is of other declarations or damaged, OSError if a file
-        went."""
+        added to meanwhile (`GroupState.at`). Raises one of UNUSABLE if it cannot be had, ValueError if it is of other
+        declarations."""
         told, folder = published.told, published.path.parent
         if not self.has_same_meaning(published):
             raise ValueError(f"{published.path} was published for other declarations")
@@ -214,13 +216,10 @@ class Reading:
         layers: dict[str, BlockLayer] = {}
         states = {}
         for name, plan in self._plans.items():
-
-            def mapped(files: list[dict[str, Any]], plan: GroupPlan = plan) -> tuple[BlockLayer, ...]:
-                for file in (one["file"] for one in files):
-                    layers[file] = self._layers.get(file) or layer_of(plan, map_arrays(folder / file))
-                return tuple(layers[one["file"]] for one in files)
-
-            states[name] = GroupState(plan, self._indexes[name], self._codes[name], mapped(told["groups"][name]), Head())
+            files = [file["file"] for file in told["groups"][name]]
+            layers |= {file: self._layers.get(file) or layer_of(plan, map_arrays(folder / file)) for file in files}
+            mapped = tuple(layers[file] for file in files)
+            states[name] = GroupState(plan, self._indexes[name], self._codes[name], mapped, Head())
         self._layers = layers
         return StoreView(told["tick_us"], tuple(told["position"]), states)
 
