@@ -132,8 +132,8 @@ def test_a_statement_that_takes_too_long_ends_and_a_wrong_one_is_not_repeated(op
         reader.rows("select pg_sleep(5)")
     assert time.monotonic() - began < 3
     with pytest.raises(HeadraceError, match=r"refuses the statement: .*no_such_view"):
-        opened(QUICK).rows("select * from no_such_view")
-    assert reader.num_repeated == 0
+        (wrong := opened(QUICK)).rows("select * from no_such_view")
+    assert (reader.num_repeated, wrong.num_repeated) == (0, 0)
 
 
 def test_a_database_that_hangs_is_given_up_in_time_and_read_again_when_it_wakes(server, opened):
