@@ -116,6 +116,6 @@ class Cache(Generic[Value]):
 def _path_of(make: Callable[[], tuple[Value, bool]]) -> Callable[[], Path[tuple[Value, bool]]]:
     def path() -> Generator[Any, Any, tuple[Value, bool]]:
         return make()
-        yield
+        yield  # never reached: it makes this a path
 
     return path

@@ -2,7 +2,8 @@
 
 import asyncio
 import functools
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 
@@ -15,6 +16,8 @@ from serving.metrics import Metrics
 from serving.running import computed, engine_of, world_of
 from serving.workers import handed_on, row_of_peers
 from serving.world import World
+
+Ranked = TypeVar("Ranked")
 
 
 def add_cascade(app: FastAPI, metrics: Metrics) -> None:
@@ -33,28 +36,25 @@ def add_cascade(app: FastAPI, metrics: Metrics) -> None:
         candidates, degraded = await computed(app, metrics, work)
         return json_response(answers.retrieved_answer(candidates, world.catalogue), headers=_degraded(degraded))
 
+    async def ranked(
+        rank: Callable[..., Ranked], body: wire.RankL1Request | wire.RankL2Request
+    ) -> tuple[list[wire.Note], Ranked]:
+        """(the candidates, each once; what the stage says of them)."""
+        world = world_of(app)
+        notes, surface = _once(body.candidates, world), body.context.surface
+        asked = body.user_id, [note.note_id for note in notes], body.top_k, surface, said_by(world, body.context)
+        return notes, await computed(app, metrics, functools.partial(rank, world, *asked))
+
     @app.post("/v1/rank/l1", response_model=list[wire.L1RankedNote], tags=["stages"])
     async def rank_l1(body: wire.RankL1Request) -> Response:
         """The candidates that L1 would keep, best first. A note given twice counts once; an unknown one is scored as new."""
-        world = world_of(app)
-        notes = _once(body.candidates, world)
-        note_ids = [note.note_id for note in notes]
-        work = functools.partial(
-            cascade.rank_l1_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, said_by(world, body.context)
-        )
-        authors, scores, order, degraded = await computed(app, metrics, work)
+        notes, (authors, scores, order, degraded) = await ranked(cascade.rank_l1_alone, body)
         return json_response(answers.l1_answer(notes, authors, scores, order), headers=_degraded(degraded))
 
     @app.post("/v1/rank/l2", response_model=list[wire.L2RankedNote], tags=["stages"])
     async def rank_l2(body: wire.RankL2Request) -> Response:
         """The candidates by final score, best first, with the probability of every head."""
-        world = world_of(app)
-        notes = _once(body.candidates, world)
-        note_ids = [note.note_id for note in notes]
-        work = functools.partial(
-            cascade.rank_l2_alone, world, body.user_id, note_ids, body.top_k, body.context.surface, said_by(world, body.context)
-        )
-        authors, predictions, scores, order, degraded = await computed(app, metrics, work)
+        notes, (authors, predictions, scores, order, degraded) = await ranked(cascade.rank_l2_alone, body)
         return json_response(answers.l2_answer(notes, authors, predictions, scores, order), headers=_degraded(degraded))
 
     @app.get("/v1/explain/{request_id}", tags=["feed"])
