@@ -24,7 +24,7 @@ from streaming_sql.event_log import Log
 from streaming_sql.group_state import GroupState
 from streaming_sql.head import Head
 from streaming_sql.key_index import KeyIndex
-from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work, with_blocks, without_withdrawn
+from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView, Work, without_withdrawn
 from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from streaming_sql.reader_head import ReaderHead
 from streaming_sql.runner_report import iso
@@ -188,13 +188,11 @@ class Cluster:
 
     def _read(self, entry: _OfReader, user_id: str, tick_us: int) -> None:
         from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._of_reader}
-        found = self._views.rows_of(self._quick, user_id, entry.tick_us, tick_us, from_us)
-        states = {}
-        for name, rows in found.items():
-            state = entry.states.get(name) or _nothing_of(self.store.view().groups[name])
-            layers = with_blocks(state, rows, tick_us, Work())
-            states[name] = replace(state, layers=layers, fresh_layers=None).without_unused()
-        entry.states, entry.tick_us, entry.withdrawn = states, tick_us, {}
+        tick = AddedBlocks(tick_us, self._views.rows_of(self._quick, user_id, entry.tick_us, tick_us, from_us))
+        shared = self.store.view().groups
+        states = {name: entry.states.get(name) or _nothing_of(shared[name]) for name in self._of_reader}
+        entry.states = {name: tick.of(state, Work()) for name, state in states.items()}
+        entry.tick_us, entry.withdrawn = tick_us, {}
 
     def _state(self, entry: _OfReader, view: StoreView, name: str, user_id: str) -> GroupState:
         """The group as the view has it, with the reader's blocks and the codes of the texts in them."""
@@ -208,8 +206,11 @@ class Cluster:
         return replace(state, head=ReaderHead.of(shared, state.codes))
 
     def _read_whole(self, after_us: int, tick_us: int) -> dict[str, pa.Table]:
-        from_us = {name: self.store.plans[name].keep_from_us(tick_us) for name in self._whole}
-        return {name: self._views.rows(self._bulk, name, after_us, tick_us, from_us[name]) for name in self._whole}
+        plans = self.store.plans
+        return {
+            name: self._views.rows(self._bulk, name, after_us, tick_us, plans[name].keep_from_us(tick_us))
+            for name in self._whole
+        }
 
     def _bound_heads(self) -> None:
         num_dropped = self.store.drop_head_events(self._max_head_events)

@@ -97,7 +97,7 @@ class AddedBlocks:
     rows: Mapping[str, pa.Table] = field(default_factory=dict)
 
     def of(self, state: GroupState, work: Work) -> GroupState:
-        layers = with_blocks(state, self.rows.get(state.plan.group.name), self.tick_us, work)
+        layers = _with_blocks(state, self.rows.get(state.plan.group.name), self.tick_us, work)
         return replace(state, layers=layers, head=state.head.after(self.tick_us), fresh_layers=None).without_unused()
 
 
@@ -224,7 +224,7 @@ class OnlineStore:
         return {name: len(state.index) for name, state in self._view.groups.items()}
 
 
-def with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: Work) -> tuple[BlockLayer, ...]:
+def _with_blocks(state: GroupState, rows: pa.Table | None, tick_us: int, work: Work) -> tuple[BlockLayer, ...]:
     """The group's layers with one more, emptied of what it rebuilds, and merged where sizes have come close."""
     if rows is None or rows.num_rows == 0:
         return state.layers

@@ -33,6 +33,8 @@ from warehouse.features.render import macros_digest
 
 _LOG = logging.getLogger("headrace.stream")
 _FORMAT = 3
+UNUSABLE = (ValueError, KeyError, TypeError, OSError)
+"""What taking up a published tick raises where it is damaged, gone, or of another version or world."""
 _TICKS_KEPT = 2
 _MOST_SEGMENTS = 24
 """Files of keys and texts before they are written as one again."""
@@ -61,7 +63,7 @@ class Publisher:
     def publish(self, view: StoreView, origin: Mapping[str, Any]) -> Path:
         """Writes a view if its tick is new; returns the manifest. origin: what the view was made from, for whoever restores
         it (JSON). OSError if the disk does not take it: what was published before stays."""
-        manifest = self._folder / f"tick-{view.tick_us:020d}.json"
+        manifest = self._folder / _manifest(view.tick_us)
         if view.tick_us == self.tick_us:
             return manifest
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +130,9 @@ class Publisher:
         """Removes what no kept tick needs; whoever has it mapped keeps it."""
         manifests = sorted(self._folder.glob("tick-*.json"))
         # a publisher before us may have left a newer tick, which the log then closed again: ours is the one to read
-        older = [path for path in manifests if path.name < f"tick-{self.tick_us:020d}.json"]
-        kept = {f"tick-{self.tick_us:020d}.json", *(path.name for path in older[-(_TICKS_KEPT - 1) :])}
+        newest = _manifest(self.tick_us)
+        older = [path.name for path in manifests if path.name < newest]
+        kept = {newest, *older[-(_TICKS_KEPT - 1) :]}
         wanted = set(kept)
         for name in kept:
             try:
@@ -140,6 +143,11 @@ class Publisher:
         for path in self._folder.iterdir():
             if path.name not in wanted and not path.is_dir():
                 path.unlink(missing_ok=True)
+
+
+def _manifest(tick_us: int) -> str:
+    """Its name: names sort as ticks do."""
+    return f"tick-{tick_us:020d}.json"
 
 
 def _files(manifest: Mapping[str, Any]) -> dict[str, int]:
@@ -171,7 +179,7 @@ class Published:
 
 def newest_published(folder: Path, after_us: int = 0) -> Published | None:
     """The newest manifest that can be read, of a tick after `after_us`; None where there is none."""
-    newer = (path for path in folder.glob("tick-*.json") if path.name > f"tick-{after_us:020d}.json")
+    newer = (path for path in folder.glob("tick-*.json") if path.name > _manifest(after_us))
     for path in sorted(newer, reverse=True):
         try:
             return Published(path, orjson.loads(path.read_bytes()))
@@ -199,8 +207,8 @@ class Reading:
 
     def view(self, published: Published) -> StoreView:
         """The view that was published, with an empty head. Its tables of keys and texts grow with later ones, and are not to be
-        added to meanwhile (`GroupState.at`). Raises ValueError if it is of other declarations or damaged, OSError if a file
-        went."""
+        added to meanwhile (`GroupState.at`). Raises one of UNUSABLE if it cannot be had, ValueError if it is of other
+        declarations."""
         told, folder = published.told, published.path.parent
         if not self.has_same_meaning(published):
             raise ValueError(f"{published.path} was published for other declarations")
@@ -214,13 +222,10 @@ class Reading:
         layers: dict[str, BlockLayer] = {}
         states = {}
         for name, plan in self._plans.items():
-
-            def mapped(files: list[dict[str, Any]], plan: GroupPlan = plan) -> tuple[BlockLayer, ...]:
-                for file in (one["file"] for one in files):
-                    layers[file] = self._layers.get(file) or layer_of(plan, map_arrays(folder / file))
-                return tuple(layers[one["file"]] for one in files)
-
-            states[name] = GroupState(plan, self._indexes[name], self._codes[name], mapped(told["groups"][name]), Head())
+            files = [file["file"] for file in told["groups"][name]]
+            layers |= {file: self._layers.get(file) or layer_of(plan, map_arrays(folder / file)) for file in files}
+            mapped = tuple(layers[file] for file in files)
+            states[name] = GroupState(plan, self._indexes[name], self._codes[name], mapped, Head())
         self._layers = layers
         return StoreView(told["tick_us"], tuple(told["position"]), states)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from streaming_sql.event_log import Log
 from streaming_sql.group_state import GroupState
 from streaming_sql.online_store import OnlineStore, StoreView, Work
-from streaming_sql.published import Published, Reading, newest_published
+from streaming_sql.published import UNUSABLE, Published, Reading, newest_published
 from streaming_sql.restore import position_of
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
@@ -21,6 +21,7 @@ from warehouse.lake import Lake
 
 _LOG = logging.getLogger("headrace.stream")
 _LOOKED_AT_EVERY_S = 0.2
+_STAYS = "features stay at their tick"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class PublishedTicks:
         """A store at the newest published tick, for a runner to take to the log's end; at the lake's if that one cannot be
         used, which is said. Raises HeadraceError if it was published for other declarations."""
         published = newest_published(self._folder)
-        if published is None:
-            return OnlineStore.from_lake(lake, self._groups)
+        store = None if published is None else self._restored(published, lake, log)
+        store = store or OnlineStore.from_lake(lake, self._groups)
+        self._read_through_us = store.tick_us
+        return store
+
+    def _restored(self, published: Published, lake: Lake, log: Log) -> OnlineStore | None:
         if not self._reading.has_same_meaning(published):
             raise HeadraceError(
                 f"{published.path} was published for other feature declarations: stop the server and start all its workers anew"
@@ -63,10 +68,10 @@ class PublishedTicks:
         try:
             position = position_of(published, lake, log)
             store.advance(store.position, {}, tick=PublishedTick(self._reading.view(published)))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            _LOG.warning("the store is loaded from the lake: %s cannot be used: %s", published.path, error)
-            return OnlineStore.from_lake(lake, self._groups)
-        store.blocks_through, self._read_through_us = position, store.tick_us
+        except UNUSABLE as error:
+            self._refuse(published, error, "the store is loaded from the lake")
+            return None
+        store.blocks_through = position
         return store
 
     def start(self) -> None:
@@ -99,15 +104,18 @@ class PublishedTicks:
             view = self._reading.view(published)
         except FileNotFoundError:  # swept away meanwhile: there is a newer one
             return
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            self._refused, self._why_refused = published, f"{published.path} cannot be used: {error}; restart the server"
-            _LOG.warning("features stay at their tick: %s", self._why_refused)
+        except UNUSABLE as error:
+            self._refuse(published, error, _STAYS)
             return
         self._read_through_us, self._ahead, self._refused = view.tick_us, PublishedTick(view), None
 
+    def _refuse(self, published: Published, error: Exception, so: str) -> None:
+        self._refused, self._why_refused = published, f"{published.path} cannot be used: {error}; restart the server"
+        _LOG.warning("%s: %s", so, self._why_refused)
+
     def troubles(self) -> list[str]:
         """What an operator should know of features that are served nevertheless; empty when all is well."""
-        return [] if self._refused is None else [f"features stay at their tick: {self._why_refused}"]
+        return [] if self._refused is None else [f"{_STAYS}: {self._why_refused}"]
 
     def _follow(self) -> None:
         while not self._stopping.wait(_LOOKED_AT_EVERY_S):

@@ -12,7 +12,7 @@ from typing import Any
 from streaming_sql.bulk_load import newest_built_tick
 from streaming_sql.event_log import Log
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.published import Published, Reading, newest_published
+from streaming_sql.published import UNUSABLE, Published, Reading, newest_published
 from warehouse.features.declarations import FeatureGroup
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS
@@ -51,7 +51,7 @@ def _restored(folder: Path, lake: Lake, log: Log, groups: Mapping[str, FeatureGr
         if published.tick_us <= newest_built_tick(lake, groups):
             return None, None
         view = Reading(groups).view(published)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except UNUSABLE as error:
         return None, f"{published.path} cannot be used: {error}"
     return OnlineStore.of_blocks(view, position), None
 

@@ -165,11 +165,9 @@ def land_events(
         return Landed(source, num_events, dead.num_rows, already=False)
 
 
-@contextlib.contextmanager
-def only_writer(lake: Lake) -> Iterator[None]:
+def only_writer(lake: Lake) -> contextlib.AbstractContextManager[None]:
     """One process lands at a time: the position that a landing starts from must still hold when it commits."""
-    with in_turn(lake.folder / "landing.lock"):
-        yield
+    return in_turn(lake.folder / "landing.lock")
 
 
 def _fingerprint(events: pa.Table) -> str:

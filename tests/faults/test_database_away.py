@@ -15,7 +15,6 @@ from tests.streaming_sql.test_risingwave_models import (
     a_log,
     compiled,
     copy_into_log,
-    create_log_events,
     create_views,
     load_into_postgres,
     manifest,
@@ -94,18 +93,18 @@ def test_a_database_that_stays_away_is_said_within_bounds_and_the_store_keeps_it
     assert store.view() is view
     server.start()
     cluster.look()
+    assert cluster.take(store.tick_us + DAY_US) is None  # it is the tick that the store holds
 
 
 def test_a_cluster_that_dies_between_two_groups_moves_nothing(server, beside, compiled, monkeypatch):
     records = a_log(5, 400)
     with server.connected() as connection:
-        given = create_log_events(connection)
-        copy_into_log(connection, given, as_table(records[:300]))
+        load_into_postgres(connection, as_table(records[:300]))
         create_views(connection, compiled)
     cluster = beside()
     store = cluster.open_store(lambda: (0, 0))
     with server.connected() as connection:
-        copy_into_log(connection, given, as_table(records[300:]))
+        copy_into_log(connection, as_table(records[300:]))
     read, names = cluster._views.rows, []
 
     def read_and_kill(reader, name, *given):
@@ -133,8 +132,8 @@ def test_a_statement_that_takes_too_long_ends_and_a_wrong_one_is_not_repeated(op
         reader.rows("select pg_sleep(5)")
     assert time.monotonic() - began < 3
     with pytest.raises(HeadraceError, match=r"refuses the statement: .*no_such_view"):
-        opened(QUICK).rows("select * from no_such_view")
-    assert reader.num_repeated == 0
+        (wrong := opened(QUICK)).rows("select * from no_such_view")
+    assert (reader.num_repeated, wrong.num_repeated) == (0, 0)
 
 
 def test_a_database_that_hangs_is_given_up_in_time_and_read_again_when_it_wakes(server, opened):

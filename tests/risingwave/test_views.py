@@ -21,7 +21,9 @@ from tests.parity.test_cluster_equals_oracle import assert_each_reader_equals_or
 from tests.streaming_sql.generated import ListHistory, as_table, typed
 from tests.streaming_sql.generated import alive as living
 from tests.streaming_sql.test_risingwave_models import (
+    FIELDS_OF_LOG,
     GROUPS,
+    PLACE_IN_LOG,
     SINKS,
     SLIDING,
     STAGING,
@@ -34,9 +36,9 @@ from tests.streaming_sql.test_risingwave_models import (
     create_views,
     instant_us,
     manifest,
+    rows_for_log,
     rows_of,
 )
-from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.oracle import Read, values
 from warehouse.features.render import block_sql, retracted_sql, retractions_sql, staging_sql
 from warehouse.time_algebra import DAY_US, DUPLICATE_MEMORY_US, FIVE_MINUTES_US, FURTHEST_AHEAD_US, MINUTE_US, closed_tick
@@ -45,7 +47,6 @@ __all__ = ["compiled", "manifest"]  # the fixtures
 
 DSN = os.environ.get("RISINGWAVE_DSN", "")
 SCHEMA = "headrace_test"
-PLACE = ("landed_at", "log_partition", "log_offset")
 pytestmark = pytest.mark.skipif(not DSN, reason="RISINGWAVE_DSN names no cluster")
 
 
@@ -78,14 +79,9 @@ def fill(connection, events):
 
 
 def insert(connection, events):
-    given = [name for name in EVENTS_SCHEMA.names if name not in PLACE and name != "landing"]
-    marks = ", ".join("%s::jsonb" if name == "properties" else "%s" for name in (*given, *PLACE))
+    marks = ", ".join("%s::jsonb" if name == "properties" else "%s" for name in (*FIELDS_OF_LOG, *PLACE_IN_LOG))
     with connection.cursor() as cursor:
-        rows = events.to_pylist()
-        cursor.executemany(
-            f"insert into log_events values ({marks})",
-            [[str(row[name]) if name.startswith("log_") else row[name] for name in (*given, *PLACE)] for row in rows],
-        )
+        cursor.executemany(f"insert into log_events values ({marks})", list(rows_for_log(events)))
 
 
 def settle(connection):

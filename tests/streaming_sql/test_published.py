@@ -21,7 +21,7 @@ from streaming_sql.text_codes import CodesBeside, TextCodes
 from tests.streaming_sql.generated import GROUPS, as_table
 from tests.streaming_sql.test_live_store import assert_equals_oracle, begun, deliveries, times_to_ask
 from tests.streaming_sql.test_runner import GROUPS as PROJECT_GROUPS
-from tests.streaming_sql.test_runner import START_US, World
+from tests.streaming_sql.test_runner import START_US, World, build_blocks
 from warehouse.clock import ManualClock
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
@@ -268,6 +268,39 @@ def test_a_process_with_other_declarations_is_told_so_and_one_without_a_tick_beg
     other = PublishedTicks(folder, {"user_activity": PROJECT_GROUPS["user_activity"]})
     with pytest.raises(HeadraceError, match="published for other feature declarations: stop the server"):
         other.open_store(world.lake, world.log)
+    world.crash()
+
+
+def test_a_tick_that_a_process_cannot_begin_with_is_not_taken_later_either(tmp_path):
+    """Nor, once it is whole again, where it is no newer than the lake's."""
+    world, _ = opened(tmp_path)
+    moved(world, 3)
+    world.runner.publish()
+    tick_us = world.runner.store.tick_us
+    manifest = world.home.online / STORE_FOLDER / f"tick-{tick_us:020d}.json"
+    told = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(told) | {"origin": {"table": "other", "imports": []}}))
+    world.runner.flush()
+    without_blocks, older = following(world)
+    build_blocks(world.lake, tick_us)
+    with_blocks, same = following(world)
+    moved(world, 1, "later")
+    for runner, ticks, begun_us in ((without_blocks, older, 0), (with_blocks, same, tick_us)):
+        ticks.look()
+        runner._feed_once(100_000)
+        assert runner.store.tick_us == begun_us
+        assert "made from other events than the lake holds" in ticks.troubles()[0]
+    manifest.write_text(told)
+    for runner, ticks in ((without_blocks, older), (with_blocks, same)):
+        ticks.look()
+        runner._feed_once(1)
+        assert runner.store.tick_us == tick_us
+    world.runner.publish()
+    for runner, ticks in ((without_blocks, older), (with_blocks, same)):
+        ticks.look()
+        runner._feed_once(1)
+        assert clicks_of(runner, world.clock) == clicks_of(world.runner, world.clock)
+        assert ticks.troubles() == []
     world.crash()
 
 

@@ -32,6 +32,8 @@ SLIDING = "note_engagement_sliding_1h"
 SINKS = [f"{name}_to_lake" for name in GROUPS]
 SUBSCRIPTIONS = [*(f"{name}_changes" for name in GROUPS), SUBSCRIPTION]
 START_US = 1_651_766_400_000_000
+PLACE_IN_LOG = ("landed_at", "log_partition", "log_offset")
+FIELDS_OF_LOG = [name for name in EVENTS_SCHEMA.names if name not in (*PLACE_IN_LOG, "landing")]
 
 
 def compile_models(home, *more, project=REPOSITORY):
@@ -157,26 +159,29 @@ def create_views(connection, compiled, kind="view", forgotten="timestamptz '2000
 
 
 def create_log_events(connection):
-    """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have. Returns what the rows
-    of an event log call its columns."""
-    fields = [name for name in EVENTS_SCHEMA.names if name not in ("landed_at", "log_partition", "log_offset", "landing")]
+    """The Kafka table as a plain one: the connector is the only part of it that PostgreSQL does not have."""
     types = {"event_ts": "timestamptz", "properties": "jsonb"}
-    columns = ", ".join(f"{name} {types.get(name, 'varchar')}" for name in fields)
+    columns = ", ".join(f"{name} {types.get(name, 'varchar')}" for name in FIELDS_OF_LOG)
     connection.execute(
         f"create table log_events ({columns}, kafka_timestamp timestamptz, kafka_partition varchar, kafka_offset varchar)"
     )
-    return [*fields, "landed_at", "log_partition", "log_offset"]
 
 
 def load_into_postgres(connection, events):
-    copy_into_log(connection, create_log_events(connection), events)
+    create_log_events(connection)
+    copy_into_log(connection, events)
 
 
-def copy_into_log(connection, given, events):
-    """given: what `create_log_events` returned."""
+def rows_for_log(events):
+    """As `log_events` has their columns: partition and offset are texts there."""
+    for row in events.select([*FIELDS_OF_LOG, *PLACE_IN_LOG]).to_pylist():
+        yield [str(value) if name.startswith("log_") else value for name, value in row.items()]
+
+
+def copy_into_log(connection, events):
     with connection.cursor().copy("copy log_events from stdin") as copy:
-        for row in events.select(given).to_pylist():
-            copy.write_row([str(row[name]) if name.startswith("log_") else row[name] for name in given])
+        for row in rows_for_log(events):
+            copy.write_row(row)
 
 
 def rows_of(cursor):

@@ -1,5 +1,5 @@
 {# One row per record of the log, in the columns of lake.events, so that the staging SQL is the same text here and there.
-   Dead letters are left out, as landing leaves them out of the lake: later than the duplicate memory, too far ahead, or no event.
+   Dead letters are left out, as landing leaves them out of the lake.
    What landed so long ago that no window reaches it leaves too, here, before any view keeps state of it: RisingWave forgets what a
    temporal filter lets go. #}
 {{ config(materialized='view') }}
@@ -22,7 +22,5 @@ select
     cast(properties as varchar) as properties
 from {{ ref('log_events') }}
 where
-    event_ts >= kafka_timestamp - {{ seconds(var('duplicate_memory_seconds')) }}
-    and event_ts <= kafka_timestamp + {{ seconds(var('furthest_ahead_seconds')) }}
-    and event_type <> 'dead_letter'
+    {{ is_no_dead_letter() }}
     and kafka_timestamp > now() - {{ kept_in_stream() }}

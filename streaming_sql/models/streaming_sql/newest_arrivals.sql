@@ -1,6 +1,6 @@
 {# One row per partition that has events: its newest one, by which a server knows whether the views read the log that it reads. Not of
-   `arrivals`, which forgets: of a table that only grows, one row per partition is all the state there is. Late and early events, which
-   are dead letters, are left out as there. #}
+   `arrivals`, which forgets: of a table that only grows, one row per partition is all the state there is. Dead letters are left out
+   as there. #}
 {{ config(materialized='materialized_view') }}
 
 with placed as (
@@ -12,9 +12,8 @@ with placed as (
         row_number() over (partition by kafka_partition order by cast(kafka_offset as bigint) desc) as place
     from {{ ref('log_events') }}
     where
-        event_ts >= kafka_timestamp - {{ seconds(var('duplicate_memory_seconds')) }}
-        and event_ts <= kafka_timestamp + {{ seconds(var('furthest_ahead_seconds')) }}
-        and event_type not in ('heartbeat', 'dead_letter')
+        {{ is_no_dead_letter() }}
+        and event_type <> 'heartbeat'
 )
 
 select
