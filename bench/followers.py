@@ -69,17 +69,23 @@ def measured(num_events: int, per_tick: int, ticks: int) -> dict[str, Any]:
             processes.Process(target=work, args=(pipe, Path(folder), num_events, per_tick), daemon=True)
             for work, pipe in zip(ROLES.values(), theirs, strict=True)
         ]
-        for child in children:
+        for child, its_end in zip(children, theirs, strict=True):
             child.start()
+            its_end.close()  # held by the child alone, so that the pipe breaks where it dies
         spent: list[list[float]] = [[] for _ in ROLES]
-        for tick in range(ticks + 1):
-            for place, pipe in enumerate(ours):  # in turn: the leader publishes, then the others read
-                pipe.send(tick)
-                spent[place].append(pipe.recv())
-        told = []
-        for pipe in ours:
-            pipe.send(None)
-            told.append(pipe.recv())
+        try:
+            for tick in range(ticks + 1):
+                for place, pipe in enumerate(ours):  # in turn: the leader publishes, then the others read
+                    pipe.send(tick)
+                    spent[place].append(pipe.recv())
+            told = []
+            for pipe in ours:
+                pipe.send(None)
+                told.append(pipe.recv())
+        except (EOFError, OSError) as error:
+            for child in children:
+                child.terminate()
+            raise HeadraceError("one of the processes ended before it had answered; see above") from error
         for child in children:
             child.join()
     values = [one.pop("values") for one in told]
@@ -117,7 +123,7 @@ def follows(pipe: Connection, folder: Path, num_events: int, per_tick: int) -> N
         ticks.look()
         if tick == 0 and (published := ticks.take(START_US + DAY_US)) is not None:
             store.advance(store.position, {}, tick=published)
-        _read(feed, pieces)
+        _read(feed, pieces, is_history=tick == 0)
         pipe.send(time.thread_time() - began)
     pipe.send(_told(store, before))
 
@@ -134,16 +140,16 @@ def alone(pipe: Connection, folder: Path, num_events: int, per_tick: int) -> Non
             view = Reading(groups).view(published)
             store = OnlineStore.of_blocks(view, view.position)
             feed = Feed(store, groups, (0,) * NUM_PARTITIONS, _NothingRetracted())
-        _read(feed, pieces)
+        _read(feed, pieces, is_history=tick == 0)
         pipe.send(time.thread_time() - began)
     pipe.send(_told(store, before))
 
 
-def _read(feed: Feed, pieces: Sequence[pa.Table]) -> None:
+def _read(feed: Feed, pieces: Sequence[pa.Table], is_history: bool) -> None:
     """As a process does that starts: the ids of seven days first, then what its tick may not hold."""
     for piece in pieces[:-1]:
         feed.remember(piece.select(REMEMBERED))
-    feed.take(pieces[-1], is_history=len(pieces) > 1)
+    feed.take(pieces[-1], is_history=is_history)
 
 
 ROLES = {"leads": leads, "follows": follows, "alone": alone}

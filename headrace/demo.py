@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,8 +24,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
+from headrace.children import exit_when_told, started
 from warehouse.errors import HeadraceError
-from warehouse.home import REPOSITORY, Home, data_root
+from warehouse.home import Home, data_root
 from warehouse.lake import Lake
 from warehouse.locks import try_lock
 from warehouse.time_algebra import FIVE_MINUTES_US, floor_5m
@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--retrain", action="store_true", help="train although models are there")
     given = parser.parse_args(words[1:])
     home = Home.from_env()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what it started ends, too
+    exit_when_told()
     with _only_demo(home):
         _check_ground(home, given.host, given.port)
         return _Demo(home, given).run()
@@ -128,7 +128,7 @@ class _Demo:
         command = [str(Path(sys.executable).with_name("dbt")), "--no-use-colors", *words]
         bar, lines = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console), []
         with (
-            _started(command, self._environment(""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+            started(command, self._environment(""), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
             bar,
         ):
             assert process.stdout is not None
@@ -153,7 +153,7 @@ class _Demo:
     @contextmanager
     def _server(self, clock: str) -> Iterator[None]:
         command = [sys.executable, "-m", "headrace.cli", "serve", "--host", self.given.host, "--port", str(self.given.port)]
-        with _started(command, self._environment(clock)) as process:
+        with started(command, self._environment(clock)) as process:
             _wait_until_ready(process, self.url)
             yield
         if process.returncode not in (0, -15):
@@ -275,22 +275,8 @@ def _in_us(instant: str) -> int:
     return round(datetime.fromisoformat(instant).timestamp() * 1_000_000)
 
 
-@contextmanager
-def _started(command: list[str], environment: dict[str, str], **more: Any) -> Iterator[subprocess.Popen]:
-    """A process that ends with the block, however the block ends. more: for Popen."""
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, **more) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
 def _run(command: list[str], environment: dict[str, str], check: bool) -> int:
-    with _started(command, environment) as process:
+    with started(command, environment) as process:
         status = process.wait()
     if check and status != 0:
         words = " ".join(Path(word).name if os.sep in word else word for word in command)

@@ -7,7 +7,6 @@ where it was, training from its last checkpoint.
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from headrace.children import exit_when_told, started
 from models_ml import gate, train
 from models_ml.examples import load
 from models_ml.registry import Registry
@@ -42,6 +42,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--config", type=Path, help="YAML of settings, as for `headrace train`")
     parser.add_argument("--again", choices=STAGES, help="do this stage, and what follows, whatever its inputs")
     given = parser.parse_args(words[1:])
+    exit_when_told()
     workflow = Workflow(Home.from_env(), given.config, Console(stderr=True))
     return workflow.run(given.again)
 
@@ -142,6 +143,7 @@ class Workflow:
         self._child([str(Path(sys.executable).with_name("dbt")), *words], f"dbt {words[0]}")
 
     def _child(self, command: list[str], name: str) -> None:
-        status = subprocess.run(command, cwd=REPOSITORY).returncode
+        with started(command) as process:
+            status = process.wait()
         if status != 0:
             raise HeadraceError(f"`{name}` ended with status {status}; see above, mend it and run `headrace workflow` again")

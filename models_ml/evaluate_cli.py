@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
             Registry(home.models), arguments.model, arguments.export or home.exports, _names(arguments.slice), arguments.plots
         )
     if arguments.json:
-        json.dump(_nullable(report), sys.stdout, indent=1)
+        json.dump(evaluation.nullable(report), sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         _print(Console(), report)
@@ -205,10 +205,3 @@ def _with_interval(metric: str, values: Mapping[str, float]) -> str:
     low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
     has_interval = low is not None and high is not None and math.isfinite(low)
     return f"{value:.4f}" + (f" ({low:.4f} to {high:.4f})" if has_interval else "")
-
-
-def _nullable(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _nullable(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,9 @@
 """What the models are worth on the test days, as plain numbers for `report.json`. R test rows, Q queries, N notes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +77,13 @@ def is_learned(values: Mapping[str, float | None]) -> bool:
     """Whether a head's AUC is above chance by more than its rows leave open. values: of `of_head`."""
     low = values["auc_low"]
     return low is not None and low > 0.5
+
+
+def nullable(value: Any) -> Any:
+    """The same with None where a metric is not defined (no positive row, say): JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: nullable(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def by_slice(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models_ml.shards import Cache, Changed, Shard, Shards
+from models_ml.shards import Cache, Changed, Shard, Shards, told
 from warehouse.errors import HeadraceError
 
 LABELS = ("click", "long_view", "like", "comment", "share", "follow", "hide")
@@ -156,7 +156,7 @@ def load(where: Path | str, cache: Cache | None = None) -> Examples:
     side of the split is empty.
     """
     manifest, (table, notes, users) = _read(where, cache, ("examples", "notes", "users"))
-    folder = str(where).partition("?")[0]
+    folder = told(where)
     needed = (*_IDS, "request_ts", *_WORDS, CLICKS, "label_click", "label_long_view")
     _require(table, needed, f"{folder}/examples.parquet")
     _require(notes, ("note_id", "author_id", "topics", "note_type"), f"{folder}/notes.parquet")
@@ -235,20 +235,21 @@ def _read(where: Path | str, cache: Cache | None, names: Sequence[str]) -> tuple
     """(the manifest, these tables of an export), their files as the manifest describes them."""
     shards = Shards(where, cache)
     manifest = _read_manifest(shards)
+    files, known = [f"{name}.parquet" for name in names], manifest.get("files", {})
+    for file in files:
+        if file not in known and shards.is_cached:
+            raise HeadraceError(f"{shards.path('manifest.json')} has no SHA-256 of {file}, so it cannot be copied; {_AGAIN}")
     try:
         sizes = shards.sizes()
-        described = [Shard(name, sha256, sizes.get(name, 0)) for name, sha256 in manifest.get("files", {}).items()]
+        described = [Shard(file, known[file], sizes.get(file, 0)) for file in files if file in known]
         shards.require_room(described)
         shards.fetch_ahead(described)
         paths = {shard.name: shards.local(shard) for shard in described}
     except Changed as error:
         raise HeadraceError(f"{error}; {_AGAIN}") from error
     except OSError as error:
-        raise HeadraceError(f"{shards.where} cannot be read: {error}; {_AGAIN}") from error
-    for name in (f"{name}.parquet" for name in names):
-        if name not in paths and shards.is_cached:
-            raise HeadraceError(f"{shards.path('manifest.json')} has no SHA-256 of {name}, so it cannot be copied; {_AGAIN}")
-    return manifest, [_read_parquet(paths.get(f"{name}.parquet", Path(shards.path(f"{name}.parquet")))) for name in names]
+        raise HeadraceError(f"{shards.told} cannot be read: {error}; {_AGAIN}") from error
+    return manifest, [_read_parquet(paths.get(file, Path(shards.path(file)))) for file in files]
 
 
 def _read_manifest(shards: Shards) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def _read_manifest(shards: Shards) -> dict[str, Any]:
     try:
         manifest = json.loads(shards.read("manifest.json"))
     except FileNotFoundError:
-        raise HeadraceError(f"no training export at {shards.where}; run `headrace export-training` first") from None
+        raise HeadraceError(f"no training export at {shards.told}; run `headrace export-training` first") from None
     except (OSError, ValueError) as error:
         raise HeadraceError(f"{path} cannot be read: {error}; {_AGAIN}") from error
     for name in ("test_start", "num_rows"):

@@ -149,7 +149,7 @@ class RequestRows:
             self.manifest: dict[str, Any] = json.loads(content)
             sizes = self.shards.sizes()
         except FileNotFoundError:
-            raise HeadraceError(f"no request rows at {self.shards.where}: {MANIFEST} is missing") from None
+            raise HeadraceError(f"no request rows at {self.shards.told}: {MANIFEST} is missing") from None
         except (OSError, ValueError) as error:
             raise HeadraceError(f"{path(MANIFEST)} cannot be read: {error}") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()

@@ -9,7 +9,6 @@ fsspec (memory://, http:// …). In a cache's folder:
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -74,7 +73,7 @@ class Cache:
 
         source: its path in `files`. Raises HeadraceError: it cannot be read, is not what the manifest says, there is no room.
         """
-        path = self.folder / f"{shard.sha256}{Path(shard.name).suffix}"
+        path = self.folder / f"{shard.sha256}.parquet"
         if path.name in self._held:
             return path
         with locks.in_turn(self.folder / f".{shard.sha256}.lock"):
@@ -173,10 +172,10 @@ class Shards:
     are read where they lie. Raises HeadraceError for a URL that nothing here opens."""
 
     def __init__(self, where: str | Path, cache: Cache | None = None):
-        self.where = str(where)
-        is_url = "://" in self.where
+        self.told = told(where)
+        is_url = "://" in str(where)
         self._cache = cache or (Cache.of() if is_url else None)
-        self._files, self._root = _opened(self.where) if is_url else (fs.LocalFileSystem(), str(Path(where).absolute()))
+        self._files, self._root = _opened(str(where)) if is_url else (fs.LocalFileSystem(), str(Path(where).absolute()))
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
@@ -187,7 +186,7 @@ class Shards:
 
     def path(self, name: str) -> str:
         """What a person is told."""
-        return f"{self.where.partition('?')[0].rstrip('/')}/{name}"
+        return f"{self.told.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
         """A small file, as it is now. Raises FileNotFoundError, OSError."""
@@ -216,7 +215,7 @@ class Shards:
     def require_room(self, shards: Sequence[Shard]) -> None:
         """Raises HeadraceError when a cache could never hold them all."""
         if self._cache is not None:
-            self._cache.require_room(shards, self.where)
+            self._cache.require_room(shards, self.told)
 
     def fetch_ahead(self, shards: Sequence[Shard]) -> None:
         """Begins to fetch what a cache lacks, in this order, and returns. What cannot be fetched is for the reader to meet."""
@@ -237,6 +236,15 @@ class Shards:
             threading.Thread(target=fetch, name=f"shards-{number}", daemon=True).start()
 
 
+def told(where: str | Path) -> str:
+    """The place as a person is told of it: a URL without its keys, which stand before an @ or behind a question mark."""
+    scheme, sep, rest = str(where).partition("://")
+    if not sep:
+        return scheme
+    server, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path}"
+
+
 def _opened(url: str) -> tuple[fs.FileSystem, str]:
     try:
         try:
@@ -244,7 +252,7 @@ def _opened(url: str) -> tuple[fs.FileSystem, str]:
         except pa.ArrowInvalid:
             files, root = fs.FileSystem.from_uri(f"fsspec+{url}")
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise HeadraceError(f"{url.partition('?')[0]} cannot be opened: {error}") from error
+        raise HeadraceError(f"{told(url)} cannot be opened: {error}") from error
     return files, root.rstrip("/")
 
 
@@ -270,19 +278,15 @@ def _held(path: Path, check: Shard | None = None) -> IO[bytes] | None:
         handle = path.open("rb")
     except FileNotFoundError:
         return None
-    try:
+    with contextlib.ExitStack() as unless_kept:
+        unless_kept.callback(handle.close)
         fcntl.flock(handle, fcntl.LOCK_SH)
         if os.fstat(handle.fileno()).st_nlink == 0:  # taken away before it was held
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            return None
         if check is not None and hashlib.file_digest(handle, "sha256").hexdigest() != check.sha256:
-            raise FileNotFoundError(errno.ENOENT, "damaged", str(path))
-        os.utime(path)
-    except FileNotFoundError:
-        handle.close()
-        return None
-    except BaseException:
-        handle.close()
-        raise
+            return None
+        os.utime(handle.fileno())
+        unless_kept.pop_all()
     return handle
 
 

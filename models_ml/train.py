@@ -4,7 +4,6 @@ The floor (LightGBM, which holds no Python lock while it works) trains beside th
 """
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -86,8 +85,9 @@ class _Run:
         rows = RequestRows(Shards(place, self.configs.trainer.cache_of(place)))
         if (of := rows.manifest.get("training_sha256")) != self.examples.fingerprint():
             raise HeadraceError(
-                f"trainer.request_rows: the rows at {place} are of the export {of}, this one is {self.examples.fingerprint()}; "
-                f"train without that setting and copy {self.options.work or Home.from_env().training}/request_rows there"
+                f"trainer.request_rows: the rows at {rows.shards.told} are of the export {of}, "
+                f"this one is {self.examples.fingerprint()}; train without that setting and copy "
+                f"{self.options.work or Home.from_env().training}/request_rows there"
             )
         return rows
 
@@ -173,7 +173,7 @@ class _Run:
         manifest = {
             "config": asdict(getattr(self.configs, name)),
             "seed": self.seed,
-            "metrics": _nullable(metrics),
+            "metrics": evaluation.nullable(metrics),
             "protocol": self.examples.protocol(),
             "training": self.examples.manifest,
             "training_sha256": self.examples.fingerprint(),
@@ -267,7 +267,7 @@ def _report(run: _Run) -> dict[str, Any]:
         report["l2_over_floor"] = evaluation.gain(examples, run.predictions["l2"], run.predictions["floor"])
     elif run.predictions.keys() & {"l2", "floor"}:
         report["l2_over_floor"] = {}  # one of the two has changed: the old comparison is no longer true
-    return _nullable(report)
+    return evaluation.nullable(report)
 
 
 def _not_learned(examples: Examples, heads: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -278,13 +278,6 @@ def _not_learned(examples: Examples, heads: Mapping[str, Any]) -> dict[str, dict
         for head, values in heads.items()
         if not evaluation.is_learned(values)
     }
-
-
-def _nullable(value: Any) -> Any:
-    """The same with None where a metric is not defined (no positive row, say): JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _nullable(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_report(path: Path) -> dict[str, Any]:

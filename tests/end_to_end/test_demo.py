@@ -6,12 +6,12 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from serving.parity import check_parity
+from tests.end_to_end.stopping import leaves_nothing_behind
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
 
@@ -84,15 +84,7 @@ def test_a_second_demo_at_once_is_refused(tmp_path):
 
 
 def test_a_demo_that_is_told_to_stop_leaves_no_process_behind(tmp_path):
-    command = [sys.executable, "-m", "headrace.cli", "demo", "--small", "--port", str(free_port())]
-    running = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "HEADRACE_HOME": str(tmp_path)})
-    children, deadline = Path(f"/proc/{running.pid}/task/{running.pid}/children"), time.monotonic() + 60
-    while not (child := children.read_text().strip()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    running.terminate()
-    assert running.wait(timeout=60) == 143
-    assert not Path(f"/proc/{child}").exists()
+    leaves_nothing_behind(tmp_path, "demo", "--small", "--port", str(free_port()))
 
 
 def test_a_missing_data_folder_is_named(tmp_path):

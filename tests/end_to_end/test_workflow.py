@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,9 +14,12 @@ from models_ml.examples import load
 from models_ml.floor import FloorConfig
 from models_ml.l1 import L1Config
 from models_ml.registry import Registry
+from tests.end_to_end.stopping import leaves_nothing_behind
 from tests.models_ml.synthetic import write_export
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
+from warehouse.lake import Lake
+from warehouse.landing import create_tables
 
 
 def _workflow(tmp_path, config=None):
@@ -70,6 +74,14 @@ def test_a_worse_candidate_stays_out_of_production(trained):
     assert registry.resolve("l1", "candidate") == bad["versions"]["l1"]
 
 
+def test_a_head_that_production_has_not_learned_is_not_compared(trained):
+    home, _, bad = trained
+    examples, registry = load(home.exports), Registry(home.models)
+    by_chance = np.random.default_rng(0).permutation(examples.labels["click"])
+    verdicts = gate.judge(replace(examples, labels=examples.labels | {"click": by_chance}), bad, registry)
+    assert {verdict.what.split(" AUC")[0] for verdict in verdicts} == {"l1 long_view"}
+
+
 def test_the_first_model_has_nothing_to_be_compared_with(trained, tmp_path):
     home, good, _ = trained
     assert gate.judge(load(home.exports), good, Registry(tmp_path)) == []
@@ -82,6 +94,11 @@ def test_publishing_moves_production_and_keeps_the_version_before(trained):
     workflow._stage("publish", lambda: bad["versions"], workflow._publish)
     registry = Registry(home.models)
     assert (registry.resolve("l1"), registry.resolve("l1", "previous")) == (bad["versions"]["l1"], good["versions"]["l1"])
+
+
+def test_a_workflow_that_is_told_to_stop_leaves_no_process_behind(tmp_path):
+    create_tables(Lake.open(Home(tmp_path)))
+    leaves_nothing_behind(tmp_path, "workflow")
 
 
 def test_a_lake_without_events_is_said_in_words(tmp_path: Path):

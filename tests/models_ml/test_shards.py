@@ -224,8 +224,11 @@ def test_request_rows_in_a_bucket_are_those_of_a_folder_and_fetched_once(loaded,
     again = RequestRows(Shards(url, Cache(tmp_path / "cache", 10 * MB)))
     assert again.table(0).equals(here.table(0))
     assert len([name for name in asked if name.endswith(".parquet")]) == once
-    with pytest.raises(HeadraceError, match=r"the cache .* may hold"):
+    with pytest.raises(HeadraceError, match=r"^s3://bucket/rows holds .* the cache .* may hold"):
         RequestRows(Shards(url, Cache(tmp_path / "small", 1000)))
+    (elsewhere / "manifest.json").unlink()
+    with pytest.raises(HeadraceError, match=r"^no request rows at s3://bucket/rows: manifest.json is missing"):
+        RequestRows(Shards(url, Cache(tmp_path / "cache", 10 * MB)))
 
 
 def test_training_reads_rows_and_export_from_elsewhere_and_gives_the_same_model(export, loaded, tmp_path):
@@ -241,7 +244,7 @@ def test_training_reads_rows_and_export_from_elsewhere_and_gives_the_same_model(
         train(other, ["l1"], configs, 0, Registry(tmp_path / "c"), lambda *a: None)
 
 
-def test_an_export_at_a_url_is_the_one_in_the_folder(loaded, export, tmp_path):
+def test_an_export_at_a_url_is_the_one_in_the_folder(loaded, export, tmp_path, monkeypatch):
     folder = tmp_path / "export"
     folder.mkdir()
     for entry in export.iterdir():
@@ -253,5 +256,10 @@ def test_an_export_at_a_url_is_the_one_in_the_folder(loaded, export, tmp_path):
     there = examples.load(folder.as_uri(), Cache(tmp_path / "cache", 10 * MB))
     assert there.words.equals(loaded.words)
     assert np.array_equal(there.values_RF, loaded.values_RF, equal_nan=True)
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    scored, _ = examples.load_spine(folder / "examples.parquet", folder.as_uri())
+    assert scored.notes.equals(loaded.notes)
+    of_dimensions = {files["notes.parquet"], files["users.parquet"]}
+    assert {entry.stem for entry in (tmp_path / "home" / "cache").glob("*.parquet")} == of_dimensions
     with pytest.raises(HeadraceError, match="what://x cannot be opened"):
-        examples.load("what://x", Cache(tmp_path / "cache", 10 * MB))
+        examples.load("what://key:secret@x?more", Cache(tmp_path / "cache", 10 * MB))
