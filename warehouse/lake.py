@@ -33,7 +33,7 @@ from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import TableUpdate
 from pyiceberg.transforms import parse_transform
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from warehouse.connections import duckdb_connection, plain_connection, prepare_connection
 from warehouse.data_files import DataFiles
@@ -41,6 +41,8 @@ from warehouse.errors import HeadraceError
 from warehouse.home import Home
 
 CATALOGUE = "headrace"
+CATALOGUE_TABLES = 2
+"""Tables that pyiceberg makes on first use, so how often another process can be the first at one."""
 BUILT_UNTIL = "headrace.built_until"
 """Table property: the end (exclusive) of the event time that dbt has built into the table."""
 
@@ -68,15 +70,20 @@ class Lake:
     def open(cls, home: Home) -> "Lake":
         """Opens the warehouse under `home`, making it on first use."""
         folder = home.lake
-        try:
-            catalogue = SqlCatalog(
-                CATALOGUE,
-                uri=f"sqlite:///{folder / 'catalogue.db'}?timeout=60",
-                warehouse=f"file://{folder / 'warehouse'}",
-            )
-        except Exception as error:
-            raise HeadraceError(f"cannot open the lake's catalogue in {folder}: {error}") from error
-        return cls(catalogue, folder)
+        failed = 0
+        while True:
+            try:
+                catalogue = SqlCatalog(
+                    CATALOGUE,
+                    uri=f"sqlite:///{folder / 'catalogue.db'}?timeout=60",
+                    warehouse=f"file://{folder / 'warehouse'}",
+                )
+                return cls(catalogue, folder)
+            except Exception as error:
+                failed += 1
+                if isinstance(error, OperationalError) and "already exists" in str(error) and failed <= CATALOGUE_TABLES:
+                    continue  # another process made this table between our look and our own making of it
+                raise HeadraceError(f"cannot open the lake's catalogue in {folder}: {error}") from error
 
     @property
     def scratch(self) -> Path:

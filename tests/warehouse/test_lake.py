@@ -4,6 +4,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
+from subprocess import PIPE
 from threading import Barrier
 
 import duckdb
@@ -230,6 +232,25 @@ def test_a_catalogue_that_is_no_database_is_said_to_be(home):
     (home.lake / "catalogue.db").write_text("this is no SQLite file, it only has its name" * 50)
     with pytest.raises(HeadraceError, match=r"cannot open the lake's catalogue in .*: .*not a database"):
         Lake.open(home)
+
+
+def test_processes_that_make_the_catalogue_at_one_moment_all_open_it(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from warehouse.home import Home; from warehouse.lake import Lake\n"
+        "print('ready', flush=True)\n"
+        "for path in sys.stdin: print(Lake.open(Home(Path(path.strip()))).tables(), flush=True)"
+    )
+    opener = partial(subprocess.Popen, [sys.executable, "-c", script], cwd=REPOSITORY, text=True, stdin=PIPE, stdout=PIPE)
+    with opener() as one, opener() as other, opener() as third:
+        processes = [one, other, third]
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+        for round in range(20):
+            for process in processes:
+                process.stdin.write(f"{tmp_path / str(round)}\n")
+                process.stdin.flush()
+            assert [process.stdout.readline() for process in processes] == ["[]\n"] * 3
+        for process in processes:
+            process.stdin.close()
 
 
 def test_a_full_disk_is_said_in_one_sentence_however_deep_it_was_met(tmp_path):
