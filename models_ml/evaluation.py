@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from models_ml import metrics, slices
-from models_ml.examples import Examples, encode
+from models_ml.examples import Examples, encode, require_columns
 from models_ml.item_to_item import ItemToItem
 from models_ml.two_tower import TwoTower
 from warehouse.errors import HeadraceError
@@ -138,7 +137,7 @@ class RetrievalQueries:
         rows = test_rows[(examples.labels["click"][test_rows] == 1) & (self._code_R[test_rows] > 0)]
         if len(rows) > MOST_QUERIES:
             rows = np.sort(np.random.default_rng(0).choice(rows, MOST_QUERIES, replace=False))
-        self._examples = examples
+        self._examples, self._rows = examples, rows
         self._history_QL = examples.histories(self.note_ids, 50)[rows]
         self._target_Q = self._code_R[rows] - 1
 
@@ -151,14 +150,14 @@ class RetrievalQueries:
         recent = examples.request_us_R[rows] >= examples.test_start_us - POPULAR_DAYS * 86_400_000_000
         rows = rows[recent & (examples.labels["click"][rows] == 1)]
         clicks_N = np.bincount(self._code_R[rows], minlength=len(self.note_ids) + 1)[1:].astype(np.float32)
-        return self._recall(lambda histories_QL: np.tile(clicks_N, (len(histories_QL), 1)))
+        return self._recall(lambda some: np.tile(clicks_N, (len(some), 1)))
 
     def item_to_item(self, model: ItemToItem) -> dict[str, float]:
         """Asked with the last SEEDS notes of the history."""
 
-        def scores(histories_QL: np.ndarray) -> np.ndarray:
-            scores_QN = np.zeros((len(histories_QL), len(self.note_ids)), dtype=np.float32)
-            for query, history_L in enumerate(histories_QL):
+        def scores(some: np.ndarray) -> np.ndarray:
+            scores_QN = np.zeros((len(some), len(self.note_ids)), dtype=np.float32)
+            for query, history_L in enumerate(self._history_QL[some]):
                 seeds = [self.note_ids[code - 1] for code in history_L[:SEEDS][::-1] if code]
                 for note_id, score in model.neighbours(seeds, max(RECALL_AT) * 4) if seeds else ():
                     if note_id in self._place_of:  # a model of another export may know others
@@ -174,17 +173,17 @@ class RetrievalQueries:
                 f"two_tower knows {len(model.note_ids):,} notes, the export has {len(self.note_ids):,}, and they are not the "
                 "same: train it on this export, or name its own with --export"
             )
-        length = model.history_length
-
-        def scores(histories_QL: np.ndarray) -> np.ndarray:
-            return model.user_vectors(torch.from_numpy(histories_QL[:, :length])) @ model.note_vectors.T
-
-        return self._recall(scores)
+        require_columns(self._examples, model.user_features)
+        user_QD = model.user_vectors(
+            self._history_QL[:, : model.history_length], model.reader.of_rows(self._examples, self._rows)
+        )
+        return self._recall(lambda some: user_QD[some] @ model.note_vectors.T)
 
     def _recall(self, scores: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """scores: of some queries, by their places."""
         places = []
         for some in np.array_split(np.arange(len(self)), max(1, len(self) // 500)):
-            scores_QN = scores(self._history_QL[some])
+            scores_QN = scores(some)
             places.append(mean_places(scores_QN, self._history_QL[some], self._target_Q[some]))
         return recall_at(np.concatenate(places), RECALL_AT)
 
