@@ -317,7 +317,7 @@ class TwoTower:
         """float32 [B, D] of histories as codes (1 + place in note_ids, 0 = padding), newest first, L = history_length, and of
         `reader.of_rows`."""
         reader = torch.from_numpy(reader_BV) if self.reader else None
-        return self.network.user_vectors(torch.from_numpy(history_BL), self._table_ND, reader).numpy()
+        return self.network.user_vectors(torch.from_numpy(history_BL), self._table_ND, reader).float().numpy()
 
     @torch.inference_mode()
     def vectors_of(self, notes: pa.Table) -> np.ndarray:
