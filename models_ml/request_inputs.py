@@ -1,11 +1,13 @@
-"""`FeatureInputs` and the linear layer after it for requests on a CPU: a row at a time, compiled, from raw values to outputs.
+"""`FeatureInputs` and the linear layer after it for requests on a CPU, compiled, from raw values to outputs.
 
-A row's numbers are computed from that row alone, in one order, so they are the same bit for bit whatever comes with it. Parts
-of the features are told apart by what they belong to (`columns_by_owner`): what a note adds may be kept, and what a reader has
-of a few authors need not be made for every candidate.
+Features of LANES rows are scaled side by side, which a processor does with one instruction for many rows; the layer is summed a
+row at a time, some inputs per pass over its outputs. A row's numbers are computed from that row alone, in one order, so they
+are the same bit for bit whatever comes with it. Parts of the features are told apart by what they belong to
+(`columns_by_owner`): what a note adds may be kept, and what a reader has of a few authors need not be made for every candidate.
 With bins, a feature's share in the layer is a broken line of its value: `PiecewiseTable` keeps the layer's outputs at the
 corners and blends two of them per feature, where the layer would multiply bins + 1 columns.
-N rows, F raw features of a part, P pairs, Z shaped ones, S segments, I inputs of the layer, W outputs (of all members).
+N rows, B lanes, F raw features of a part, P pairs, Z shaped ones, S segments, R rows of a table, I inputs of the layer, W
+outputs (of all members).
 """
 
 import math
@@ -28,7 +30,8 @@ two apart is a third slower to multiply.)"""
 _OF_READER, _OF_REQUEST = re.compile(r"^user_"), re.compile(r"_age_min$")
 _ZERO, _ONE = np.float32(0), np.float32(1)
 LANES = 32
-"""Rows whose features are scaled side by side."""
+"""Rows whose features are scaled side by side; one row alone costs as much as all. (8 and 16 take a third longer for many rows,
+and are no faster for one.)"""
 _LOG_2, _INFINITY = np.float32(math.log(2)), np.float32(math.inf)
 _ROOT_BITS, _EXPONENT_AT, _FRACTION = np.float32(math.sqrt(0.5)).view(np.int32), np.int32(23), np.int32((1 << 23) - 1)
 _A1, _A3, _A5, _A7, _A9 = (np.float32(2 / power) for power in (1, 3, 5, 7, 9))  # of 2 artanh
@@ -291,7 +294,7 @@ def _add_blended(
 
 @compiled(types.void(_MATRIX, _MATRIX, types.float32[:, ::1]))
 def add_products(inputs_NI: np.ndarray, weight_IW: np.ndarray, out_NW: np.ndarray) -> None:
-    """out_NW += inputs_NI @ weight_IW, all float32 and contiguous. A row's sums are in one order whatever the number of rows."""
+    """out_NW += inputs_NI @ weight_IW, all float32, contiguous. A row's sums are in one order however many rows there are."""
     for n in range(len(inputs_NI)):
         _add_row(inputs_NI[n], weight_IW, out_NW[n])
 
