@@ -33,6 +33,7 @@ from models_ml.l2_network import L2Config, L2Network
 from models_ml.notes import NoteWords
 from models_ml.request_rows import RequestTable
 from models_ml.seeding import seeded
+from models_ml.tower_inputs import NoteContent, ReaderInputs
 from models_ml.trainer.fit import Run, fit
 from models_ml.trainer.ranks import Ranks
 from models_ml.trainer.rows import ArraySource, Rows, Source
@@ -86,13 +87,13 @@ def retrieval(config: TwoTowerConfig, num_notes: int, num_pairs: int) -> Work:
 
     def objective() -> nn.Module:
         with seeded(0):
-            network = two_tower.TwoTowerNetwork(config, words)
+            network = two_tower.TwoTowerNetwork(config, words, ReaderInputs(), NoteContent())
             network.notes.author_of_note[1:] = 1 + torch.arange(num_notes) % 1000
             return two_tower.TwoTowerObjective(network, log_q_N, config.temperature)
 
-    pairs = Rows(np.arange(num_pairs), {"history": history}, {"target": target}, np.arange(num_pairs + 1))
+    rows = two_tower.rows_of(two_tower.Pairs(history, target, np.zeros((num_pairs, 0), np.float32)))
     plan = Plan(config.epochs, config.batch_size, config.learning_rate)
-    return Work("two_tower", objective, ArraySource(pairs, "pairs"), two_tower.tensors_of, plan)
+    return Work("two_tower", objective, ArraySource(rows, "pairs"), two_tower.tensors_of, plan)
 
 
 def eager_loop(work: Work, device: torch.device) -> dict[str, float | None]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from models_ml.examples import CLICKS, Examples, encode, require_columns
 from models_ml.two_tower import TwoTower
@@ -25,10 +24,11 @@ def score(name: str, model: Any, examples: Examples, table: pa.Table) -> pa.Tabl
             f"{examples.manifest['dataset']} lacks {CLICKS}, which {name} reads; `headrace features compute` adds it"
         )
     if isinstance(model, TwoTower):
-        histories = torch.from_numpy(examples.histories(model.note_ids, model.history_length))
+        require_columns(examples, model.user_features)
+        histories, readers = examples.histories(model.note_ids, model.history_length), model.reader.of_rows(examples, rows)
         vectors = np.concatenate([np.zeros((1, model.note_vectors.shape[1]), np.float32), model.note_vectors])
         notes = vectors[encode(examples.words["note_id"], model.note_ids)]
-        scores = {"two_tower_score": (model.user_vectors(histories) * notes).sum(1)}
+        scores = {"two_tower_score": (model.user_vectors(histories, readers) * notes).sum(1)}
     else:
         require_columns(examples, (*model.user_features, *model.note_features))
         heads = model.score_rows(examples, rows)
@@ -45,8 +45,9 @@ def score(name: str, model: Any, examples: Examples, table: pa.Table) -> pa.Tabl
 
 def embed(lake: Lake, version: str, model: TwoTower, examples: Examples) -> dict[str, int]:
     """Appends the vectors of one model version to `lake.note_vectors` and `lake.user_vectors`: rows of (model_version,
-    event_ts, id, vector), event_ts being the last instant the readers' histories know of. Rows that are there already are
-    not written again. Table -> rows written."""
+    event_ts, id, vector), event_ts being the last instant the readers' histories know of; a reader's features are those of
+    their last row. Rows that are there already are not written again. Table -> rows written."""
+    require_columns(examples, model.user_features)
     last = np.full(len(examples.users), -1)
     user_ids = examples.users["user_id"].to_pylist()
     user_R = encode(examples.words["user_id"], user_ids) - 1
@@ -59,7 +60,7 @@ def embed(lake: Lake, version: str, model: TwoTower, examples: Examples) -> dict
         USER_VECTORS: (
             "user_id",
             [user_id for user_id, has in zip(user_ids, has_row, strict=True) if has],
-            model.user_vectors(torch.from_numpy(histories)),
+            model.user_vectors(histories, model.reader.of_rows(examples, last[has_row])),
         ),
     }
     return {name: _append(lake, name, version, event_us, *part) for name, part in parts.items()}

@@ -83,7 +83,7 @@ class L2Scores(nn.Module):
 
 
 class ReaderVector(nn.Module):
-    """float32 [1, D] from history [1, L]."""
+    """float32 [1, D] from history [1, L] and, where it is read, what is known of the reader [1, V]."""
 
     table_ND: Tensor
 
@@ -93,8 +93,8 @@ class ReaderVector(nn.Module):
         with torch.no_grad():
             self.register_buffer("table_ND", network.note_table())
 
-    def forward(self, history: Tensor) -> Tensor:
-        return self.network.user_vectors(history, self.table_ND)
+    def forward(self, history: Tensor, reader: Tensor | None = None) -> Tensor:
+        return self.network.user_vectors(history, self.table_ND, reader)
 
 
 def scorer_of(network: nn.Module) -> nn.Module:
@@ -116,7 +116,8 @@ def example_inputs(scorer: nn.Module, num_notes: int = 3) -> dict[str, Tensor]:
     """Inputs of the right shapes and types."""
     network = scorer.network
     if isinstance(network, TwoTowerNetwork):
-        return {"history": torch.ones(1, len(network.recency_L), dtype=torch.int64)}
+        history = {"history": torch.ones(1, len(network.recency_L), dtype=torch.int64)}
+        return history | ({"reader": torch.ones(1, network.num_values)} if network.num_values else {})
     assert isinstance(network, L1Network | L2Network)
     inputs = {"user": torch.ones(1, len(network.user_inputs.names)), "surface": torch.ones(1, dtype=torch.int64)}
     if isinstance(network, L2Network):
@@ -190,9 +191,11 @@ def requests_of(
     if isinstance(model, TwoTower):
         note_ids = model.note_ids
         history_RL = examples.histories(note_ids, model.history_length)
-        for row in rows:
+        reader_RV = model.reader.of_rows(examples, rows)
+        for row, reader_1V in zip(rows, reader_RV[:, None], strict=True):
             history_1L = history_RL[[row]]
-            yield {"history": history_1L}, model.user_vectors(torch.from_numpy(history_1L))
+            inputs = {"history": history_1L} | ({"reader": reader_1V} if model.reader else {})
+            yield inputs, model.user_vectors(history_1L, reader_1V)
         return
     user_RF = examples.columns(model.user_features)
     note_RF = examples.columns(model.note_features)

@@ -51,6 +51,7 @@ def judge(examples: Examples, report: Mapping[str, Any], registry: Registry) -> 
         verdicts.append(Verdict(f"l2 {head} AUC over the floor", gain["auc"], 0.0))
     retrieval = report["retrieval"]
     if {"two_tower", "popularity"} <= retrieval.keys():
-        for name, value in retrieval["two_tower"].items():
-            verdicts.append(Verdict(f"two_tower {name} over popularity", value, retrieval["popularity"][name]))
+        for name in (f"recall@{k}" for k in evaluation.RECALL_AT):
+            value, least = (retrieval[generator][name] for generator in ("two_tower", "popularity"))
+            verdicts.append(Verdict(f"two_tower {name} over popularity", value, least))
     return verdicts

@@ -209,7 +209,8 @@ class L1:
         user_BU = torch.from_numpy(examples.columns(self.user_features)[rows].astype(np.float32))
         note_BI = torch.from_numpy(examples.columns(self.note_features)[rows].astype(np.float32))
         surface_B = torch.from_numpy(examples.codes("surface", self.settings["surfaces"])[rows])
-        probability_BT = torch.sigmoid(self.network(user_BU, surface_B, note_BI[:, None])[:, 0])
+        logits_BT = self.network(user_BU, surface_B, note_BI[:, None])[:, 0]
+        probability_BT = torch.sigmoid(logits_BT.float())  # under autocast they are bf16, which numpy does not know
         return {head: probability_BT[:, column].numpy() for column, head in enumerate(self.heads)}
 
     def to_files(self) -> dict[str, bytes]:

@@ -36,9 +36,9 @@ class NoteTower(nn.Module):
     def __init__(self, words: NoteWords, width: int, id_dropout: float):
         super().__init__()
         self.id_dropout = id_dropout
-        self.note = _embedding(len(words.note_ids), width, spread=0.0)
-        self.author = _embedding(len(words.authors), width, spread=0.02)
-        self.topic = _embedding(len(words.topics), width, spread=0.1)
+        self.note = embedding(len(words.note_ids), width, spread=0.0)
+        self.author = embedding(len(words.authors), width, spread=0.02)
+        self.topic = embedding(len(words.topics), width, spread=0.1)
         self.register_buffer("author_of_note", torch.zeros(len(words.note_ids) + 1, dtype=torch.int64))
         self.register_buffer("topic_of_note", torch.zeros(len(words.note_ids) + 1, dtype=torch.int64))
 
@@ -64,7 +64,8 @@ class NoteTower(nn.Module):
         return id_part_BD + self.author(author_B) + self.topic(topic_B)
 
 
-def _embedding(num_words: int, width: int, spread: float) -> nn.Embedding:
+def embedding(num_words: int, width: int, spread: float) -> nn.Embedding:
+    """A table [num_words + 1, width], normal with this spread; row 0, of the unknown, stays zeros."""
     table = nn.Embedding(num_words + 1, width, padding_idx=0)
     with torch.no_grad():
         table.weight.normal_(std=spread) if spread else table.weight.zero_()

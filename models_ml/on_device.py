@@ -223,9 +223,11 @@ class VectorsOnDevice:
         return rows[rows >= 0]
 
 
-def moved(models: dict[str, Any], device: torch.device, most_candidates: int) -> tuple[dict[str, Any], VectorsOnDevice | None]:
+def moved(
+    models: dict[str, Any], vectors_VD: np.ndarray, device: torch.device, most_candidates: int
+) -> tuple[dict[str, Any], VectorsOnDevice | None]:
     """The loaded models by name with L1 and L2 on the device, and the vectors there; as they are, and None, on a CPU."""
     if device.type == "cpu":
         return models, None
     rankers = {"l1": L1OnDevice(models["l1"], device, most_candidates), "l2": L2OnDevice(models["l2"], device, most_candidates)}
-    return models | rankers, VectorsOnDevice(models["two_tower"].note_vectors, device)
+    return models | rankers, VectorsOnDevice(vectors_VD, device)

@@ -9,9 +9,13 @@ _SIDE, _LEFT, _TOP = 420, 60, 50
 _BLUE, _GREY = "#1f5fa8", "#999"
 
 
-def reliability_svg(title: str, bins_N3: np.ndarray) -> str:
-    """bins_N3: `metrics.reliability`. A dot a bin, its area by its rows, on axes that end just above the largest rate."""
-    top = min(1.0, 1.1 * float(bins_N3[:, :2].max(initial=0.0)) or 1.0)
+def reliability_svg(title: str, bins_N3: np.ndarray, observed_N2: np.ndarray | None = None) -> str:
+    """bins_N3: `metrics.reliability`. A dot a bin, its area by its rows, on axes that end just above the largest rate.
+    observed_N2: the interval of each bin's observed rate, as a line through its dot."""
+    largest_rate = max(
+        float(part.max(initial=0.0)) for part in (bins_N3[:, :2], *([] if observed_N2 is None else [observed_N2]))
+    )
+    top = min(1.0, 1.1 * largest_rate or 1.0)
     inner = _SIDE - _LEFT - _TOP
 
     def across(value: float) -> float:
@@ -28,6 +32,11 @@ def reliability_svg(title: str, bins_N3: np.ndarray) -> str:
         parts.append(_text(across(value), up(0) + 18, f"{value:.3g}", "middle"))
         parts.append(_text(_LEFT - 6, up(value) + 4, f"{value:.3g}", "end"))
     parts.append(_line(across(0), up(0), across(top), up(top), _GREY, dashed=True))
+    if observed_N2 is not None:
+        parts += [
+            _line(across(predicted), up(low), across(predicted), up(high), _BLUE)
+            for predicted, (low, high) in zip(bins_N3[:, 0], observed_N2, strict=True)
+        ]
     largest = float(bins_N3[:, 2].max(initial=1.0))
     for predicted, observed, num_rows in bins_N3:
         radius = 2 + 4 * (num_rows / largest) ** 0.5

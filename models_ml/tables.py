@@ -1,5 +1,6 @@
 """Tables that more than one command prints."""
 
+import math
 from collections.abc import Mapping
 
 from rich.box import SIMPLE_HEAD
@@ -9,13 +10,22 @@ from models_ml.evaluation import RECALL_AT
 
 
 def retrieval(recalls: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """recalls: generator -> `recall@k` -> value."""
+    """recalls: generator -> `recall@k` and its interval -> value."""
     table = Table(title="Retrieval of the notes clicked on the test days", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
         table.add_column(name, justify="left" if name == "generator" else "right")
     for generator, values in recalls.items():
-        table.add_row(generator, *(number(values[f"recall@{k}"]) for k in RECALL_AT))
+        table.add_row(generator, *(with_interval(f"recall@{k}", values) for k in RECALL_AT))
     return table
+
+
+def with_interval(metric: str, values: Mapping[str, float | None]) -> str:
+    """The value, and its interval where there is one."""
+    value, low, high = (values.get(name) for name in (metric, f"{metric}_low", f"{metric}_high"))
+    if value is None or not math.isfinite(value):
+        return number(None)
+    has_interval = low is not None and high is not None and math.isfinite(low)
+    return number(value) + (f" ({low:.4f} to {high:.4f})" if has_interval else "")
 
 
 def number(value: float | None, form: str = ".4f") -> str:

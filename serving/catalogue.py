@@ -43,6 +43,8 @@ class Catalogue:
     topic_codes: dict[str, int]
     topic_code_N: np.ndarray
     places: Places
+    notes: pa.Table
+    """The dimension itself, in the same order."""
 
     @classmethod
     def from_lake(cls, lake: Lake) -> "Catalogue":
@@ -87,6 +89,7 @@ class Catalogue:
             topic_codes=topic_codes,
             topic_code_N=np.array([-1 if topic is None else topic_codes[topic] for topic in topics], dtype=np.int64),
             places=Places(notes["geohash"].to_pylist() if "geohash" in notes.column_names else [None] * len(note_ids)),
+            notes=notes,
         )
 
     def __len__(self) -> int:

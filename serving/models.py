@@ -11,6 +11,7 @@ import numpy as np
 from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
 from models_ml.row_memo import RowMemo
+from models_ml.two_tower import TwoTower
 from serving.catalogue import Catalogue
 from serving.hydrate import available_names
 from serving.settings import Settings
@@ -27,8 +28,9 @@ REMEDY = "run `headrace train all`"
 
 @dataclass(frozen=True)
 class Models:
-    """Loaded at the production alias; immutable. rows_of_vectors: int64 [V], the catalogue row of each of the two-tower
-    model's vectors, -1 where the catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
+    """Loaded at the production alias; immutable. note_vectors: float32 [V, D], those of the two-tower model, then those it has
+    for the catalogue's notes that came after its training. rows_of_vectors: int64 [V], the catalogue row of each, -1 where the
+    catalogue does not know the note; rows_of_neighbours: of each of item_to_item's names.
     codes_of_rows: int64 [N], how L2 encodes the note of each row.
     vectors: the two-tower vectors on a GPU, where HEADRACE_DEVICE names one; L1 and L2 are then there too. shards: the vectors
     for a search on the CPU."""
@@ -38,6 +40,7 @@ class Models:
     l1: Any
     l2: Any
     versions: Mapping[str, str]
+    note_vectors: np.ndarray
     rows_of_vectors: np.ndarray
     rows_of_neighbours: np.ndarray
     codes_of_rows: np.ndarray
@@ -89,24 +92,37 @@ def load_models(
                 f"({str(error).strip().splitlines()[-1].strip()}); {REMEDY}"
             ) from error
     of_user, of_candidate = available_names(groups, kinds or Kinds())
-    for name in ("l1", "l2"):
+    for name in ("two_tower", "l1", "l2"):
         unknown = [feature for feature in loaded[name].user_features if feature not in of_user]
-        unknown += [feature for feature in loaded[name].note_features if feature not in of_candidate]
+        if name != "two_tower":
+            unknown += [feature for feature in loaded[name].note_features if feature not in of_candidate]
         if unknown:
             raise HeadraceError(
                 f"model {name} {versions[name]} reads features that are not declared: {', '.join(unknown)}; "
                 "export the training examples again and train again: `headrace export-training`, `headrace train all`"
             )
-    shards = ShardedVectors(loaded["two_tower"].note_vectors, settings.vector_shards, settings.hnsw_from)
+    note_vectors, rows_of_vectors = vectors_of(loaded["two_tower"], catalogue)
+    shards = ShardedVectors(note_vectors, settings.vector_shards, settings.hnsw_from)
     codes_of_rows = loaded["l2"].encoded_notes(catalogue.note_ids)
-    loaded, vectors = moved(loaded, device, settings.most_candidates)
+    loaded, vectors = moved(loaded, note_vectors, device, settings.most_candidates)
     return Models(
         **loaded,
         versions=versions,
-        rows_of_vectors=catalogue.rows(loaded["two_tower"].note_ids),
+        note_vectors=note_vectors,
+        rows_of_vectors=rows_of_vectors,
         rows_of_neighbours=catalogue.rows(loaded["item_to_item"].names),
         codes_of_rows=codes_of_rows,
         num_notes=len(catalogue),
         shards=shards,
         vectors=vectors,
     )
+
+
+def vectors_of(two_tower: TwoTower, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [V, D] the model's vectors, then those of the catalogue's notes that it was not trained on but knows something
+    of; int64 [V] their rows of the catalogue)."""
+    known_rows = catalogue.rows(two_tower.note_ids)
+    new_rows = np.setdiff1d(np.arange(len(catalogue)), known_rows)
+    new_vectors = two_tower.vectors_of(catalogue.notes.take(new_rows))
+    is_known = new_vectors.any(axis=1)
+    return np.concatenate([two_tower.note_vectors, new_vectors[is_known]]), np.append(known_rows, new_rows[is_known])

@@ -108,7 +108,7 @@ def _vectors(request: Request, row_S: np.ndarray) -> tuple[np.ndarray, np.ndarra
     vectors cannot be had."""
     if request.world.settings.diversity != "none":
         try:
-            return request.world.models.two_tower.note_vectors, request.world.models.vector_of_row[row_S]
+            return request.world.models.note_vectors, request.world.models.vector_of_row[row_S]
         except Exception:  # costs the page its variety, never the page
             log.exception("no vectors of notes; the page is laid out without diversity")
             if "diversity" not in request.steps.degraded:

@@ -51,7 +51,8 @@ def find_or_recall(request: Request, at_least: int) -> Candidates:
         return Found(candidates, said), all(word in RELAXED for word in said)
 
     key = (request.user_id, request.feed_type, request.geohash, at_least)
-    depends_on = (Same(world.models), request.view.tick_us, world.readers.num_events(request.user_id), tuple(request.history))
+    num_events, of_reader = world.readers.num_events(request.user_id), request.user.values_F.tobytes()
+    depends_on = (Same(world.models), request.view.tick_us, num_events, tuple(request.history), of_reader)
     found, was_there = world.caches.candidates.get(key, depends_on, find)
     if was_there:
         request.steps.cached.append("candidates")
@@ -90,6 +91,8 @@ def _found(request: Request, eligible_N: np.ndarray, limits: Mapping[str, int], 
         eligible_N=eligible_N,
         trending_rows=world.trending.rows(world, request.view, request.t_us),
         history=request.history,
+        user=request.user,
+        user_attributes=world.readers.attributes(request.user_id),
         seeds=request.history[-world.settings.item_to_item_seeds :],
         followed_authors=world.readers.follows(request.user_id),
         interests=request.history[-world.settings.topic_seeds :],

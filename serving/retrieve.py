@@ -15,6 +15,7 @@ from numba import types
 
 from models_ml.ordering import largest_first
 from serving.catalogue import Catalogue
+from serving.hydrate import UserFeatures
 from serving.union import Union
 from warehouse.compiled import compiled, only_read
 
@@ -30,6 +31,8 @@ class Retrieval:
     eligible_N: np.ndarray  # only lent, for the time of the request
     trending_rows: np.ndarray  # all rows with a click, most clicked first, at this request's tick
     history: Sequence[str]  # what the reader watched before the log and clicked since, oldest first
+    user: UserFeatures
+    user_attributes: str | None
     seeds: Sequence[str]  # the newest part of it
     followed_authors: Sequence[str]
     interests: Sequence[str] = ()  # of the history, as many notes as say which topics interest the reader
@@ -118,12 +121,11 @@ def item_to_item(request: Retrieval, limit: int) -> np.ndarray:
 
 
 def two_tower(request: Retrieval, limit: int) -> np.ndarray:
-    """The largest dot products of the reader's vector with those of all notes the model knows."""
-    if not request.history:
-        return np.empty(0, dtype=np.int64)
+    """The largest dot products of the reader's vector with those of all notes."""
     tower = request.models.two_tower  # type: ignore[attr-defined]
-    user_D = tower.user_vector(list(request.history))
-    if not user_D.any():  # the model knows none of these notes: every product would be 0
+    user = request.user.pick(tower.user_features)
+    user_D = tower.user_vector(list(request.history), user, request.user_attributes)
+    if not user_D.any():  # the model knows nothing of the reader: every product would be 0
         return np.empty(0, dtype=np.int64)
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
     usable_V = _usable(rows_V, request.eligible_N)

@@ -94,7 +94,7 @@ class Plain:
     def features_of(self, columns: tuple[str, ...], *key: str | None) -> Mapping[str, float]:
         return self.features[columns].get(key, self.unknown[columns])  # type: ignore[arg-type]
 
-    def candidates(self, user_id: str, history: list[str]) -> list[dict[str, Any]]:
+    def candidates(self, user_id: str, user: Mapping[str, float], history: list[str]) -> list[dict[str, Any]]:
         limits, readers, catalogue = self.settings.generators, self.world.readers, self.world.catalogue
         seen = {*readers.seen(user_id), *history, *readers.hidden(user_id)}
 
@@ -108,7 +108,8 @@ class Plain:
             return found
 
         tower = self.models.two_tower
-        products = tower.note_vectors @ tower.user_vector(history)
+        values_F = np.array([user[name] for name in tower.user_features])
+        products = tower.note_vectors @ tower.user_vector(history, values_F, readers.attributes(user_id))
         most = limits["two_tower"] + len(seen)
         best = np.argpartition(-products, most)[:most]
         best = best[np.argsort(-products[best])]
@@ -192,7 +193,7 @@ class Plain:
         started = began = time.perf_counter()
         user = self.features_of(USER, user_id)
         history = [*self.world.readers.history_before_the_log(user_id), *self.last_clicks.get(user_id, [])]
-        candidates = self.candidates(user_id, history)
+        candidates = self.candidates(user_id, user, history)
         timed("retrieve", began)
         began = time.perf_counter()
         self.hydrate(user_id, candidates)

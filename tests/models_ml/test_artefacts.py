@@ -21,7 +21,10 @@ from warehouse.lake import Lake
 CONFIGS = {
     "l1": (l1, L1Config(hidden=16, epochs=1, batch_size=256)),
     "l2": (l2, L2Config(history_length=10, width=8, hidden=16, members=2, bins=4, epochs=1, batch_size=256)),
-    "two_tower": (two_tower, TwoTowerConfig(width=8, history_length=10, epochs=1, batch_size=256)),
+    "two_tower": (
+        two_tower,
+        TwoTowerConfig(width=8, history_length=10, epochs=1, batch_size=256, user_features=("user_*", "attributes")),
+    ),
 }
 
 
@@ -103,7 +106,9 @@ def test_batch_scores_equal_those_of_single_requests(name, models, loaded, home,
         history = watched[loaded.words["user_id"][row].as_py()] + loaded.clicks_R[row].as_py()
         note_id, surface = loaded.words["note_id"][row].as_py(), loaded.words["surface"][row].as_py()
         if name == "two_tower":
-            expected = float(model.user_vector(history) @ model.note_vectors[model.note_ids.index(note_id)])
+            user, attributes = loaded.columns(model.user_features)[row], loaded.user_attributes()[row]
+            vector = model.note_vectors[model.note_ids.index(note_id)]
+            expected = float(model.user_vector(history, user, attributes) @ vector)
             assert scored["two_tower_score"][place].as_py() == pytest.approx(expected, abs=2e-6)
             continue
         user, notes = loaded.columns(model.user_features)[row], loaded.columns(model.note_features)[[row]]
@@ -153,7 +158,9 @@ def test_vectors_are_dated_rows_of_the_lake_written_once(models, loaded, home, e
     assert set(notes["event_ts"].cast(pa.int64()).to_pylist()) == {int(loaded.request_us_R.max())}
     user_id = loaded.words["user_id"][len(loaded) - 1].as_py()
     watched = dict(zip(loaded.users["user_id"].to_pylist(), loaded.users["history_note_ids"].to_pylist(), strict=True))
-    expected = models["two_tower"].user_vector(watched[user_id] + loaded.clicks_R[len(loaded) - 1].as_py())
+    user, attributes = loaded.columns(models["two_tower"].user_features)[-1], loaded.user_attributes()[-1]
+    history = watched[user_id] + loaded.clicks_R[len(loaded) - 1].as_py()
+    expected = models["two_tower"].user_vector(history, user, attributes)
     vector = dict(zip(users["user_id"].to_pylist(), users["vector"].to_pylist(), strict=True))[user_id]
     assert np.allclose(vector, expected, atol=1e-6)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from models_ml import evaluate_cli, evaluation, examples, l1, metrics
+from models_ml import bootstrap, evaluate_cli, evaluation, examples, l1, metrics, plots
 from models_ml.l1 import L1Config
 from models_ml.registry import Registry
 from warehouse.errors import HeadraceError
@@ -47,6 +47,12 @@ def test_a_model_is_judged_under_the_protocol_by_head_and_by_slice(evaluate, pub
     clicks, scores = loaded.labels["click"][loaded.test_rows], model.score_rows(loaded, loaded.test_rows)["click"]
     assert report["heads"]["click"]["auc"] == pytest.approx(metrics.auc(clicks, scores))
     assert report["heads"]["click"]["auc_low"] < report["heads"]["click"]["auc"] < report["heads"]["click"]["auc_high"]
+    intervals = {name.removesuffix("_low") for name in report["heads"]["click"] if name.endswith("_low")}
+    assert set(evaluate_cli.COLUMNS) - intervals == {"coverage@10"}
+    without = json.loads(evaluate("--model", "l1", "--slice", "new_user,surface", "--bootstrap", "0", "--json"))
+    assert without["heads"]["click"] == {
+        name: value for name, value in report["heads"]["click"].items() if not name.endswith(("_low", "_high"))
+    }
     for parts in report["slices"].values():
         assert sum(heads["click"]["num_rows"] for heads in parts.values()) == len(loaded.test_rows)
     surface = np.array(loaded.words["surface"].to_pylist())[loaded.test_rows] == "tab_0"
@@ -57,7 +63,8 @@ def test_a_model_is_judged_under_the_protocol_by_head_and_by_slice(evaluate, pub
 def test_pictures_hold_a_dot_a_bin_and_a_line_a_part(evaluate, tmp_path):
     text = evaluate("--model", "l1", "--slice", "new_user", "--plots", str(tmp_path / "pictures"))
     assert "AUC by new_user" in text
-    assert (tmp_path / "pictures" / "reliability-click.svg").read_text().count("<circle") == 15
+    reliability = (tmp_path / "pictures" / "reliability-click.svg").read_text()
+    assert (reliability.count("<circle"), reliability.count(plots._BLUE)) == (15, 30)  # each with the line of its interval
     drawn = (tmp_path / "pictures" / "slice-new_user-click.svg").read_text()
     assert drawn.count("<circle") == 2
     assert re.search(r"yes \(\d", drawn)
@@ -74,6 +81,8 @@ def test_an_unknown_slice_model_or_version_is_answered_with_those_there_are(eval
         evaluate("--model", "l1@0001", "--plots", "/proc/none")
     with pytest.raises(HeadraceError, match="has no version"):
         evaluate("--model", "l1@0009-0123456789ab")
+    with pytest.raises(HeadraceError, match="--bootstrap must be at least 0, got -1"):
+        evaluate("--model", "l1", "--bootstrap", "-1")
 
 
 def test_what_was_served_is_judged_from_the_forward_log_and_the_events(tmp_path, monkeypatch, capsys):
@@ -130,3 +139,5 @@ def test_what_was_served_is_judged_from_the_forward_log_and_the_events(tmp_path,
     assert found["auc"] == pytest.approx(metrics.auc(clicks.ravel(), scores.ravel()))
     readers = np.repeat([request % 7 for request in range(50)], 4)
     assert found["ndcg@10"] == pytest.approx(metrics.ndcg(clicks.ravel(), scores.ravel(), readers, 10))
+    interval = bootstrap.of_head(clicks.ravel(), scores.ravel(), readers, clicks.mean(), 10)["ndcg@10"]
+    assert (found["ndcg@10_low"], found["ndcg@10_high"]) == pytest.approx((interval.low, interval.high))

@@ -65,31 +65,6 @@ def test_calibration_error_of_a_constant_answer():
     assert metrics.expected_calibration_error(labels, np.full(40, 0.7), num_bins=1) == pytest.approx(0.2)
 
 
-def test_the_interval_is_wider_when_rows_of_a_reader_move_together():
-    rng = np.random.default_rng(2)
-    labels = np.repeat(rng.integers(0, 2, 60), 20)
-    scores = labels * 0.5 + np.repeat(rng.random(60), 20)
-    together = metrics.auc_interval(labels, scores, np.repeat(np.arange(60), 20))
-    apart = metrics.auc_interval(labels, scores, np.arange(1200))
-    assert together.high - together.low > 2 * (apart.high - apart.low)
-    assert apart.low < metrics.auc(labels, scores) < apart.high
-
-
-def test_the_paired_interval_sees_a_small_but_steady_gain():
-    rng = np.random.default_rng(3)
-    labels, noise = rng.integers(0, 2, 4000), rng.normal(size=4000)
-    floor, better = labels + 2 * noise, labels * 1.05 + 2 * noise
-    gain = metrics.auc_gain_interval(labels, better, floor, np.arange(4000))
-    assert gain.low > 0
-    assert metrics.auc_gain_interval(labels, floor, floor, np.arange(4000)) == metrics.Interval(0.0, 0.0)
-
-
-def test_an_interval_of_one_class_is_not_a_number():
-    interval = metrics.auc_interval(np.ones(5), np.arange(5.0), np.arange(5))
-    assert math.isnan(interval.low)
-    assert math.isnan(interval.high)
-
-
 def test_metrics_refuse_rows_that_do_not_match():
     with pytest.raises(ValueError, match="same number of rows, got 2 and 3"):
         metrics.auc(np.array([0, 1]), np.array([0.1, 0.2, 0.3]))

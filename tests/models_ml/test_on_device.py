@@ -142,7 +142,7 @@ def test_the_search_gives_the_best_usable_vectors_ties_by_row():
 
 
 def test_a_cpu_keeps_the_models_as_they_are(models):
-    assert moved(models, CPU, 200) == (models, None)
+    assert moved(models, models["two_tower"].note_vectors, CPU, 200) == (models, None)
 
 
 def test_the_device_is_named_by_the_environment(monkeypatch):

@@ -1,19 +1,31 @@
+import dataclasses
+import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from models_ml import two_tower
 from models_ml.evaluation import RetrievalQueries, mean_places, recall_at
 from models_ml.notes import NoteWords
+from models_ml.tower_inputs import NoteContent, ReaderInputs
 from models_ml.two_tower import TwoTowerConfig, TwoTowerNetwork, TwoTowerObjective, mixed_softmax_loss
 
-SMALL = TwoTowerConfig(width=16, history_length=10, epochs=4, batch_size=128)
+SMALL = TwoTowerConfig(
+    width=16,
+    history_length=10,
+    epochs=4,
+    batch_size=128,
+    user_features=("user_*", "attributes"),
+    note_features=("duration_ms", "note_type", "topics"),
+)
+BEFORE = dataclasses.replace(SMALL, user_features=(), note_features=(), epochs=1)
 
 
-def _train(examples, seed=0):
-    return two_tower.train(examples, SMALL, seed, lambda done, total: None)
+def _train(examples, seed=0, config=SMALL):
+    return two_tower.train(examples, config, seed, lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def test_the_loss_refuses_what_does_not_fit():
 
 
 def test_uniform_draws_are_negatives_and_count_by_the_chance_of_the_mixture(loaded):
-    network = TwoTowerNetwork(SMALL, NoteWords.of(loaded))
+    network = TwoTowerNetwork(SMALL, NoteWords.of(loaded), ReaderInputs(), NoteContent())
     num_notes = len(loaded.notes)
     chance_N = torch.rand(num_notes + 1)
     objective = TwoTowerObjective(network, chance_N.log(), 0.1, uniform_negatives=1000)
@@ -81,21 +93,41 @@ def test_vectors_are_unit_rows_in_the_order_of_the_ids(loaded, model):
     assert np.linalg.norm(model.user_vector(["n1", "n2"])) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_an_empty_or_unknown_history_is_a_zero_vector(model):
-    assert model.user_vector([]).tolist() == [0.0] * 16
-    assert model.user_vector(["never seen"]).tolist() == [0.0] * 16
+@pytest.fixture(scope="module")
+def reads_histories_alone(loaded):
+    return _train(loaded, config=BEFORE)
+
+
+def test_of_an_empty_or_unknown_history_and_nothing_else_the_vector_is_zero(reads_histories_alone, model):
+    for history in ([], ["never seen"]):
+        assert reads_histories_alone.user_vector(history).tolist() == [0.0] * 16
+    newcomer = model.user_vector([], np.zeros(3), '{"keen": "true"}')
+    assert np.linalg.norm(newcomer) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_unknown_notes_of_a_history_are_skipped(model):
     assert np.array_equal(model.user_vector(["x", "n3", "y", "n4", "z"]), model.user_vector(["n3", "n4"]))
 
 
-def test_one_readers_vector_is_that_of_a_batch(model):
-    for length in (1, 3, 10):
-        history_1L = torch.zeros(1, model.history_length, dtype=torch.int64)
-        history_1L[0, :length] = torch.arange(length, 0, -1)  # codes, newest first
-        history = model.note_ids[:length]
-        np.testing.assert_allclose(model.user_vector(history), model.user_vectors(history_1L)[0], atol=1e-6)
+def test_one_readers_vector_is_that_of_a_batch(loaded, model):
+    rows = np.append(loaded.train_rows[:20], loaded.test_rows[:20])
+    histories = loaded.histories(model.note_ids, model.history_length)[rows]
+    vectors = model.user_vectors(histories, model.reader.of_rows(loaded, rows))
+    user_RF, attributes = loaded.columns(model.user_features), loaded.user_attributes()
+    assert np.isnan(user_RF[rows]).any()
+    for row, history_L, vector in zip(rows, histories, vectors, strict=True):
+        history = [model.note_ids[code - 1] for code in history_L[::-1] if code]
+        np.testing.assert_allclose(model.user_vector(history, user_RF[row], attributes[row]), vector, atol=1e-6)
+
+
+def test_features_and_attributes_move_a_readers_vector(model):
+    history, few, many = ["n1", "n2"], np.array([0.0, 0.0, np.nan]), np.array([90.0, 60.0, 0.7])
+    assert model.user_features == ("user_num_views_7d", "user_num_clicks_7d", "user_ctr_7d")
+    assert model.reader.attributes == ("keen=false", "keen=true")
+    vectors = [model.user_vector(history, *known) for known in ((few,), (many,), (few, '{"keen": "true"}'), (None,))]
+    assert all(abs(vectors[0] - other).max() > 1e-3 for other in vectors[1:])
+    with pytest.raises(ValueError, match=r"user must hold 3 values, as user_features, got \(2,\)"):
+        model.user_vector(history, few[:2])
 
 
 def test_only_the_end_of_a_long_history_counts(model):
@@ -103,12 +135,18 @@ def test_only_the_end_of_a_long_history_counts(model):
     assert np.array_equal(model.user_vector(history), model.user_vector(history[-10:]))
 
 
-def test_a_note_the_model_never_saw_has_a_vector_near_its_authors_notes(loaded, model):
-    author, topic = loaded.notes["author_id"][5].as_py(), loaded.notes["topics"][5].as_py()[0]
-    vector = model.note_vector(author, topic)
+def test_a_note_the_model_never_saw_has_a_vector_near_notes_like_it(loaded, model):
+    like = loaded.notes.slice(5, 1)
+    new = like.set_column(0, "note_id", pa.array(["new"]))
+    vector = model.vectors_of(new)[0]
     assert vector @ model.note_vectors[5] > np.median(model.note_vectors @ vector)
-    assert model.note_vector(None, None).tolist() == [0.0] * 16
-    assert model.note_vector("new author", topic).any()
+    np.testing.assert_array_equal(model.vectors_of(like)[0], model.note_vectors[5])
+    longer = new.set_column(new.column_names.index("duration_ms"), "duration_ms", pa.array([60_000]))
+    assert abs(model.vectors_of(longer)[0] - vector).max() > 1e-3
+    other_author = new.set_column(1, "author_id", pa.array(["new author"]))
+    assert model.vectors_of(other_author).any()
+    nothing = pa.Table.from_pylist([{"note_id": "new"}], schema=loaded.notes.schema)
+    assert model.vectors_of(nothing).tolist() == [[0.0] * 16]
 
 
 def test_a_saved_model_gives_the_same_vectors(model, tmp_path):
@@ -117,7 +155,25 @@ def test_a_saved_model_gives_the_same_vectors(model, tmp_path):
     again = two_tower.load(tmp_path)
     assert again.note_ids == model.note_ids
     assert np.array_equal(again.note_vectors, model.note_vectors)
-    assert np.array_equal(again.user_vector(["n7", "n9"]), model.user_vector(["n7", "n9"]))
+    known = ["n7", "n9"], np.array([5.0, 2.0, 0.4]), '{"keen": "true"}'
+    assert np.array_equal(again.user_vector(*known), model.user_vector(*known))
+
+
+def test_a_model_saved_before_there_were_features_still_loads(reads_histories_alone, tmp_path):
+    for name, content in reads_histories_alone.to_files().items():
+        (tmp_path / name).write_bytes(content)
+    settings = json.loads((tmp_path / "model.json").read_text())
+    for name in ("reader", "content"):
+        del settings[name]
+    for name in ("user_features", "note_features"):
+        del settings["config"][name]
+    (tmp_path / "model.json").write_text(json.dumps(settings))
+    again = two_tower.load(tmp_path)
+    assert again.user_features == ()
+    history = ["n7", "n9"]
+    assert np.array_equal(
+        again.user_vector(history, np.zeros(0), '{"keen": "true"}'), reads_histories_alone.user_vector(history)
+    )
 
 
 def test_it_finds_more_of_the_next_clicks_than_chance(loaded, model):
@@ -137,7 +193,7 @@ def test_places_by_hand():
 def test_a_batch_among_many_notes_costs_its_own_notes_and_has_the_same_loss():
     words = NoteWords([f"n{number}" for number in range(500)], ["a", "b"], ["t"])
     config = TwoTowerConfig(width=8, history_length=4, id_dropout=0.0)
-    network = TwoTowerNetwork(config, words)
+    network = TwoTowerNetwork(config, words, ReaderInputs(), NoteContent())
     with torch.no_grad():
         network.notes.note.weight[1:] = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
         network.notes.author_of_note[1:] = 1 + torch.arange(500) % 2

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from models_ml.examples import LABELS, load
 from models_ml.registry import Registry
 from models_ml.train import Configs, train
+from models_ml.two_tower import TwoTowerConfig
 from warehouse.datasets.base import Dataset
 from warehouse.datasets.simulator import simulate
 from warehouse.features.declarations import load_groups
@@ -48,7 +49,8 @@ def furnish(home: Home, num_users: int, num_notes: int, days: int, more: Sequenc
     land_dataset(lake, dataset)
     build_features(lake)
     export(home, dataset, more=more)
-    train(load(home.exports), MODELS, Configs().with_epochs(1), 7, Registry(home.models), lambda name, done, total: None)
+    configs = Configs(two_tower=TwoTowerConfig(user_features=("user_*", "attributes"))).with_epochs(1)
+    train(load(home.exports), MODELS, configs, 7, Registry(home.models), lambda name, done, total: None)
     return dataset
 
 

@@ -9,6 +9,7 @@ import torch
 
 from models_ml.on_device import VectorsOnDevice
 from serving.catalogue import Catalogue
+from serving.hydrate import UserFeatures
 from serving.retrieve import Retrieval, retrieve
 from serving.vector_index import ShardedVectors
 from warehouse.landing import NOTES_SCHEMA
@@ -51,8 +52,10 @@ class TwoVectors:
     note_ids = ("n3", "gone", "n1")
     note_vectors = np.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
 
-    def user_vector(self, history):
-        return np.array([0.0, 1.0], dtype=np.float32)
+    user_features = ()
+
+    def user_vector(self, history, user, user_attributes):
+        return np.array([0.0, 1.0] if history else [0.0, 0.0], dtype=np.float32)
 
 
 def request(seen=(), vectors=None, **changes):
@@ -72,6 +75,8 @@ def request(seen=(), vectors=None, **changes):
         "trending_rows": np.array([2, 4, 0]),
         "seeds": ["n1"],
         "history": ["n1"],
+        "user": UserFeatures((), np.empty(0), {}),
+        "user_attributes": None,
         "followed_authors": ["a", "z"],
         "interests": ["n1", "n2", "n0", "n3", "unheard-of"],
     }
