@@ -287,7 +287,7 @@ class Engine:
             self.settings.forward_log_age_s,
             as_table,
             lock,
-            self._log_writer.write,
+            self._log_writer,
         )
         self.forward_log.start()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 from pyiceberg.table import TableProperties
@@ -123,6 +123,16 @@ def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None 
             lake.append(FORWARD_LOG, table, {BATCH: str(batch)})
 
 
+class Elsewhere(Protocol):
+    """Another process that writes."""
+
+    def send_ahead(self, rows: pa.Table) -> None:
+        """Takes rows of the next `write`."""
+
+    def write(self, tables: Sequence[pa.Table], batch: uuid.UUID) -> None:
+        """Returns once all rows of the batch are in the lake."""
+
+
 class _Turn(Enum):
     MAKE, WRITE, REST, END = auto(), auto(), auto(), auto()
 
@@ -138,12 +148,12 @@ class ForwardLog(Generic[Item]):
         max_age_s: float,
         make: Callable[[Sequence[Item]], pa.Table],
         lock: Path | None = None,
-        write: Callable[[pa.Table, uuid.UUID], None] | None = None,
+        elsewhere: Elsewhere | None = None,
     ):
-        """make: rows in FORWARD_LOG_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`. write:
-        what writes a batch elsewhere; it is written here without it, and once this closes, as nothing is disturbed then."""
+        """make: rows in FORWARD_LOG_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`.
+        Without `elsewhere` a batch is written here, and so is the last one, as nothing is disturbed then."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
-        self._make_table, self._lock, self._write_elsewhere = make, lock, write
+        self._make_table, self._lock, self._elsewhere = make, lock, elsewhere
         self._waiting: deque[tuple[float, Item]] = deque()
         self._made: list[tuple[float, pa.Table]] = []
         self._changed = threading.Condition()
@@ -216,8 +226,10 @@ class ForwardLog(Generic[Item]):
             made = None
             if turn is _Turn.MAKE:
                 made = self._make([item for _, item in some])
+                if made is not None and self._elsewhere is not None:
+                    self._elsewhere.send_ahead(made)
             else:
-                self._write(pa.concat_tables(tables))
+                self._write(tables)
             with self._changed:
                 self._in_flight = 0
                 if made is not None:
@@ -252,23 +264,23 @@ class ForwardLog(Generic[Item]):
     def _age_s(since: float) -> float:
         return time.monotonic() - since
 
-    def _write(self, table: pa.Table) -> None:
-        batch, pause_s = uuid.uuid4(), RETRY_S
+    def _write(self, tables: Sequence[pa.Table]) -> None:
+        batch, pause_s, num_rows = uuid.uuid4(), RETRY_S, sum(table.num_rows for table in tables)
         while True:
             is_last = self._closing
             try:
-                if self._write_elsewhere is None or is_last:
-                    write_once(self._lake, table, batch, self._lock)
+                if self._elsewhere is None or is_last:
+                    write_once(self._lake, pa.concat_tables(tables), batch, self._lock)
                 else:
-                    self._write_elsewhere(table, batch)
-                self.num_written += table.num_rows
+                    self._elsewhere.write(tables, batch)
+                self.num_written += num_rows
                 return
             except Exception:  # a full disk or a locked catalogue may pass; the queue bounds what waits meanwhile
                 self.num_failed_writes += 1
-                log.exception("forward log: writing %d requests failed, trying again", table.num_rows)
+                log.exception("forward log: writing %d requests failed, trying again", num_rows)
             if is_last:
-                log.error("forward log: %d requests are lost, the server stops", table.num_rows)
-                self.num_dropped += table.num_rows
+                log.error("forward log: %d requests are lost, the server stops", num_rows)
+                self.num_dropped += num_rows
                 return
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, pause_s)

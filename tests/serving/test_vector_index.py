@@ -26,15 +26,43 @@ def test_shards_merge_to_what_one_search_finds_ties_included(count, num_shards, 
     assert found.tolist() == Exact(vectors_VD).best(user_D, usable_V, limit)[0].tolist()
 
 
+def is_best(index: Exact, vectors_VD: np.ndarray, user_D: np.ndarray, usable_V: np.ndarray, limit: int) -> None:
+    rows, scores = index.best(user_D, usable_V, limit)
+    all_V = vectors_VD.astype(np.float64) @ user_D.astype(np.float64)
+    rounding = 1e-6 * max(np.abs(vectors_VD).max(initial=0) * np.abs(user_D).max() * len(user_D), 1e-30)
+    assert len(set(rows.tolist())) == len(rows) == min(limit, usable_V.sum())
+    assert usable_V[rows].all()
+    np.testing.assert_allclose(scores, all_V[rows], rtol=0, atol=rounding)
+    np.testing.assert_allclose(scores, np.sort(all_V[usable_V])[::-1][: len(rows)], rtol=0, atol=rounding)
+    assert rows.tolist() == rows[np.lexsort((rows, -scores))].tolist()
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
 @pytest.mark.parametrize("limit", [1, 60, 700])
 def test_the_best_of_many_are_those_of_all_products_sorted(share, limit):
-    index, usable_V = Exact(vectors(20_011)), np.random.default_rng(3).random(20_011) < share
+    vectors_VD = vectors(20_011)
+    index, usable_V = Exact(vectors_VD), np.random.default_rng(3).random(20_011) < share
     for user_D in vectors(5, seed=4):
-        rows, scores = index.best(user_D, usable_V, limit)
-        all_V = np.where(usable_V, user_D @ index._vectors_DV, -np.inf)
-        assert rows.tolist() == np.lexsort((np.arange(20_011), -all_V))[: min(limit, usable_V.sum())].tolist()
-        assert scores.tolist() == all_V[rows].tolist()
+        is_best(index, vectors_VD, user_D, usable_V, limit)
+
+
+@given(
+    st.integers(0, 300), st.integers(1, 140), st.integers(0, 60), st.sampled_from([0.0, 1e-3, 1.0, 1e4]), st.integers(0, 1000)
+)
+def test_codes_of_eight_bits_lose_none_of_the_best(count, width, limit, spread, seed):
+    """spread: how far the vectors are from being one and the same."""
+    rng = np.random.default_rng(seed)
+    vectors_VD = rng.normal(size=width) + spread * rng.normal(size=(count, width)) * rng.random((count, 1)) ** 4
+    vectors_VD = vectors_VD.astype(np.float32)
+    user_D = (rng.normal(size=width) * 10.0 ** rng.integers(-6, 6)).astype(np.float32)
+    is_best(Exact(vectors_VD), vectors_VD, user_D, rng.random(count) < 0.8, limit)
+
+
+def test_few_products_are_computed_in_full():
+    vectors_VD, usable_V = vectors(20_011, width=64), np.ones(20_011, bool)
+    index = Exact(vectors_VD)
+    for user_D in vectors(5, width=64, seed=4):
+        assert 100 <= len(index._promising(user_D, usable_V, 100)) < 400
 
 
 def test_a_dead_shard_is_named_and_costs_only_its_notes(caplog):
