@@ -7,6 +7,7 @@ trust. R rows, A columns.
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class AttributeInputs:
     def __init__(self, words: Sequence[str]):
         self.words = list(words)
         self._column = {word: column for column, word in enumerate(self.words)}
+        self._encoded = lru_cache(maxsize=4096)(lambda text: self.encode([text])[0])
 
     @staticmethod
     def of(attributes: Sequence[str | None], least_readers: int = LEAST_READERS) -> "AttributeInputs":
@@ -34,6 +36,10 @@ class AttributeInputs:
             columns = [self._column[word] for word in _words(text) if word in self._column]
             rows_RA[row, columns] = 1.0
         return rows_RA
+
+    def encode_one(self, attributes: str | None) -> np.ndarray:
+        """float32 [A], to be read only: what was made for one of the last few thousand texts comes again."""
+        return self._encoded(attributes)
 
 
 def _words(text: str | None) -> list[str]:

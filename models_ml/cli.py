@@ -133,3 +133,5 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             )
     if report["retrieval"]:
         console.print(tables.retrieval(report["retrieval"]))
+    if report["index_recall"]:
+        console.print(tables.index_recall(report["index_recall"]))

@@ -198,11 +198,14 @@ class RetrievalQueries:
                 f"two_tower knows {len(model.note_ids):,} notes, the export has {len(self.note_ids):,}, and they are not the "
                 "same: train it on this export, or name its own with --export"
             )
-        require_columns(self._examples, model.user_features)
-        user_QD = model.user_vectors(
-            self._history_QL[:, : model.history_length], model.reader.of_rows(self._examples, self._rows)
-        )
+        user_QD = self.vectors_of_readers(model)
         return self._recall(lambda some: user_QD[some] @ model.note_vectors.T)
+
+    def vectors_of_readers(self, model: TwoTower) -> np.ndarray:
+        """float32 [Q, D]: the readers' vectors at the queries."""
+        require_columns(self._examples, model.user_features)
+        histories = self._examples.histories(model.note_ids, model.history_length)[self._rows]
+        return model.user_vectors(histories, model.reader.of_rows(self._examples, self._rows))
 
     def _recall(self, scores: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
         """scores: of some queries, by their places."""

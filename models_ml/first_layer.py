@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from numba import njit, types
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class FirstLayer:
             self._of_request.add_to(out_NW, values_NF)
 
     def _made(self, values_MF: np.ndarray, code_M: np.ndarray) -> np.ndarray:
-        rows_MW = np.zeros((len(values_MF), self._width), dtype=np.float32)
+        rows_MW = torch.zeros(len(values_MF), self._width).numpy()  # whose memory starts at a cache line, unlike NumPy's
         self._of_notes.add_to(rows_MW, values_MF)
         if self._of_note is not None:
             self._of_note(rows_MW, code_M)

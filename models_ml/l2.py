@@ -7,6 +7,7 @@ members, T heads (tasks), U and I inputs of the reader and of a candidate.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,7 +249,7 @@ class L2:
 
     def encoded_notes(self, note_ids: Sequence[str]) -> np.ndarray:
         """int64 [N]: rows of `table_ND`, 0 for notes that training did not know."""
-        return np.array([self._code_of.get(note_id, 0) for note_id in note_ids], dtype=np.int64)
+        return np.fromiter(map(self._code_of.get, note_ids, repeat(0)), np.int64, len(note_ids))
 
     def encoded_history(self, note_ids: Sequence[str]) -> np.ndarray:
         """int64 [L], newest first, 0 = padding or unknown, of ids that come oldest first."""
@@ -259,7 +260,7 @@ class L2:
 
     def encoded_attributes(self, attributes: str | None) -> np.ndarray:
         """float32 [A] of 0 and 1, from the JSON of `lake.users.attributes`."""
-        return self._attributes.encode([attributes])[0]
+        return self._attributes.encode_one(attributes)
 
     @torch.inference_mode()
     def score_rows(self, examples: Examples, rows: np.ndarray, batch_size: int = 2048) -> dict[str, np.ndarray]:

@@ -19,6 +19,17 @@ def retrieval(recalls: Mapping[str, Mapping[str, float | None]]) -> Table:
     return table
 
 
+def index_recall(recalls: Mapping[str, Mapping[str, float]]) -> Table:
+    """recalls: index -> `recall@k` -> share of what an exact search in fp32 finds."""
+    columns = list(next(iter(recalls.values())))
+    table = Table(title="Search among the two-tower's vectors, against exact fp32", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("index", *columns):
+        table.add_column(name, justify="left" if name == "index" else "right")
+    for index, values in recalls.items():
+        table.add_row(index, *(number(values[column]) for column in columns))
+    return table
+
+
 def with_interval(metric: str, values: Mapping[str, float | None]) -> str:
     """The value, and its interval where there is one."""
     value, low, high = (values.get(name) for name in (metric, f"{metric}_low", f"{metric}_high"))

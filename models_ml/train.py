@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from models_ml import calibration, distillation, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower
+from models_ml import calibration, distillation, evaluation, floor, item_to_item, l1, l2, request_rows, two_tower, vector_search
 from models_ml.configuration import Configs
 from models_ml.examples import Examples
 from models_ml.registry import Registry
@@ -60,6 +60,7 @@ class _Run:
         self.predictions: dict[str, dict[str, np.ndarray]] = {}
         self.ranking: dict[str, Any] = {}
         self.retrieval: dict[str, Any] = {}
+        self.index_recall: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
         self.versions: dict[str, str] = {}
         self._queries: evaluation.RetrievalQueries | None = None
@@ -119,7 +120,9 @@ class _Run:
             return
         recall = self.queries.two_tower(model)
         self.retrieval |= {"popularity": self.queries.popularity(), "two_tower": recall}
-        self._publish("two_tower", model.to_files(), recall)
+        readers_QD = self.queries.vectors_of_readers(model)
+        self.index_recall = vector_search.recall_of_indexes(model.note_vectors, readers_QD, evaluation.RECALL_AT)
+        self._publish("two_tower", model.to_files(), recall, about={"index_recall": self.index_recall})
 
     def l1(self) -> None:
         rows, about = self.rows, {}
@@ -257,7 +260,7 @@ def _report(run: _Run) -> dict[str, Any]:
         "rows": {"train": len(examples.train_rows), "test": len(examples.test_rows)},
         "seed": run.seed,
     }
-    for part in ("ranking", "retrieval", "seconds", "versions"):
+    for part in ("ranking", "retrieval", "index_recall", "seconds", "versions"):
         report[part] = before.get(part, {}) | getattr(run, part)
     report["not_learned"] = {
         name: not_learned for name, heads in report["ranking"].items() if (not_learned := _not_learned(examples, heads))

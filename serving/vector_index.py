@@ -14,15 +14,12 @@ from typing import Protocol
 
 import numpy as np
 from numba import types
-from usearch.index import Index
 
+from models_ml.vector_search import OVERFETCH, graph_of
 from warehouse.compiled import compiled, only_read
 
 log = logging.getLogger(__name__)
 
-CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 256
-OVERFETCH = 2
-"""Times the wanted number that a graph is asked for at first; twice that while the filters leave too few."""
 _SAMPLED_EVERY = 32
 """Scores, of which one is looked at to guess how large the largest are."""
 _LARGEST_CODE, _BLOCK, _STRIPS = 127, 64, 4
@@ -92,23 +89,14 @@ class Exact:
 
 
 class Hnsw:
-    """An approximate neighbour graph (Malkov and Yashunin, arXiv 1603.09320) over vectors that never change.
+    """An approximate neighbour graph over vectors that never change. What it finds of what `Exact` does, training prints.
 
-    Built by one thread: concurrent additions have lost vectors (usearch#735). Another set of vectors is another index, and who
-    holds this one keeps it until its requests are done.
+    Another set of vectors is another index, and who holds this one keeps it until its requests are done.
     """
 
     def __init__(self, vectors_VD: np.ndarray):
         self._vectors_VD = vectors_VD
-        self._graph = Index(
-            ndim=vectors_VD.shape[1],
-            metric="ip",
-            dtype="bf16",
-            connectivity=CONNECTIVITY,
-            expansion_add=EXPANSION_ADD,
-            expansion_search=EXPANSION_SEARCH,
-        )
-        self._graph.add(np.arange(len(vectors_VD)), vectors_VD, threads=1)
+        self._graph = graph_of(vectors_VD)
 
     def best(self, user_D: np.ndarray, usable_V: np.ndarray, limit: int) -> Found:
         """As `Exact.best`, but for neighbours that the graph did not reach. Asks for more while the filters leave too few, and

@@ -85,13 +85,24 @@ def test_parts_are_columns_of_the_whole(bins):
         part_of(inputs, [0, 1])
 
 
-def test_the_numbers_of_a_row_do_not_depend_on_how_many_rows_there_are():
-    inputs = _fitted(bins=8)
-    table = PiecewiseTable(inputs, torch.randn(1, inputs.num_inputs, 24, generator=torch.Generator().manual_seed(3)))
-    values = _values(200, seed=4)
-    together = _added(table, values, 24)
+@pytest.mark.parametrize(("kind", "bins", "shape"), [(LinearShare, 0, (24, -1)), (PiecewiseTable, 8, (1, -1, 24))])
+def test_the_numbers_of_a_row_do_not_depend_on_how_many_rows_there_are(kind, bins, shape):
+    inputs = _fitted(bins)
+    weight = torch.randn(24 * inputs.num_inputs, generator=torch.Generator().manual_seed(3)).reshape(shape)
+    share, values = kind(inputs, weight), _values(200, seed=4)
+    together = _added(share, values, 24)
     for start, rows in ((0, 1), (7, 5), (3, 8), (11, 16), (1, 33), (60, 100)):
-        assert torch.equal(_added(table, values[start : start + rows], 24), together[start : start + rows])
+        assert torch.equal(_added(share, values[start : start + rows], 24), together[start : start + rows])
+
+
+def test_a_count_of_any_size_has_its_logarithm():
+    inputs = FeatureInputs(("note_num_views_1d",))
+    inputs.scale_Z.fill_(0.1)  # so that nothing is cut
+    counts = np.concatenate([[0.0], np.geomspace(1e-7, 1e25, 500), [np.inf, np.nan]]).astype(np.float32)
+    found = np.zeros((len(counts), 1), dtype=np.float32)
+    LinearShare(inputs, torch.tensor([[10.0, 0.0]])).add_to(found, counts[:, None])
+    np.testing.assert_allclose(found[:-2, 0], np.log1p(counts[:-2].astype(np.float64)), rtol=5e-7, atol=1e-9)
+    assert found[-2:, 0].tolist() == [60.0, 0.0]  # the cut, nothing
 
 
 @pytest.mark.parametrize("bins", [0, 1, 4, 8])

@@ -62,6 +62,8 @@ def test_the_report_says_what_was_measured_on_what(home):
             assert values["auc_low"] < values["auc"] < values["auc_high"]
             assert {"auc", "nce", "log_loss", "ndcg@10", "ece", "grouped_auc", "relative_calibration"} <= set(values)
     assert set(report["retrieval"]) == {"popularity", "item_to_item", "two_tower"}
+    assert set(report["index_recall"]) == {"exact bf16", "exact int8", "HNSW bf16", "HNSW int8"}
+    assert Registry(home / "models").manifest("two_tower")["index_recall"] == report["index_recall"]
     assert set(report["l2_over_floor"]) == {"click", "long_view"}
     assert set(report["seconds"]) == {"item_to_item", "two_tower", "l1", "l2", "floor"}
 
