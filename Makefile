@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test faults sanitize quality clean
+LINTERS := lint-types lint-format lint-imports lint-sql
+.PHONY: help setup demo lint $(LINTERS) machine-code test faults sanitize quality clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,14 +50,31 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## land, build features, train, then serve on 127.0.0.1:8000; ONCE=1 exits when all is shown, PORT=8080 moves it
 	@$(BIN)/headrace demo $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT))
 
+IN_PARALLEL = $(MAKE) --no-print-directory --jobs $(WORKERS) --output-sync=target
+
 lint: $(READY) ## format, imports between rooms, types, SQL
+	@$(IN_PARALLEL) $(LINTERS)
+
+# mypy takes the longest: it begins first
+lint-types: $(READY)
+	$(BIN)/mypy
+
+lint-format: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-imports: $(READY)
 	$(BIN)/lint-imports
-	$(BIN)/mypy
+
+lint-sql: $(READY)
 	$(BIN)/sqlfluff lint --processes 1 warehouse/models streaming_sql/models
 
-test: lint ## lint, then every test this machine can run; those it cannot name what is missing
+# numba's loops, compiled once: two test workers that begin at one moment would each compile all of them
+machine-code: $(READY)
+	@$(BIN)/python -c 'import serving.app'
+
+test: $(READY) ## lint, then every test this machine can run; those it cannot name what is missing
+	@$(IN_PARALLEL) $(LINTERS) machine-code
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: $(READY) ## kill collector, lander and runner KILLS times each (50), the trainer twice as often; CASES (10000) made-up requests

@@ -10,6 +10,7 @@ DEAREST = (
     "warehouse/test_dbt_project.py",
     "parity/test_compute_equals_oracle.py",
     "parity/test_dbt_equals_oracle.py",
+    "parity/test_http_equals_oracle.py",
     "kernels/test_kernel_ahead_of_time.py",
     "warehouse/test_plan.py",
     "parity/test_light_events.py",

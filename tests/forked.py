@@ -25,13 +25,21 @@ def import_ahead(*modules: str) -> None:
     FORKS.set_forkserver_preload(_IMPORTED)
 
 
+def started(
+    code: str, *words: str, cwd: Path, environment: Mapping[str, str], printed: tuple[str, str] = (os.devnull, os.devnull)
+):
+    """`python -c CODE WORDS`, running. printed: the files that its two outputs are added to."""
+    process = FORKS.Process(target=_run, args=(code, words, str(cwd), dict(environment), printed))
+    process.start()
+    return process
+
+
 def python(
     code: str, *words: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """`python -c CODE WORDS`. Raises TimeoutError if it takes longer; it does not live on then."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        process = FORKS.Process(target=_run, args=(code, words, str(cwd), dict(environment), (out.name, err.name)))
-        process.start()
+        process = started(code, *words, cwd=cwd, environment=environment, printed=(out.name, err.name))
         process.join(timeout_s)
         status = process.exitcode
         if status is None:

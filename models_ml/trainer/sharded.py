@@ -2,21 +2,24 @@
 
 Each rank holds R / W of a table's rows, their gradients and their optimizer state, and no rank ever holds the whole. Looking up
 is DTensor's: the ranks' codes are gathered, each rank reads the rows it has, and the sums go back to who asked. Checkpoints
-hold whole tables, so the number of ranks may change between runs.
+hold whole tables, so the number of ranks may change between runs. DTensor is imported where a table is looked up: it takes half
+a second of processor time, which a server, that imports this file with the models, need not spend.
 R rows of a table, W ranks, D width, C codes of a rank.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models_ml.trainer.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class RowShardedEmbedding(nn.Module):
@@ -43,18 +46,22 @@ class RowShardedEmbedding(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """[..., D] of int64 codes in [0, R)."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         flat_C = codes.flatten()
         most = torch.tensor([len(flat_C)], device=flat_C.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._mesh.get_group())
         padded_C = F.pad(flat_C, (0, int(most) - len(flat_C)))
         asked = DTensor.from_local(padded_C, self._mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
-        found = cast(DTensor, F.embedding(asked, self._of_all(self.weight)))
+        found = cast("DTensor", F.embedding(asked, self._of_all(self.weight)))
         found_CD = found.redistribute(placements=[Shard(0)]).to_local()[: len(flat_C)]
         if self.padding_idx is not None:
             found_CD = found_CD * (flat_C != self.padding_idx).unsqueeze(1)  # so that its row has no gradient
         return found_CD.unflatten(0, codes.shape)
 
-    def _of_all(self, rows: Tensor) -> DTensor:
+    def _of_all(self, rows: Tensor) -> "DTensor":
+        from torch.distributed.tensor import DTensor, Shard
+
         return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False)
 
 

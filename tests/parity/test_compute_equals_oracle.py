@@ -119,7 +119,7 @@ def test_arrays_leave_blocks_with_a_column_they_do_not_know_to_the_sql(column):
 
 
 @pytest.mark.parametrize("name", list(GROUPS))
-@settings(max_examples=5)
+@settings(max_examples=3)  # a model's rows, below, go through the same arrays on five logs more
 @given(seed=st.integers(0, 2**32))
 def test_arrays_equal_the_equation(name, seed):
     random, group = Random(seed), GROUPS[name]
@@ -154,9 +154,9 @@ def test_a_models_rows_equal_the_equation_at_any_t_k_and_log_position(tmp_path_f
         connection.register("given", spine_table(group, questions))
         connection.execute("create table model as select *, -row_id as label from given")
         chunks = list(
-            model_chunks(connection, "from model", group, RELATIONS, "label", tmp_path_factory.mktemp("scratch"), rows=17)
+            model_chunks(connection, "from model", group, RELATIONS, "label", tmp_path_factory.mktemp("scratch"), rows=25)
         )
-    assert [chunk.num_rows for chunk in chunks] == [17, 17, 6]
+    assert [chunk.num_rows for chunk in chunks] == [25, 15]
     found = pa.concat_tables(chunks)
     assert found.column_names[:2] == ["row_id", "label"]
     assert found["row_id"].to_pylist() == list(reversed(range(len(questions))))

@@ -4,9 +4,6 @@ for counts once, and the store that the next start makes equals the oracle over 
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -17,14 +14,14 @@ from streaming_sql.event_log import EventLog
 from streaming_sql.published_ticks import PublishedTicks
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
-from tests.serving.hand_made import furnish
-from tests.serving.test_operations import _until_ready
+from tests import forked
+from tests.serving.hand_made import free_port, furnish
 from tests.streaming_sql.generated import AUTHORS, NOTES, USERS, typed
 from tests.streaming_sql.test_live_store import assert_equals_oracle
 from warehouse.clock import ManualClock
 from warehouse.events import EVENTS_SCHEMA
 from warehouse.features.declarations import load_groups
-from warehouse.home import Home
+from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
 from warehouse.landing import EVENTS, landed_position
 from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, MINUTE_US, SECOND_US
@@ -32,7 +29,10 @@ from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, MINUTE_US, SECOND_US
 GROUPS = load_groups()
 LIVES, POSTS = 3, 8
 FIRST_US = 1_650_934_800_000_000  # 2022-04-26T01:00:00Z, an hour after the history ends
+SERVE = "import sys; from headrace.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 TYPES = ("view", "click", "watch", "like", "click", "retraction")
+
+forked.import_ahead("torch", "numba", "pandas", "fastapi", "uvicorn", "psycopg", "usearch")
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +73,33 @@ def serving(home, started_us):
         "HEADRACE_CLOCK": f"{iso(started_us)}@60",
         "OMP_NUM_THREADS": "1",
     }
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    port = free_port()
+    process = forked.started(SERVE, "--port", str(port), cwd=REPOSITORY, environment=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            _until_ready(client, process)
+            until_ready(client, process)
             yield client, process
     finally:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def until_ready(client, process):
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/readyz").status_code == 200:
+                return
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def one_life(home, life, started_us):
     """Posts until the server is gone; returns the ids that it acknowledged."""
     acknowledged = set()
     with serving(home, started_us) as (client, process):
-        killer = threading.Timer(0.004 * life, process.send_signal, [signal.SIGKILL])
+        killer = threading.Timer(0.004 * life, process.kill)
         began = time.monotonic()
         try:
             for number in range(10_000):
@@ -103,7 +112,8 @@ def one_life(home, life, started_us):
                     if result["status"] == "accepted":
                         acknowledged.add(event["eventId"])
         except httpx.TransportError:
-            assert process.wait(60) == -signal.SIGKILL
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
         finally:
             killer.cancel()
     return acknowledged
@@ -202,5 +212,6 @@ def one_night(home, started_us, midnight_us):
                 break
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(60) in (0, -signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGTERM)
     return held, acknowledged

@@ -138,7 +138,7 @@ def test_batch_equals_the_equation(name, seed):
             assert_equal(answer[feature], value, (feature, read))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32))
 def test_the_live_store_equals_the_equation(seed):
     random = Random(seed)

@@ -111,14 +111,14 @@ def test_a_slow_l2_is_learned_of(server, readers, pace):
         user_features, note_features = model.user_features, model.note_features
 
         def score_many(self, requests):
-            time.sleep(0.3)
+            time.sleep(1.5)
             return model.score_many(requests)
 
     server.engine.world = dataclasses.replace(world, models=dataclasses.replace(world.models, l2=Slow()))
-    assert server.feed(readers[2], deadlineMs=250)["degraded"] == []  # nobody knew
+    assert server.feed(readers[2], deadlineMs=1250)["degraded"] == []  # nobody knew
     started = time.perf_counter()
-    assert server.feed(readers[2], deadlineMs=250)["degraded"] == ["l2_skipped"]
-    assert time.perf_counter() - started < 0.3
+    assert server.feed(readers[2], deadlineMs=1250)["degraded"] == ["l2_skipped"]
+    assert time.perf_counter() - started < 1.5
 
 
 @pytest.mark.parametrize("wrong", [0, -5, "soon", 1e9])
