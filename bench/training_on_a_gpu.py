@@ -91,9 +91,9 @@ def retrieval(config: TwoTowerConfig, num_notes: int, num_pairs: int) -> Work:
             network.notes.author_of_note[1:] = 1 + torch.arange(num_notes) % 1000
             return two_tower.TwoTowerObjective(network, log_q_N, config.temperature)
 
-    rows = two_tower.rows_of(two_tower.Pairs(history, target, np.zeros((num_pairs, 0), np.float32)))
+    pairs = two_tower.Pairs(history, target, np.zeros((num_pairs, 0), np.float32), np.zeros(num_pairs, bool))
     plan = Plan(config.epochs, config.batch_size, config.learning_rate)
-    return Work("two_tower", objective, ArraySource(rows, "pairs"), two_tower.tensors_of, plan)
+    return Work("two_tower", objective, ArraySource(two_tower.rows_of(pairs), "pairs"), two_tower.tensors_of, plan)
 
 
 def eager_loop(work: Work, device: torch.device) -> dict[str, float | None]:

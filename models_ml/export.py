@@ -170,6 +170,7 @@ def runner_of(content: bytes, form: str, names: tuple[str, ...], threads: int = 
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads keep a core from others
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run(None, dict(inputs))[0]
     with _quiet():

@@ -293,7 +293,7 @@ class L2:
         return bundle.to_files(self.network, self.settings)
 
     def _by_head(self, logits_KNT: Tensor) -> dict[str, np.ndarray]:
-        probability_NT = torch.sigmoid(logits_KNT.float()).mean(0)
+        probability_NT = torch.sigmoid(logits_KNT).mean(0)
         return {head: probability_NT[:, column].numpy() for column, head in enumerate(self.heads)}
 
 

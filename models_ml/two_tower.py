@@ -53,7 +53,7 @@ class TwoTowerConfig:
     pairs_per_reader: int = 8
     weight_decay: float = 1e-3
     uniform_negatives: int = 256
-    user_features: tuple[str, ...] = ("user_ctr_*", "user_long_view_rate_*")
+    user_features: tuple[str, ...] = ()
     note_features: tuple[str, ...] = ("duration_ms", "note_type", "topics")
 
     def __post_init__(self) -> None:
@@ -123,9 +123,11 @@ class TwoTowerNetwork(nn.Module):
             note_CD = note_CD + self.content(content_CP).sum(1)
         return F.normalize(note_CD, dim=-1, eps=1e-6)
 
-    def user_vectors(self, history_BL: Tensor, table_ND: Tensor, reader_BV: Tensor | None = None) -> Tensor:
+    def user_vectors(
+        self, history_BL: Tensor, table_ND: Tensor, reader_BV: Tensor | None = None, shift_BD: Tensor | None = None
+    ) -> Tensor:
         """float32 [B, D], unit rows; zeros for an empty history of which nothing else is read. reader_BV: raw values, NaN for
-        NULL, of a network that reads them."""
+        NULL, of a network that reads them. shift_BD: added before the rows are made unit ones."""
         note_BLD = F.embedding(history_BL, table_ND)
         is_there_BL = history_BL > 0
         weight_BL = (self.attend(note_BLD).squeeze(-1) + self.recency_L).masked_fill(~is_there_BL, -1e9)
@@ -134,16 +136,20 @@ class TwoTowerNetwork(nn.Module):
         if reader_BV is not None:
             features_BF, attributes_BA = reader_BV.split([self.num_features, self.num_values - self.num_features], dim=1)
             mixed_BD = mixed_BD + self.of_reader(torch.cat([self.reader_inputs(features_BF), attributes_BA], dim=1))
+        if shift_BD is not None:
+            mixed_BD = mixed_BD + shift_BD
         return F.normalize(mixed_BD, dim=-1, eps=1e-6)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """history_BL: codes of notes, target_B: the one that came next, reader_BV: what `ReaderInputs` knew of the reader then."""
+    """history_BL: codes of notes, target_B: the one that came next, reader_BV: what `ReaderInputs` knew of the reader then,
+    is_before_B: whether that was before the log began."""
 
     history_BL: np.ndarray
     target_B: np.ndarray
     reader_BV: np.ndarray
+    is_before_B: np.ndarray
 
 
 def training_pairs(examples: Examples, note_ids: Sequence[str], config: TwoTowerConfig, reader: ReaderInputs) -> Pairs:
@@ -168,23 +174,30 @@ def training_pairs(examples: Examples, note_ids: Sequence[str], config: TwoTower
     targets = np.concatenate([click_targets, codes[at_S]])
     readers = np.concatenate([reader.of_rows(examples, clicked), reader.of_users(examples)[reader_S]])
     usable = (targets > 0) & (histories > 0).any(axis=1)
-    return Pairs(histories[usable].astype(np.int32), targets[usable], readers[usable])
+    is_before = np.arange(len(targets)) >= len(clicked)
+    return Pairs(histories[usable].astype(np.int32), targets[usable], readers[usable], is_before[usable])
 
 
 class TwoTowerObjective(nn.Module):
-    """The loss of a batch of pairs, summed over them. log_q_N: natural log of the chance that a note is a row's positive."""
+    """The loss of a batch of pairs, summed over them. log_q_N: natural log of the chance that a note is a row's positive.
+
+    before_D is added to the readers' vectors of pairs from before the log, when another mix of notes was shown, and to none
+    that is served: it is no part of the model.
+    """
 
     log_q_N: Tensor
 
     def __init__(self, network: TwoTowerNetwork, log_q_N: Tensor, temperature: float, uniform_negatives: int = 0):
         super().__init__()
         self.network, self.temperature, self.uniform_negatives = network, temperature, uniform_negatives
+        self.before_D = nn.Parameter(torch.zeros(network.mix.out_features))
         self.register_buffer("log_q_N", log_q_N)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         item_C, log_q_C = self._candidates(batch["target"])
         table_ND, history_BL, place_C = self.network.table_of_batch(batch["history"], item_C)
-        user_BD = self.network.user_vectors(history_BL, table_ND, batch.get("reader"))
+        shift_BD = batch["is_before"].unsqueeze(1) * self.before_D
+        user_BD = self.network.user_vectors(history_BL, table_ND, batch.get("reader"), shift_BD)
         item_CD = F.embedding(place_C, table_ND)
         # products of unit vectors over a small temperature: rounded to bf16 they would be off by tenths, so autocast must not
         # have them; the kernel of a GPU takes bf16 vectors and adds up in fp32
@@ -231,25 +244,25 @@ def train(
             network.content_of_note[1:] = torch.from_numpy(content.encode(examples.notes))
         if reader:
             network.reader_inputs.fit(pairs.reader_BV[:, : len(reader.features)])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        objective = TwoTowerObjective(network, log_q_N, config.temperature, config.uniform_negatives)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         plan = Plan(config.epochs, config.batch_size, config.learning_rate)
         run = replace(run or Run(), progress=progress)
-        objective = TwoTowerObjective(network, log_q_N, config.temperature, config.uniform_negatives)
         fit(objective, ArraySource(rows_of(pairs), examples.fingerprint()), tensors_of, optimizer, plan, seed, run)
     return TwoTower(network, settings)
 
 
 def rows_of(pairs: Pairs) -> Rows:
     """A pair is a request with one candidate, the note that came next."""
-    size, per_row = len(pairs.target_B), {"history": pairs.history_BL}
+    size, per_row = len(pairs.target_B), {"history": pairs.history_BL, "is_before": pairs.is_before_B}
     if pairs.reader_BV.shape[1]:
         per_row["reader"] = pairs.reader_BV
     return Rows(np.arange(size), per_row, {"target": pairs.target_B}, np.arange(size + 1))
 
 
 def tensors_of(rows: Rows) -> dict[str, Tensor]:
-    """history int32 [B, L], reader float32 [B, V] where it is read, target int64 [B], and how many pairs these are (none: one
-    pair that does not count)."""
+    """history int32 [B, L], is_before bool [B], reader float32 [B, V] where it is read, target int64 [B], and how many pairs
+    these are (none: one pair that does not count)."""
     pairs = rows.or_empty_row()
     target_B = pairs.per_candidate["target"] if len(rows) else np.zeros(1, dtype=np.int64)
     per_row = {name: torch.from_numpy(values) for name, values in pairs.per_row.items()}

@@ -43,6 +43,7 @@ from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner
 from streaming_sql.runner_report import RUNNER_FILE
 from streaming_sql.settings import StreamSettings
+from streaming_sql.short_head import troubles_of
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -132,7 +133,7 @@ class Engine:
     def troubles(self) -> list[str]:
         """What is wrong although feeds are answered; empty when nothing is."""
         if self._ticks is not None:
-            return self._ticks.troubles()
+            return self._ticks.troubles() + ([] if self.world is None else troubles_of(self.world.store.view()))
         return self.world.cluster.troubles() if self.world is not None and self.world.cluster is not None else []
 
     def accept(self, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -248,6 +249,7 @@ class Engine:
             only_reads=not leads,
             publisher=Publisher(folder, groups) if leads and cluster is None else None,
             elsewhere=cluster or self._ticks,
+            max_head_events=self.settings.features_head_events if cluster or self._ticks else None,
         )
         runner.catch_up()
         if leads:
@@ -317,9 +319,7 @@ class Engine:
                 "`host=risingwave port=4566 user=root dbname=dev`"
             )
         timeout_s = settings.features_timeout_ms / 1000
-        return Cluster(
-            dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers, settings.features_head_events
-        )
+        return Cluster(dsn, groups, timeout_s, settings.inference_threads, settings.cached_readers)
 
     @staticmethod
     def _note(world: World, user_ids: Iterable[str]) -> None:

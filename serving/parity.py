@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from serving.forward_log import FORWARD_LOG
 from streaming_sql.block_views import READER
-from streaming_sql.cluster import SHORT, STALE
+from streaming_sql.cluster import STALE
 from streaming_sql.records import to_us
+from streaming_sql.short_head import SHORT
 from warehouse.errors import HeadraceError
 from warehouse.events import TIMESTAMP
 from warehouse.features.declarations import FeatureGroup, declarations_hash, load_groups

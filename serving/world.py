@@ -19,6 +19,7 @@ from serving.showable import Showable
 from streaming_sql.assembled import Assembled
 from streaming_sql.cluster import Cluster
 from streaming_sql.online_store import OnlineStore, StoreView
+from streaming_sql.short_head import words_of
 from streaming_sql.table_store import TableStore
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -60,7 +61,10 @@ class World:
 
     def view_of(self, user_id: str) -> tuple[StoreView, list[str]]:
         """What a request of this reader reads, and what of it is degraded."""
-        return (self.store.view(), []) if self.cluster is None else self.cluster.view_of(user_id)
+        if self.cluster is not None:
+            return self.cluster.view_of(user_id)
+        view = self.store.view()
+        return view, words_of(view)
 
 
 class Trending:

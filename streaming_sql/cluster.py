@@ -29,6 +29,7 @@ from streaming_sql.postgres_reader import PostgresReader, ReaderSettings
 from streaming_sql.reader_head import ReaderHead
 from streaming_sql.runner_report import iso
 from streaming_sql.same_log import check_same_log
+from streaming_sql.short_head import troubles_of, words_of
 from streaming_sql.text_codes import TextCodes
 from streaming_sql.tick_news import TickNews
 from warehouse.errors import HeadraceError
@@ -36,7 +37,7 @@ from warehouse.features.declarations import FeatureGroup
 from warehouse.lake import Lake
 
 _LOG = logging.getLogger("headrace.stream")
-AWAY, STALE, SHORT = "risingwave_away", "reader_features_stale", "head_shortened"
+AWAY, STALE = "risingwave_away", "reader_features_stale"
 """What is said of a request: the cluster did not answer lately; the reader's own blocks are of an earlier tick, or none; events
 since the tick had no room in the head."""
 _WHOLE_GROUPS = ReaderSettings(statement_timeout_s=120.0, attempts=2)
@@ -64,12 +65,10 @@ class Cluster:
         timeout_s: float,
         connections: int,
         num_readers: int,
-        max_head_events: int = 2_000_000,
     ):
         """timeout_s: how long a request waits for a statement, which is tried again only where the connection broke before;
-        num_readers: whose blocks are kept; max_head_events: how many events the heads of all groups keep together while no tick
-        comes."""
-        self._dsn, self._groups, self._max_head_events = dsn, dict(groups), max_head_events
+        num_readers: whose blocks are kept."""
+        self._dsn, self._groups = dsn, dict(groups)
         self._of_reader = tuple(name for name, group in groups.items() if group.entity_keys[0] == READER)
         self._whole = tuple(name for name in groups if name not in self._of_reader)
         self._views = BlockViews(groups)
@@ -124,11 +123,9 @@ class Cluster:
         self._bulk.close()
 
     def take(self, closed_us: int) -> AddedBlocks | None:
-        """The store's next tick, as `Feed` asks; None where there is none up to closed_us: the heads are then held to their
-        bound, on the thread that fills them."""
+        """The store's next tick, as `Feed` asks; None where there is none up to closed_us."""
         ahead = self._ahead
         if ahead is None or ahead.tick_us > closed_us:
-            self._bound_heads()
             return None
         self._ahead = None
         return ahead
@@ -150,15 +147,9 @@ class Cluster:
         if self.is_away:
             said.append(
                 f"RisingWave has not answered for {timedelta(seconds=round(self.away_s))}: blocks stay those of "
-                f"{iso(view.tick_us)}, events since count from memory ({self.store.num_head_events():,} of "
-                f"{self._max_head_events:,} that have room)"
+                f"{iso(view.tick_us)}, events since count from memory ({self.store.num_head_events():,} of them)"
             )
-        if view.lacks_events:
-            said.append(
-                f"no tick has come since {iso(view.tick_us)}, and the oldest events since were dropped (features_head_events): "
-                "event-fresh features lack them until one comes"
-            )
-        return said
+        return said + troubles_of(view)
 
     def look(self) -> None:
         """Reads the tick, and what a new one brings to the groups that are held whole. Raises HeadraceError if it cannot."""
@@ -174,7 +165,7 @@ class Cluster:
             view = self.store.view()
             if entry.tick_us < view.tick_us and not self.is_away:
                 self._heard(lambda: self._read(entry, user_id, view.tick_us))
-            said = [AWAY] * self.is_away + [STALE] * (entry.tick_us < view.tick_us) + [SHORT] * view.lacks_events
+            said = [AWAY] * self.is_away + [STALE] * (entry.tick_us < view.tick_us) + words_of(view)
             states = {name: self._state(entry, view, name, user_id) for name in self._of_reader}
             entry.withdrawn = view.withdrawn
         return replace(view, groups={**view.groups, **states}), said
@@ -211,11 +202,6 @@ class Cluster:
             name: self._views.rows(self._bulk, name, after_us, tick_us, plans[name].keep_from_us(tick_us))
             for name in self._whole
         }
-
-    def _bound_heads(self) -> None:
-        num_dropped = self.store.drop_head_events(self._max_head_events)
-        if num_dropped:
-            _LOG.warning("%s head events dropped, the oldest: no tick has come to hold them", f"{num_dropped:,}")
 
     def _follow(self, news: TickNews) -> None:
         while not self._stopping.is_set():

@@ -4,6 +4,7 @@ takes out what was retracted.
 Deterministic: the same records in any batching lead to the same store. Knows nothing of where records come from.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,8 @@ from warehouse.errors import HeadraceError
 from warehouse.features.attributes import names_of
 from warehouse.features.declarations import FeatureGroup
 from warehouse.time_algebra import FIVE_MINUTES_US, closed_tick, newest_tick
+
+_LOG = logging.getLogger("headrace.stream")
 
 REMEMBERED = ("event_id", "event_type", "event_ts", "landed_at", "log_partition", "log_offset", "retracts")
 
@@ -61,10 +64,12 @@ class Feed:
         history: History,
         tables: AttributeTables | None = None,
         elsewhere: Ticks | None = None,
+        max_head_events: int | None = None,
     ):
         """tables: those that add to light events; without, every attribute is NULL. elsewhere: where ticks come
-        from, if not from the events that are taken; a tick then waits for it, too."""
-        self._elsewhere = elsewhere
+        from, if not from the events that are taken; a tick then waits for it, too. max_head_events: how many events the heads
+        of all groups keep together, however long no tick comes; all by default."""
+        self._elsewhere, self._max_head_events = elsewhere, max_head_events
         self.store, self.arrivals, self.retractions = store, Arrivals(), Retractions()
         self._batch, self._history = MicroBatch(groups), history
         self._tables, self._tables_tick_us = tables, -1
@@ -110,7 +115,12 @@ class Feed:
             changed = bool(retractions or admission.superseded)
             withdrawn = self._withdrawn(due_from_us) if changed else None
             self.store.advance(self.position, self._heads(staged), admission.superseded, retractions, withdrawn)
+            self._bound_heads()
         return taken
+
+    def _bound_heads(self) -> None:
+        if self._max_head_events is not None and (num_dropped := self.store.drop_head_events(self._max_head_events)):
+            _LOG.warning("%s head events dropped, the oldest: no tick has come to hold them", f"{num_dropped:,}")
 
     def move(self) -> Taken:
         """Moves the store to a tick whose blocks have come from elsewhere since the last records."""

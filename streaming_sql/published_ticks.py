@@ -1,7 +1,7 @@
 """The ticks that a leader publishes, for the store of another process on the home: layers mapped, keys and texts read once.
 
 The process reads the log itself: what no block of its tick holds is its own head. A tick counts once it is published *and* the
-process has read the log as far. Without a leader the store stays at its tick and the head grows; whoever leads next goes on.
+process has read the log as far. Without a leader the store stays at its tick, and the head grows to its bound.
 """
 
 import logging

@@ -87,14 +87,16 @@ class Runner:
         only_reads: bool = False,
         publisher: Publisher | None = None,
         elsewhere: Ticks | None = None,
+        max_head_events: int | None = None,
     ):
         """status_path: where to leave a report for `headrace stream status` about once a second; none by default.
         only_reads: it follows the log beside a runner that lands, in another process, and writes neither lake nor log.
-        publisher: what writes each tick for other processes and the next start; none by default. elsewhere: as in `Feed`."""
+        publisher: what writes each tick for other processes and the next start; none by default. elsewhere, max_head_events: of
+        `Feed`."""
         self._lake, self._log, self._clock = lake, log, clock
         self._settings, self._status_path = settings or RunnerSettings(), status_path
         self._history, tables = LakeAndLog(lake, log), LakeTables(lake, groups)
-        self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere)
+        self._feed = Feed(store, groups, (0,) * log.num_partitions, self._history, tables, elsewhere, max_head_events)
         self._only_reads, self._publisher, self._origin = only_reads, publisher, origin_of(lake) if publisher else {}
         self._its_lander = None if only_reads else Lander(lake, log, clock, self._settings.lander)
         self._stopping, self._awaited, self._ticked = threading.Event(), threading.Event(), threading.Event()

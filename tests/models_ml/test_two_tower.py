@@ -176,6 +176,22 @@ def test_a_model_saved_before_there_were_features_still_loads(reads_histories_al
     )
 
 
+def test_what_pairs_from_before_the_log_have_in_common_is_learned_apart(loaded):
+    words, reader = NoteWords.of(loaded), ReaderInputs()
+    pairs = two_tower.training_pairs(loaded, words.note_ids, SMALL, reader)
+    num_clicks = int(loaded.labels["click"][loaded.train_rows].sum())
+    assert 0 < (~pairs.is_before_B).sum() <= num_clicks  # clicks without a history are none
+    assert 0 < pairs.is_before_B.sum() <= SMALL.pairs_per_reader * len(loaded.users)
+    network, rows = TwoTowerNetwork(SMALL, words, reader, NoteContent()), two_tower.rows_of(pairs)
+    network.notes.describe(loaded.notes, words)
+    objective = TwoTowerObjective(network, torch.zeros(len(words.note_ids) + 1), 0.1)
+    for is_before in (False, True):
+        some = rows.take(np.flatnonzero(pairs.is_before_B == is_before)[:50])
+        objective.zero_grad()
+        objective(two_tower.tensors_of(some)).backward()
+        assert bool(objective.before_D.grad.any()) is is_before
+
+
 def test_it_finds_more_of_the_next_clicks_than_chance(loaded, model):
     queries = RetrievalQueries(loaded)
     # chance is 50 of at most 120 notes, a little more as the history is masked
@@ -198,7 +214,8 @@ def test_a_batch_among_many_notes_costs_its_own_notes_and_has_the_same_loss():
         network.notes.note.weight[1:] = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
         network.notes.author_of_note[1:] = 1 + torch.arange(500) % 2
     history = torch.tensor([[7, 400, 0, 0], [3, 7, 12, 0], [1, 2, 3, 4]])
-    batch = {"history": history, "target": torch.tensor([400, 9, 7]), "num_pairs": torch.tensor(3)}
+    batch = {"history": history, "target": torch.tensor([400, 9, 7]), "is_before": torch.tensor([True, False, False])}
+    batch["num_pairs"] = torch.tensor(3)
     table_CD, places_BL, place_B = network.table_of_batch(batch["history"], batch["target"])
     assert len(table_CD) == 9  # 0, 1, 2, 3, 4, 7, 9, 12, 400
     assert torch.equal(places_BL == 0, history == 0)

@@ -8,8 +8,9 @@ import psycopg
 import pytest
 
 from streaming_sql import group_state
-from streaming_sql.cluster import AWAY, SHORT, STALE, Cluster
+from streaming_sql.cluster import AWAY, STALE, Cluster
 from streaming_sql.feed import Feed
+from streaming_sql.short_head import SHORT
 from tests.parity.test_postgres_equals_duckdb import stage_on_both
 from tests.streaming_sql.generated import START_US, ListHistory, as_table, typed
 from tests.streaming_sql.postgres import Server
@@ -36,7 +37,7 @@ def tick_at(number):
 class Beside:
     """A cluster whose views know all of RECORDS and whose tick is moved, and a feed that takes them tick by tick."""
 
-    def __init__(self, dsn, groups, **settings):
+    def __init__(self, dsn, groups, max_head_events=None):
         self._dsn, self._groups = dsn, groups
         with duckdb.connect() as batch, psycopg.connect(dsn, autocommit=True) as stream:
             stage_on_both(batch, stream, as_table(RECORDS))
@@ -47,10 +48,10 @@ class Beside:
             stream.execute(WATCHED)
             stream.execute("insert into closed_tick values (to_timestamp(%s))", [tick_at(0) / 1e6])
         self.proxy = Proxy(dsn)
-        self.cluster = Cluster(self.proxy.dsn, groups, timeout_s=5.0, connections=1, num_readers=1000, **settings)
+        self.cluster = Cluster(self.proxy.dsn, groups, timeout_s=5.0, connections=1, num_readers=1000)
         self.store, history = self.cluster.open_store(lambda: (0, 0)), ListHistory()
         history.records += RECORDS
-        self._feed, self.now_us = Feed(self.store, groups, (0, 0), history, elsewhere=self.cluster), 0
+        self._feed, self.now_us = Feed(self.store, groups, (0, 0), history, None, self.cluster, max_head_events), 0
 
     def close(self):
         self.cluster.stop()
@@ -84,7 +85,7 @@ def server():
 
 @pytest.fixture
 def beside(server, groups, request):
-    """Makes one, in a database of its own, with settings of its cluster."""
+    """Makes one, in a database of its own."""
     with contextlib.ExitStack() as stack:
 
         def make(**settings):

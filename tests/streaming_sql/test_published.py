@@ -17,6 +17,7 @@ from streaming_sql.published import Publisher
 from streaming_sql.published_ticks import PublishedTicks
 from streaming_sql.restore import STORE_FOLDER, open_store
 from streaming_sql.runner import Runner, RunnerSettings
+from streaming_sql.short_head import SHORT, troubles_of, words_of
 from streaming_sql.text_codes import CodesBeside, TextCodes
 from tests.streaming_sql.generated import GROUPS, as_table
 from tests.streaming_sql.test_live_store import assert_equals_oracle, begun, deliveries, times_to_ask
@@ -107,12 +108,20 @@ def everything(world):
     return world.runner.store.view().assemble("user_activity", users, world.clock.now_us() + 1)
 
 
-def following(world):
+def following(world, max_head_events=None):
     """(the runner of another process on the world's home, the ticks that it takes)."""
     ticks = PublishedTicks(world.home.online / STORE_FOLDER, PROJECT_GROUPS)
     store = ticks.open_store(world.lake, world.log)
     runner = Runner(
-        world.lake, world.log, store, PROJECT_GROUPS, world.clock, RunnerSettings(), only_reads=True, elsewhere=ticks
+        world.lake,
+        world.log,
+        store,
+        PROJECT_GROUPS,
+        world.clock,
+        RunnerSettings(),
+        only_reads=True,
+        elsewhere=ticks,
+        max_head_events=max_head_events,
     )
     runner.catch_up()
     return runner, ticks
@@ -123,6 +132,32 @@ def clicks_of(runner, clock):
     users = [(f"u{i}",) for i in range(20)] + [("nobody",)]
     found = runner.store.view().assemble("user_activity", users, clock.now_us() + 1)
     return runner.store.tick_us, runner.store.position, np.nan_to_num(found.values, nan=-1.0).tolist(), found.sequences
+
+
+def test_without_a_leader_the_head_of_one_that_follows_keeps_the_newest_events_it_has_room_for(tmp_path):
+    world, _ = opened(tmp_path)
+    moved(world, 14)
+    world.runner.publish()
+    runner, ticks = following(world, max_head_events=60)
+    assert words_of(runner.store.view()) == troubles_of(runner.store.view()) == []
+    for number in range(100):
+        world.post({"event_id": f"alone{number}", "event_type": "click", "user_id": f"u{number % 20}"})
+        world.clock.advance_us(MINUTE_US // 10)
+        runner._feed_once(1000)
+        assert runner.store.num_head_events() <= 60
+    view = runner.store.view()
+    assert words_of(view) == [SHORT]
+    assert "the oldest events since were dropped (features_head_events)" in troubles_of(view)[0]
+    of_the_newest = view.groups["user_activity"].head.visible(("u19",), view.position, world.clock.now_us() + 1)
+    assert of_the_newest
+    world.clock.advance_us(FIVE_MINUTES_US)
+    world.log.heartbeat()
+    world.runner.step()
+    assert world.runner.publish()
+    ticks.look()
+    runner._feed_once(1000)
+    assert words_of(runner.store.view()) == []
+    assert clicks_of(runner, world.clock) == clicks_of(world.runner, world.clock)
 
 
 def test_a_process_that_follows_maps_what_a_tick_changed_and_counts_the_events_after_it(tmp_path):
