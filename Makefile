@@ -39,7 +39,8 @@ $(READY): pyproject.toml constraints.txt
 		echo "Setting up $(VENV)/ with $$("$$found" -V) (once; one to four minutes)"; \
 		"$$found" -m venv --clear $(VENV); \
 	fi
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip would do it on one core; a few files are templates and no Python
 	@if ! $(BIN)/python -c 'import lightgbm' 2>/dev/null; then \
 		$(BIN)/python -c 'import lightgbm' 2>&1 | tail -n 1 >&2 || true; \
 		echo "lightgbm does not load; it needs the OpenMP library. On Debian: apt-get install libgomp1, then again." >&2; \

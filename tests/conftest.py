@@ -10,6 +10,7 @@ DEAREST = (
     "warehouse/test_dbt_project.py",
     "parity/test_compute_equals_oracle.py",
     "parity/test_dbt_equals_oracle.py",
+    "serving/test_workers.py",
     "parity/test_http_equals_oracle.py",
     "kernels/test_kernel_ahead_of_time.py",
     "warehouse/test_plan.py",
@@ -22,7 +23,6 @@ DEAREST = (
     "streaming_sql/test_features_cli.py",
     "parity/test_table_features.py",
     "serving/test_operations.py",
-    "serving/test_workers.py",
 )
 """Files of twenty seconds or more, the longest first."""
 
