@@ -12,7 +12,8 @@ _FEW = 32
 
 
 def largest_first(value_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
-    """int64 [N]: positions of the values (float64), largest first, ties by the number (int64), smallest first."""
+    """int64 [N]: positions of the values (float64), largest first, ties by the number (int64), smallest first; NaN stands last, in
+    no order of its own."""
     order_N = np.argsort(-value_N)  # not stable, but vectorized: what is equal is put right afterwards
     _settle_ties(order_N, value_N, number_N)
     return order_N
@@ -22,7 +23,7 @@ def largest_first(value_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
 def _settle_ties(order_N, value_N, number_N):
     end = 0
     while end < len(order_N):
-        start = end
+        start, end = end, end + 1
         while end < len(order_N) and value_N[order_N[end]] == value_N[order_N[start]]:
             end += 1
         if end - start > _FEW:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from models_ml.ordering import largest_first
 from models_ml.scoring import RankingRequest
 from serving.company import Answer, Asked, Path
 from serving.hydrate import Hydrated
@@ -80,8 +81,8 @@ def mix(predictions: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> 
 
 
 def best_first(scores_C: np.ndarray, top_k: int) -> np.ndarray:
-    """Positions of the top_k scores, best first; ties keep the earlier candidate first."""
-    return np.argsort(-scores_C, kind="stable")[:top_k]
+    """Positions of the top_k scores (float64), best first; ties keep the earlier candidate first."""
+    return largest_first(scores_C, np.arange(len(scores_C)))[:top_k]
 
 
 def as_given(num_candidates: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numba import types
 
+from models_ml.ordering import largest_first
 from models_ml.vector_search import OVERFETCH, graph_of
 from warehouse.compiled import compiled, only_read
 
@@ -158,7 +159,7 @@ def largest(values_N: np.ndarray, limit: int) -> np.ndarray:
         pool = np.flatnonzero(values_N >= kth)
     else:
         pool = np.arange(len(values_N))
-    return pool[np.argsort(-values_N[pool], kind="stable")][:limit]
+    return pool[largest_first(values_N[pool].astype(np.float64), pool)][:limit]
 
 
 def _best(scores_V: np.ndarray, usable_V: np.ndarray, limit: int) -> Found:

@@ -51,3 +51,4 @@ def test_the_largest_come_first_and_ties_by_number(num_values):
     values, numbers = rng.integers(0, num_values, 2000) / 7, rng.permutation(2000)
     assert largest_first(values, numbers).tolist() == np.lexsort((numbers, -values)).tolist()
     assert largest_first(values[:0], numbers[:0]).tolist() == []
+    assert largest_first(np.array([np.nan, 1.0, np.nan, 2.0]), np.arange(4)).tolist()[:2] == [3, 1]
