@@ -12,8 +12,8 @@ _FEW = 32
 
 
 def largest_first(value_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
-    """int64 [N]: positions of the values (float64), largest first, ties by the number (int64), smallest first; NaN is last, in no
-    order of its own."""
+    """int64 [N]: positions of the values (float64), largest first, ties by the number (int64), smallest first; NaN is last, in
+    no order of its own."""
     order_N = np.argsort(-value_N)  # not stable, but vectorized: what is equal is put right afterwards
     _settle_ties(order_N, value_N, number_N)
     return order_N
