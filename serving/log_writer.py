@@ -30,7 +30,8 @@ _ROWS, _FORGET, _WRITE = b"R", b"F", b"W"
 """Kinds of messages: rows (their size and an Arrow record batch), forget all rows so far, write them (the batch's number)."""
 _SIZE = struct.Struct(">Q")
 _DONE = b"written\n"
-_NICE = 19
+_NICE = 10
+"""Not lower: it holds the catalogue's lock at times, for which others wait."""
 _ENDS_WITHIN_S = 30.0
 _PIPE_BYTES = 1 << 20
 
@@ -117,7 +118,7 @@ class LogWriter:
 
 def main() -> None:
     """Writes what comes on stdin until its end. Arguments: the home, the lock."""
-    stand_back()
+    os.nice(_NICE)
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal sends it to all; the server ends this by closing the pipe
         signal.signal(stop, signal.SIG_IGN)
     home, lock = Home(Path(sys.argv[1])), Path(sys.argv[2])
@@ -134,14 +135,6 @@ def main() -> None:
             answers.write(answer)
             del table
             pa.default_memory_pool().release_unused()  # a batch is as large as all else together
-
-
-def stand_back() -> None:
-    """This process gets what no other wants of the processors: on Linux not even the turns that the lowest priority has, as
-    one that ends a turn too late is late for a reader."""
-    os.nice(_NICE)
-    with contextlib.suppress(OSError, AttributeError):  # not allowed here, or not Linux
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def batches(source: IO[bytes]) -> Iterator[tuple[uuid.UUID, pa.Table]]:

@@ -12,6 +12,7 @@ import pytest
 
 from serving.parity import check_parity
 from tests.end_to_end.stopping import leaves_nothing_behind
+from tests.serving.hand_made import free_port
 from warehouse.home import REPOSITORY, Home
 from warehouse.lake import Lake
 
@@ -29,11 +30,6 @@ def demo(home: Path, *words: str, **environment: str) -> subprocess.CompletedPro
         timeout=600,
         check=False,
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

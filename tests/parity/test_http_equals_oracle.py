@@ -73,24 +73,27 @@ def serving(home, started_us):
         "HEADRACE_CLOCK": f"{iso(started_us)}@60",
         "OMP_NUM_THREADS": "1",
     }
-    port = free_port()
-    process = forked.started(SERVE, "--port", str(port), cwd=REPOSITORY, environment=environment)
+    port, said = free_port(), home.path / "server.log"
+    said.touch()
+    process = forked.started(
+        SERVE, "--port", str(port), cwd=REPOSITORY, environment=environment, printed=(str(said), str(said))
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            until_ready(client, process)
+            until_ready(client, process, said)
             yield client, process
     finally:
         process.kill()
         process.join()
 
 
-def until_ready(client, process):
+def until_ready(client, process, said):
     deadline = time.monotonic() + 120
     while True:
         with contextlib.suppress(httpx.TransportError):
             if client.get("/readyz").status_code == 200:
                 return
-        assert process.is_alive()
+        assert process.is_alive(), said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -4,6 +4,7 @@ real uvicorn server on a free port."""
 import contextlib
 import dataclasses
 import json
+import secrets
 import socket
 import threading
 import time
@@ -152,8 +153,10 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """One that nobody has, and that the kernel gives to no outgoing connection: a server may take seconds to come for it."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 20_000 + secrets.randbelow(12_000))) as probe:
+            return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

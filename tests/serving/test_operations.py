@@ -150,8 +150,7 @@ def test_what_was_acknowledged_is_there_after_a_restart(small_home):
             "HEADRACE_CLOCK": started_at,
             "OMP_NUM_THREADS": "1",
         }
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "headrace.cli", "serve", "--port", str(port)]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:

@@ -87,9 +87,13 @@ def test_places_that_are_kept_and_what_was_kept_from_before_are_shown(server, re
     kept = "[...document.querySelectorAll('#feed tbody tr')].map((row) => row.querySelector('.slot')?.textContent ?? '')"
     assert page.run(kept) == ["", "", "cold start"] + 17 * [""]
     assert "cold start, propensity 1" in page.run("document.querySelector('#note').innerText")
-    page.run("document.querySelector('#controls').requestSubmit()")
-    page.until("document.querySelector('#cached')")
-    assert page.run("document.querySelector('#cached').innerText") == "kept from before: user, candidates, l1"
+    everything = "document.querySelector('#cached')?.innerText === 'kept from before: user, candidates, l1'"
+    for _ in range(3):  # what a slow machine had no time to find is not kept
+        page.run("document.querySelector('#controls').requestSubmit()")
+        page.until("document.querySelector('#cached')")
+        if page.run(everything):
+            break
+    page.until(everything)
 
 
 @needs_chromium
