@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from models_ml.scoring import columns_of
 from serving.cache import Same
 from serving.catalogue import REQUEST_FEATURES, Catalogue
 from streaming_sql.assembled import Assembled, can_be_assembled
@@ -40,7 +41,7 @@ class UserFeatures:
 
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float64 [len(names)], in the order asked for; NaN for NULL."""
-        return self.values_F[_columns(self.names, tuple(names))]
+        return self.values_F[columns_of(self.names, tuple(names))]
 
     def as_dict(self) -> dict[str, float | None]:
         return _nullable(self.names, self.values_F)
@@ -297,12 +298,6 @@ def _columns_of_parts(have: tuple[tuple[str, ...], ...], want: tuple[str, ...]) 
         wanted[part].append((have[part].index(name), place))
     columns = [np.array(pairs, dtype=np.int64).reshape(-1, 2).T for pairs in wanted]
     return tuple((of_part[0].copy(), of_part[1].copy()) for of_part in columns)
-
-
-@lru_cache(maxsize=64)
-def _columns(have: tuple[str, ...], want: tuple[str, ...]) -> np.ndarray:
-    place = {name: column for column, name in enumerate(have)}
-    return np.array([place[name] for name in want], dtype=np.int64)
 
 
 def _nullable(names: tuple[str, ...], values_F: np.ndarray) -> dict[str, float | None]:
