@@ -116,8 +116,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name in ("model", "head") else "right")
         for model in ("l2", "l1", "floor"):
             for head, values in report["ranking"].get(model, {}).items():
-                low, high = values["auc_low"], values["auc_high"]
-                interval = "–" if low is None else f"±{(high - low) / 2:.4f}"  # both ends are in the report
+                interval = tables.half_width("auc", values)  # both ends are in the report
                 others = (tables.number(values[name]) for name in ("nce", "log_loss", f"ndcg@{NDCG_AT}", "ece"))
                 table.add_row(model, head, tables.number(values["auc"]), interval, *others)
         console.print(table)

@@ -15,7 +15,8 @@ def retrieval(recalls: Mapping[str, Mapping[str, float | None]]) -> Table:
     for name in ("generator", *(f"recall@{k}" for k in RECALL_AT)):
         table.add_column(name, justify="left" if name == "generator" else "right")
     for generator, values in recalls.items():
-        table.add_row(generator, *(with_interval(f"recall@{k}", values) for k in RECALL_AT))
+        names = [f"recall@{k}" for k in RECALL_AT]
+        table.add_row(generator, *(f"{number(values[name])} {half_width(name, values)}" for name in names))
     return table
 
 
@@ -37,6 +38,12 @@ def with_interval(metric: str, values: Mapping[str, float | None]) -> str:
         return number(None)
     has_interval = low is not None and high is not None and math.isfinite(low)
     return number(value) + (f" ({low:.4f} to {high:.4f})" if has_interval else "")
+
+
+def half_width(metric: str, values: Mapping[str, float | None]) -> str:
+    """Half of the interval, where a line has no room for both ends."""
+    low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
+    return "–" if low is None or high is None else f"±{(high - low) / 2:.4f}"
 
 
 def number(value: float | None, form: str = ".4f") -> str:
