@@ -81,6 +81,26 @@ FORWARD_LOG_SCHEMA = pa.schema(
 )
 
 
+_CODED_TEXT = pa.dictionary(pa.int32(), pa.string())
+
+
+def _coded(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string(kind):
+        return _CODED_TEXT
+    if pa.types.is_map(kind):
+        return pa.map_(_coded(kind.key_type), kind.item_type)
+    return pa.list_(_coded(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+_CODED_FIELDS = {"note_id", "author_id", "sources", "features", "predictions"}
+CODED_CANDIDATE = pa.struct([one.with_type(_coded(one.type)) if one.name in _CODED_FIELDS else one for one in CANDIDATE])
+CODED_SCHEMA = FORWARD_LOG_SCHEMA.set(
+    FORWARD_LOG_SCHEMA.get_field_index("candidates"), pa.field("candidates", pa.list_(CODED_CANDIDATE), nullable=False)
+)
+"""FORWARD_LOG_SCHEMA where texts that come with every request are numbers into a list of them: how rows are kept and sent until
+they are written. A third of the bytes, and the texts are looked up by the process that writes."""
+
+
 def rows_to_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows as `Served.as_row` gives them (dicts for maps, microseconds for instants) in FORWARD_LOG_SCHEMA."""
     return pa.Table.from_pylist([_with_pairs(row) for row in rows], schema=FORWARD_LOG_SCHEMA)
@@ -116,11 +136,12 @@ def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[
 def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None = None) -> None:
     """Appends the rows, unless a batch of this number was: whoever wrote it may have died before it could say so.
 
-    lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its work."""
+    table: in CODED_SCHEMA or FORWARD_LOG_SCHEMA. lock: a file that processes which write the same table take turns by, as two
+    commits at once cost one of them its work."""
     with in_turn(lock) if lock else nullcontext():
         snapshots = lake.table(FORWARD_LOG).metadata.snapshots
         if not any(one.summary is not None and one.summary.get(BATCH) == str(batch) for one in reversed(snapshots)):
-            lake.append(FORWARD_LOG, table, {BATCH: str(batch)})
+            lake.append(FORWARD_LOG, table.cast(FORWARD_LOG_SCHEMA), {BATCH: str(batch)})
 
 
 class Elsewhere(Protocol):
@@ -150,7 +171,7 @@ class ForwardLog(Generic[Item]):
         lock: Path | None = None,
         elsewhere: Elsewhere | None = None,
     ):
-        """make: rows in FORWARD_LOG_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`.
+        """make: rows in CODED_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`.
         Without `elsewhere` a batch is written here, and so is the last one, as nothing is disturbed then."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
         self._make_table, self._lock, self._elsewhere = make, lock, elsewhere

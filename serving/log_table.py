@@ -1,5 +1,6 @@
 """Served requests as rows of `lake.forward_log`, built by columns, many requests at once: what `rows_to_table` gives of each
-`as_row()`, in a fraction of the time, as a request has thousands of candidates.
+`as_row()`, in a fraction of the time, as a request has thousands of candidates. Texts that repeat stay numbers until they are
+written.
 
 Shape letters: R requests, C candidates of all of them, L of those logged with features, F features, G generators, T heads.
 """
@@ -12,15 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from serving.forward_log import CANDIDATE, FORWARD_LOG_SCHEMA, rows_to_table
+from serving.forward_log import CODED_CANDIDATE, CODED_SCHEMA, rows_to_table
 from serving.served import Served
 from warehouse.compiled import compiled
 
-_CANDIDATES = FORWARD_LOG_SCHEMA.get_field_index("candidates")
+_CANDIDATES = CODED_SCHEMA.get_field_index("candidates")
 
 
 def as_table(requests: Sequence[Served]) -> pa.Table:
-    """Their rows in FORWARD_LOG_SCHEMA, in this order."""
+    """Their rows in CODED_SCHEMA, in this order."""
     return pa.concat_tables([_of_alike(list(some)) for _, some in groupby(requests, _kind)])
 
 
@@ -41,20 +42,20 @@ def _of_alike(requests: list[Served]) -> pa.Table:
     head = rows_to_table([{**served.head(), "candidates": []} for served in requests])
     start_R = np.concatenate([[0], np.cumsum([len(served.candidates) for served in requests])])
     candidates = pa.ListArray.from_arrays(pa.array(start_R, pa.int32()), _candidates(requests, start_R))
-    return head.set_column(_CANDIDATES, FORWARD_LOG_SCHEMA.field(_CANDIDATES), candidates)
+    return head.set_column(_CANDIDATES, CODED_SCHEMA.field(_CANDIDATES), candidates)
 
 
 def _candidates(requests: list[Served], start_R: np.ndarray) -> pa.StructArray:
     """[C], each as `Served.as_row` tells it."""
     first, C = requests[0], int(start_R[-1])
-    row_C = pa.array(np.concatenate([served.candidates.row_C for served in requests]))
+    row_C, catalogue = np.concatenate([served.candidates.row_C for served in requests]), first.candidates.catalogue
     logged_L = np.concatenate([start + served.logged for start, served in zip(start_R, requests, strict=False)])
     is_logged_C = np.zeros(C, dtype=bool)
     is_logged_C[logged_L] = True
     columns = {
         **_of_page(requests, start_R),
-        "note_id": first.candidates.catalogue.note_id_column.take(row_C),
-        "author_id": first.candidates.catalogue.author_id_column.take(row_C),
+        "note_id": _coded(row_C, catalogue.note_id_column),
+        "author_id": _coded(row_C, catalogue.author_id_column),
         "sources": _sources(first.candidates.generators, np.concatenate([one.candidates.share_CG for one in requests])),
         "recall_score": _nullable(np.concatenate([served.candidates.recall_score_C for served in requests])),
         "l1_score": _nullable(np.concatenate([served.l1_score_C for served in requests])),
@@ -64,7 +65,7 @@ def _candidates(requests: list[Served], start_R: np.ndarray) -> pa.StructArray:
         "sequences": _of_logged(requests, "sequences", logged_L, is_logged_C),
         "maps": _of_logged(requests, "maps", logged_L, is_logged_C),
     }
-    return pa.StructArray.from_arrays([columns[field.name] for field in CANDIDATE], fields=list(CANDIDATE))
+    return pa.StructArray.from_arrays([columns[field.name] for field in CODED_CANDIDATE], fields=list(CODED_CANDIDATE))
 
 
 def _of_page(requests: list[Served], start_R: np.ndarray) -> dict[str, pa.Array]:
@@ -101,8 +102,7 @@ def _texts(texts: list[str], is_there_C: np.ndarray) -> pa.Array:
 
 def _sources(generators: Sequence[str], share_CG: np.ndarray) -> pa.ListArray:
     offsets, places = ordered_shares(np.ascontiguousarray(share_CG, dtype=np.float64))
-    names = pa.array(generators, pa.string()).take(pa.array(places))
-    return pa.ListArray.from_arrays(pa.array(offsets), names)
+    return pa.ListArray.from_arrays(pa.array(offsets), _coded(places, _texts_of(tuple(generators))))
 
 
 @compiled("Tuple((i4[::1], i4[::1]))(f8[:, ::1])")
@@ -135,25 +135,23 @@ def _features(requests: list[Served], is_logged_C: np.ndarray) -> pa.MapArray:
 
 def _predictions(requests: list[Served], C: int) -> pa.MapArray:
     heads = list(requests[0].predictions)
-    value_CT, start = np.empty((C, len(heads))), 0
-    for served in requests:
-        for place, head in enumerate(heads):
-            value_CT[start : start + len(served.candidates), place] = served.predictions[head]
-        start += len(served.candidates)
-    has_CT = np.isfinite(value_CT)
-    number_C = has_CT @ np.ones(len(heads), dtype=np.int64)
+    value_TC = np.empty((len(heads), C))
+    for value_C, head in zip(value_TC, heads, strict=True):
+        np.concatenate([served.predictions[head] for served in requests], out=value_C)
+    has_TC = np.isfinite(value_TC)
+    number_C = has_TC.sum(axis=0)
     if ((number_C == 0) | (number_C == len(heads))).all():  # L2 scores a candidate by all heads or by none
-        is_scored_C = number_C > 0
-        values, keys = value_CT[is_scored_C].ravel(), _repeated(heads, int(is_scored_C.sum()) if heads else 0)
+        scored = np.flatnonzero(number_C)
+        values, keys = value_TC[:, scored].T.ravel(), _repeated(heads, len(scored))
     else:
-        head_CT = np.broadcast_to(np.arange(len(heads)), value_CT.shape)
-        values, keys = value_CT[has_CT], pa.array(heads, pa.string()).take(pa.array(head_CT[has_CT]))
+        head_TC = np.broadcast_to(np.arange(len(heads))[:, None], value_TC.shape)
+        values, keys = value_TC.T[has_TC.T], _coded(head_TC.T[has_TC.T], _texts_of(tuple(heads)))
     return _maps("predictions", number_C, keys, pa.array(values))
 
 
 def _of_logged(requests: list[Served], name: str, logged_L: np.ndarray, is_logged_C: np.ndarray) -> pa.MapArray:
     """The sequences or maps of the logged candidates, null for the others."""
-    kind = CANDIDATE.field(name).type
+    kind = CODED_CANDIDATE.field(name).type
     columns_R: list[Mapping[str, list[Any]]] = [getattr(served.logged_features, name) for served in requests]
     if not columns_R[0]:
         nothing = pa.array([], kind.key_type), pa.array([], kind.item_type)
@@ -170,20 +168,25 @@ def _maps(
     name: str, sizes_C: np.ndarray, keys: pa.Array, values: pa.Array, is_there_C: np.ndarray | None = None
 ) -> pa.MapArray:
     """A column of maps of these sizes, null where there is none."""
-    kind = CANDIDATE.field(name).type
+    kind = CODED_CANDIDATE.field(name).type
     entries = pa.StructArray.from_arrays([keys, values], fields=[kind.key_field, kind.item_field])
     validity = None if is_there_C is None else _bits(is_there_C)
     return pa.Array.from_buffers(kind, len(sizes_C), [validity, _offsets(sizes_C)], children=[entries])
 
 
-def _repeated(names: Sequence[str], times: int) -> pa.Array:
-    """The names, over and over: a part of what was made once."""
-    return _tiled(tuple(names), 1 << max(times - 1, 0).bit_length()).slice(0, len(names) * times)
+def _repeated(names: Sequence[str], times: int) -> pa.DictionaryArray:
+    """The names, over and over."""
+    return _coded(np.tile(np.arange(len(names)), times), _texts_of(tuple(names)))
+
+
+def _coded(codes: np.ndarray, texts: pa.Array) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), texts)
 
 
 @lru_cache(maxsize=32)
-def _tiled(names: tuple[str, ...], times: int) -> pa.Array:
-    return pa.array(names, pa.string()).take(pa.array(np.tile(np.arange(len(names)), times)))
+def _texts_of(names: tuple[str, ...]) -> pa.Array:
+    """The same array each time, which is sent once."""
+    return pa.array(names, pa.string())
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

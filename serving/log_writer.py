@@ -3,16 +3,16 @@
 Encoding Parquet and committing is half a second of work every ten seconds. Beside requests it would hold their interpreter and
 their core; in a process of its own, at a low priority, it takes what they leave.
 
-Rows are sent as they are made, so that what a write sends is little: tens of megabytes at once would take from requests what
-the process was made to leave them. Each write has the number of its batch, and is answered by a line. Whichever side dies, the
-other sees the pipe's end. A batch is written whole or not at all, and one that is sent again under its number is written once.
+What is sent is a stream of Arrow record batches, in which a list of texts goes once however many rows are made of it. Rows go
+as they are made, so that what a write sends is little: tens of megabytes at once would take from requests what the process was
+made to leave them. Each write has the number of its batch, and is answered by a line. Whichever side dies, the other sees the
+pipe's end. A batch is written whole or not at all, and one that is sent again under its number is written once.
 """
 
 import contextlib
 import fcntl
 import os
 import signal
-import struct
 import subprocess
 import sys
 import uuid
@@ -22,13 +22,12 @@ from typing import IO
 
 import pyarrow as pa
 
-from serving.forward_log import FORWARD_LOG_SCHEMA, write_once
+from serving.forward_log import CODED_SCHEMA, write_once
 from warehouse.home import Home
 from warehouse.lake import Lake
 
-_ROWS, _FORGET, _WRITE = b"R", b"F", b"W"
-"""Kinds of messages: rows (their size and an Arrow record batch), forget all rows so far, write them (the batch's number)."""
-_SIZE = struct.Struct(">Q")
+_FORGET, _WRITE = b"forget", b"write"
+"""What a record batch without rows says of those so far: to forget them, or to write them under this number."""
 _DONE = b"written\n"
 _NICE = 10
 """Not lower: it holds the catalogue's lock at times, for which others wait."""
@@ -42,6 +41,7 @@ class LogWriter:
     def __init__(self, home: Home, lock: Path):
         self._command = [sys.executable, "-m", "serving.log_writer", str(home.path), str(lock)]
         self._process: subprocess.Popen[bytes] | None = None
+        self._stream: pa.RecordBatchStreamWriter | None = None
         self._sent: list[pa.Table] = []
         """What the process holds, to be written."""
 
@@ -61,12 +61,12 @@ class LogWriter:
         """Returns once the rows are in the lake. Raises OSError if they could not be written, or nobody can say whether."""
         try:
             if len(self._sent) > len(tables) or any(sent is not table for sent, table in zip(self._sent, tables, strict=False)):
-                self._pipe().write(_FORGET)
+                self._say({_FORGET: b""}, self._sent[-1])
                 self._sent = []
             for table in tables[len(self._sent) :]:
                 self._send(table)
             self._sent = []
-            self._pipe().write(_WRITE + batch.bytes)
+            self._say({_WRITE: batch.bytes}, tables[-1])
             self._pipe().flush()
             assert self._process is not None
             assert self._process.stdout is not None
@@ -81,7 +81,7 @@ class LogWriter:
 
     def close(self) -> None:
         """Ends the process, once it has written what it was told to."""
-        process, self._process, self._sent = self._process, None, []
+        process, self._process, self._stream, self._sent = self._process, None, None, []
         if process is None:
             return
         assert process.stdin is not None
@@ -96,12 +96,17 @@ class LogWriter:
         process.stdout.close()
 
     def _send(self, rows: pa.Table) -> None:
-        pipe = self._pipe()
         for part in rows.to_batches():
-            message = part.serialize()
-            pipe.write(_ROWS + _SIZE.pack(message.size))
-            pipe.write(message)
+            self._opened().write_batch(part)
         self._sent.append(rows)
+
+    def _say(self, what: dict[bytes, bytes], beside: pa.Table) -> None:
+        """beside: rows whose lists of texts the stream knows, so that none is sent."""
+        self._opened().write_batch(beside.to_batches()[-1].slice(0, 0), custom_metadata=what)
+
+    def _opened(self) -> pa.RecordBatchStreamWriter:
+        stream = self._stream = self._stream or pa.ipc.new_stream(self._pipe(), CODED_SCHEMA)
+        return stream
 
     def _pipe(self) -> IO[bytes]:
         process = self._process = self._process or self._started()
@@ -138,34 +143,24 @@ def main() -> None:
 
 
 def batches(source: IO[bytes]) -> Iterator[tuple[uuid.UUID, pa.Table]]:
-    """What is to be written, each batch with its number, until the source ends."""
+    """What is to be written, each batch with its number, until the source ends or, its server killed, breaks off."""
     parts: list[pa.RecordBatch] = []
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):
+        stream = pa.ipc.open_stream(source)
         while True:
-            kind = _exactly(source, 1)
-            if kind == _ROWS:
-                (size,) = _SIZE.unpack(_exactly(source, _SIZE.size))
-                parts.append(pa.ipc.read_record_batch(pa.py_buffer(_exactly(source, size)), FORWARD_LOG_SCHEMA))
-            elif kind == _FORGET:
+            part, said = stream.read_next_batch_with_custom_metadata()
+            if said is None:
+                parts.append(part)
+            elif _FORGET in said:
                 parts.clear()
-            elif kind == _WRITE:
-                yield uuid.UUID(bytes=_exactly(source, 16)), pa.Table.from_batches(_taken(parts), FORWARD_LOG_SCHEMA)
             else:
-                raise ValueError(f"no message starts with {kind!r}")
+                yield uuid.UUID(bytes=said[_WRITE]), pa.Table.from_batches(_taken(parts), CODED_SCHEMA)
 
 
 def _taken(parts: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
     taken = list(parts)
     parts.clear()
     return taken
-
-
-def _exactly(source: IO[bytes], size: int) -> bytes:
-    """Raises EOFError at the end, and where it comes too early, as of a server that was killed while it sent."""
-    found = source.read(size)
-    if len(found) < size:
-        raise EOFError
-    return found
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@ import dataclasses
 import io
 import os
 import signal
-import struct
 import threading
 import time
 import uuid
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from serving.forward_log import FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
+from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
 from serving.hydrate import CandidateFeatures
 from serving.log_table import as_table, ordered_shares
 from serving.log_writer import LogWriter, batches
@@ -80,7 +79,7 @@ def lake(tmp_path):
 
 
 def table(request_id="r1", **changes):
-    return rows_to_table([row(request_id) | changes])
+    return rows_to_table([row(request_id) | changes]).cast(CODED_SCHEMA)
 
 
 def made(makers):
@@ -279,14 +278,22 @@ def test_a_batch_that_was_written_before_its_writer_died_is_not_written_again(la
 
 
 def test_what_breaks_off_is_not_written():
-    part = table().to_batches()[0].serialize().to_pybytes()
-    rows, batch = b"R" + struct.pack(">Q", len(part)) + part, uuid.uuid4()
-    whole = rows + b"W" + batch.bytes
-    (found,) = list(batches(io.BytesIO(whole + whole[:-1])))
-    assert (found[0], found[1].to_pylist()) == (batch, table().to_pylist())
-    (found,) = list(batches(io.BytesIO(rows + b"F" + whole)))
-    assert found[1].num_rows == 1
-    assert list(batches(io.BytesIO(rows[:-1]))) == list(batches(io.BytesIO())) == []
+    part, number = table().to_batches()[0], uuid.uuid4()
+
+    def sent(*said: dict[bytes, bytes] | None) -> bytes:
+        stream = io.BytesIO()
+        writer = pa.ipc.new_stream(stream, CODED_SCHEMA)  # not closed, as by a server that was killed
+        for one in said:
+            writer.write_batch(part if one is None else part.slice(0, 0), custom_metadata=one)
+        return stream.getvalue()
+
+    write = {b"write": number.bytes}
+    ((found, rows),) = list(batches(io.BytesIO(sent(None, write, None, write)[:-1])))
+    assert (found, rows.to_pylist()) == (number, table().to_pylist())
+    ((_, rows),) = list(batches(io.BytesIO(sent(None, {b"forget": b""}, None, write))))
+    assert rows.num_rows == 1
+    for broken in (sent(None), sent(None)[:-1], sent(), b""):
+        assert list(batches(io.BytesIO(broken))) == []
 
 
 def test_generators_are_told_by_what_each_added():
@@ -321,5 +328,5 @@ def test_requests_by_columns_are_the_requests_by_rows(server, readers):
     )
     by_columns = as_table(parts)
     by_columns.validate(full=True)
-    assert by_columns.schema == FORWARD_LOG_SCHEMA
+    assert by_columns.schema == CODED_SCHEMA
     assert by_columns.to_pylist() == rows_to_table([part.as_row() for part in parts]).to_pylist()
