@@ -237,23 +237,34 @@ class Shards:
 
 
 def told(where: str | Path) -> str:
-    """The place as a person is told of it: a URL without its keys, which stand before an @ or behind a question mark."""
+    """The place as a person is told of it: a URL without its keys, which stand before the last @ or behind a question mark. (A
+    secret may hold a slash, although it must not.)"""
     scheme, sep, rest = str(where).partition("://")
-    if not sep:
-        return scheme
-    server, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if sep else scheme
 
 
 def _opened(url: str) -> tuple[fs.FileSystem, str]:
     try:
         try:
             files, root = fs.FileSystem.from_uri(url)
-        except pa.ArrowInvalid:
+        except pa.ArrowInvalid as error:
+            if "Unrecognized filesystem type" not in str(error):
+                raise
             files, root = fs.FileSystem.from_uri(f"fsspec+{url}")
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise HeadraceError(f"{told(url)} cannot be opened: {error}") from error
+        reason = _without_keys(str(error), url)
+        raise HeadraceError(f"{told(url)} cannot be opened: {reason}") from None  # which would be printed whole
     return files, root.rstrip("/")
+
+
+def _without_keys(text: str, url: str) -> str:
+    """What a library says of a URL, and may quote it."""
+    before_query, _, query = url.partition("://")[2].partition("?")
+    keys = before_query.rpartition("@")[0]
+    text = text.replace(url, told(url))
+    for secret in (keys, keys.partition(":")[2], query):
+        text = text.replace(secret, "...") if secret else text
+    return text
 
 
 @contextlib.contextmanager

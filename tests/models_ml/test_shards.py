@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from models_ml import examples, request_rows
 from models_ml.configuration import Configs
 from models_ml.registry import Registry
 from models_ml.request_rows import RequestRows
-from models_ml.shards import Cache, Shard, Shards
+from models_ml.shards import Cache, Shard, Shards, told
 from models_ml.train import Options, train
 from models_ml.trainer.settings import TrainerSettings
 from warehouse.errors import HeadraceError
@@ -263,3 +264,21 @@ def test_an_export_at_a_url_is_the_one_in_the_folder(loaded, export, tmp_path, m
     assert {entry.stem for entry in (tmp_path / "home" / "cache").glob("*.parquet")} == of_dimensions
     with pytest.raises(HeadraceError, match="what://x cannot be opened"):
         examples.load("what://key:secret@x?more", Cache(tmp_path / "cache", 10 * MB))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:sEcr/et@bucket/rows",  # its slash should have been %2F
+        "s3://key:sEcr et@bucket/rows",
+        "s3://key:sEcret@bucket/rows?what=sEcret",
+        "s3://key:sEcret@bucket/rows?scheme=sEcret",
+        "what://key:sEcret@x?token=sEcret",
+    ],
+)
+def test_what_is_said_of_a_url_holds_no_secret(url):
+    with pytest.raises(HeadraceError, match=r"cannot be opened: .+") as failed:
+        Shards(url)
+    assert "sEcr" not in "".join(traceback.format_exception(failed.value))
+    assert str(failed.value).startswith(f"{told(url)} cannot")
+    assert "Install" not in str(failed.value)
