@@ -3,13 +3,16 @@
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import logs
@@ -64,6 +67,29 @@ def install_error_bodies(app: FastAPI) -> None:
     @app.exception_handler(HeadraceError)
     async def _mendable(request: Request, error: HeadraceError) -> Response:
         return problem(503, str(error))
+
+
+class PlainRoute(APIRoute):
+    """Of an endpoint that takes a body and the request and nothing else, and answers with a response: what is right is read
+    at once from its JSON, a third of what the framework takes, which says of the rest what is wrong."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        in_full, endpoint = super().get_route_handler(), self.endpoint
+        assert self.body_field is not None
+        model = self.body_field.field_info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+
+        async def handler(request: Request) -> Response:
+            if request.headers.get("content-type") != "application/json":
+                return await in_full(request)
+            try:
+                body = model.model_validate_json(await request.body())
+            except (ClientDisconnect, ValidationError):
+                return await in_full(request)
+            return await endpoint(body, request)
+
+        return handler
 
 
 class Edge:

@@ -11,7 +11,7 @@ from serving import answers, cascade, wire
 from serving.budget import Budget
 from serving.explain import row_in_lake
 from serving.feed import feed_answer, said_by
-from serving.http import json_response
+from serving.http import PlainRoute, json_response
 from serving.metrics import Metrics
 from serving.running import computed, engine_of, world_of
 from serving.workers import handed_on, row_of_peers
@@ -21,12 +21,20 @@ Ranked = TypeVar("Ranked")
 
 
 def add_cascade(app: FastAPI, metrics: Metrics) -> None:
-    @app.post("/v1/feed", response_model=wire.FeedResponse, tags=["feed"])
     async def feed(body: wire.FeedRequest, request: Request) -> Response:
         """A page of notes for one reader. A reader never met gets what is trending and fresh."""
         budget = Budget.of_ms(body.deadline_ms or world_of(app).settings.deadline_ms)
         answer = await handed_on(app, metrics, await request.body(), budget)
         return Response(answer or await feed_answer(app, metrics, body, budget), media_type="application/json")
+
+    app.router.add_api_route(
+        "/v1/feed",
+        feed,
+        methods=["POST"],
+        response_model=wire.FeedResponse,
+        tags=["feed"],
+        route_class_override=PlainRoute,
+    )
 
     @app.post("/v1/retrieve", response_model=list[wire.RetrievedNote], tags=["stages"])
     async def retrieve(body: wire.RetrieveRequest) -> Response:

@@ -5,6 +5,8 @@ import json
 import httpx
 import pytest
 
+from serving.wire import FeedRequest
+
 FEED, L1, L2, RETRIEVE, EVENTS = "/v1/feed", "/v1/rank/l1", "/v1/rank/l2", "/v1/retrieve", "/v1/events"
 CLICK = {"eventId": "bad-1", "eventType": "click", "userId": "u1", "noteId": "n1"}
 MANY = [{"noteId": f"x{n}"} for n in range(10_001)]
@@ -49,6 +51,36 @@ def test_a_bad_body_is_refused_with_what_would_be_right(server, path, body, stat
     assert answer.status_code == status, answer.text
     assert said in answer.json()["detail"]
     assert len(answer.text) < 5000
+
+
+READ_AT_ONCE = [
+    b'{"userId": "u1", "context": {"a": 12345678901234567890123, "b": 1e999, "c": -0.0, "d": true, "e": [null, {}], "f": NaN}}',
+    b'{"userId": "u1", "userId": "u2", "limit": 5.0, "deadlineMs": 7}',
+    b' {"userId": "\\u00e9\\ud83d\\ude00", "context": {"surface": null, "geohash": "u0yjj"}, "deadlineMs": 0.1e2}\n',
+    b'{"userId": "u1", "deadlineMs": 123.45678901234567, "context": {"a": 0.1, "b": 5e-324, "c": 1.7976931348623157e308}}',
+]
+LEFT_TO_THE_FRAMEWORK = [
+    b"\xef\xbb\xbf{}",
+    '{"userId": "u1"}'.encode("utf-16"),
+    b'{"userId": "\\ud800"}',
+    b'{"userId": "u1"} 5',
+    b"{'userId': 1}",
+]
+
+
+@pytest.mark.parametrize("body", READ_AT_ONCE)
+def test_what_is_read_at_once_is_what_the_framework_reads(body):
+    at_once = FeedRequest.model_validate_json(body)
+    assert repr(at_once) == repr(FeedRequest.model_validate(json.loads(body)))
+
+
+@pytest.mark.parametrize("body", [*READ_AT_ONCE, *LEFT_TO_THE_FRAMEWORK])
+def test_a_feed_is_answered_alike_whichever_way_it_is_read(server, body):
+    ways = "application/json", "application/json; charset=utf-8"
+    one, other = (server.client.post(FEED, content=body, headers={"Content-Type": way}) for way in ways)
+    assert one.status_code == other.status_code
+    assert one.json().get("errors") == other.json().get("errors")
+    assert len(one.json().get("notes", ())) == len(other.json().get("notes", ()))
 
 
 RAW = [
