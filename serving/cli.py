@@ -61,7 +61,12 @@ def _serve(words: list[str]) -> int:
 
     app = create_app(home, settings=settings, on_failure=stop)
     config = uvicorn.Config(
-        app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
     )
     server = uvicorn.Server(config)
     _announce(arguments)
@@ -86,6 +91,7 @@ def _serve_with_workers(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         log_level="warning",
+        access_log=False,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
     )
     # a socket for each, among which the kernel spreads connections; of one that they share, whoever wakes first takes them all
