@@ -29,9 +29,9 @@ async def feed_answer(app: FastAPI, metrics: Metrics, body: wire.FeedRequest, bu
     served = await computed_in_company(app, metrics, path)
     engine_of(app).remember(served)
     for stage, ms in served.steps.timings_ms.items():
-        metrics.stage.labels(stage).observe(ms / 1000)
+        metrics.stage(stage).observe(ms / 1000)
     for what in served.steps.degraded:
-        metrics.degraded.labels(what).inc()
+        metrics.degraded(what).inc()
     metrics.candidates.observe(len(served.candidates))
     return orjson.dumps(answers.feed_answer(served, world.catalogue))
 

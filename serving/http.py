@@ -127,9 +127,9 @@ class Edge:
                 await self.app(scope, counted_receive, watched_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.requests(route, str(status)).inc()
             took_s = time.perf_counter() - started
-            self.metrics.latency.labels(route).observe(took_s)
+            self.metrics.latency(route).observe(took_s)
             if logs.access.isEnabledFor(logging.INFO):
                 logs.access.info(
                     "answered", extra={"fields": {"route": route, "status": status, "ms": round(took_s * 1000, 2)}}

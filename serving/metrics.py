@@ -1,7 +1,7 @@
 """Prometheus metrics of one server. Stage latencies, what was degraded, queue and tick: what one looks at at 3 a.m."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -14,21 +14,24 @@ _FEEDS = (1, 2, 4, 8, 16)
 
 
 class Metrics:
-    """One registry per app, so that several apps in one process (tests) do not share counts."""
+    """One registry per app, so that several apps in one process (tests) do not share counts. What has labels is a function of
+    them."""
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
-        self.requests = Counter("headrace_http_requests", "Answers", ["route", "status"], registry=own)
-        self.latency = Histogram(
+        self.requests = cache(Counter("headrace_http_requests", "Answers", ["route", "status"], registry=own).labels)
+        latency = Histogram(
             "headrace_http_request_seconds", "From headers read to body written", ["route"], buckets=_SECONDS, registry=own
         )
-        self.stage = Histogram("headrace_stage_seconds", "One stage of the cascade", ["stage"], buckets=_SECONDS, registry=own)
+        stage = Histogram("headrace_stage_seconds", "One stage of the cascade", ["stage"], buckets=_SECONDS, registry=own)
+        self.latency, self.stage = cache(latency.labels), cache(stage.labels)
         self.candidates = Histogram("headrace_candidates", "Candidates of one feed", buckets=_CANDIDATES, registry=own)
         self.side_by_side = Histogram(
             "headrace_side_by_side_feeds", "Feeds that one thread computed together", buckets=_FEEDS, registry=own
         )
-        self.degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
-        self.events = Counter("headrace_events", "Events posted", ["status"], registry=own)
+        degraded = Counter("headrace_degraded", "Stages skipped or failed, rules relaxed", ["what"], registry=own)
+        self.degraded = cache(degraded.labels)
+        self.events = cache(Counter("headrace_events", "Events posted", ["status"], registry=own).labels)
         self._cache = Gauge(
             "headrace_cache_answers", "Asked of a cache since the start, by what came of it", ["cache", "result"], registry=own
         )

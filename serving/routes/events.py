@@ -60,7 +60,7 @@ def add_events(app: FastAPI, metrics: Metrics) -> None:
         assert engine.log is not None
         if refusal := app.state.intake.why_not(len(checked), engine.log):
             why, after_s = refusal
-            metrics.events.labels("turned_away").inc(len(checked))
+            metrics.events("turned_away").inc(len(checked))
             raise HTTPException(429, f"{why}; send them again", headers={"Retry-After": str(after_s)})
         try:
             if letters:
@@ -68,8 +68,8 @@ def add_events(app: FastAPI, metrics: Metrics) -> None:
             positions = await write(engine.accept, rows) if rows else []
         finally:
             app.state.intake.done(len(checked))
-        metrics.events.labels("accepted").inc(len(rows))
-        metrics.events.labels("rejected").inc(len(letters))
+        metrics.events("accepted").inc(len(rows))
+        metrics.events("rejected").inc(len(letters))
         given = iter(positions)
         results = [_event_result(one, given) for one in checked]
         answer = {"accepted": len(rows), "rejected": len(letters), "results": results}
