@@ -8,7 +8,8 @@ import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from serving.company import Path, Walk, together
@@ -16,7 +17,7 @@ from serving.company import Path, Walk, together
 Result = TypeVar("Result")
 PathIn = Callable[[int], Path[Result]]
 """Makes a path, told how many go side by side."""
-_Waiting = tuple[PathIn[Any], contextvars.Context, Future[Any]]
+_Waiting = tuple[PathIn[Any], contextvars.Context, "asyncio.Future[Any]"]
 
 
 class Line:
@@ -33,15 +34,15 @@ class Line:
 
     async def computed(self, path_in: PathIn[Result]) -> Result:
         """The path's result, or what it raises. One that nobody waits for any more when its turn comes is left out."""
-        future: Future[Result] = Future()
+        future = asyncio.get_running_loop().create_future()
         self._waiting.append((path_in, contextvars.copy_context(), future))  # the request's id and span
         self._threads.submit(self._take)
-        return await asyncio.wrap_future(future)
+        return await future
 
     def _take(self) -> None:
         with self._lock:
             at_most = min(self._most, -(-len(self._waiting) // self._num_free))  # what is left is for threads as free as this
-            taken = [one for one in (self._waiting.popleft() for _ in range(at_most)) if one[2].set_running_or_notify_cancel()]
+            taken = [one for one in (self._waiting.popleft() for _ in range(at_most)) if not one[2].cancelled()]
             self._num_free -= 1
         try:
             if taken:  # else those before took it along
@@ -52,11 +53,20 @@ class Line:
                 self._num_free += 1
 
 
-def _told(future: "Future[Any]") -> Callable[[Walk[Any]], None]:
+def _told(future: "asyncio.Future[Any]") -> Callable[[Walk[Any]], None]:
+    loop = future.get_loop()
+
     def then(walk: Walk[Any]) -> None:
-        if walk.error is None:
-            future.set_result(walk.result)
-        else:
-            future.set_exception(walk.error)
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits
+            loop.call_soon_threadsafe(_settle, future, walk)
 
     return then
+
+
+def _settle(future: "asyncio.Future[Any]", walk: Walk[Any]) -> None:
+    if future.cancelled():
+        return
+    if walk.error is None:
+        future.set_result(walk.result)
+    else:
+        future.set_exception(walk.error)
