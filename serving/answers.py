@@ -1,7 +1,7 @@
 """What was served, as the words of the wire (camelCase). Knows nothing of HTTP."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from math import isfinite
 from typing import Any
 
@@ -14,21 +14,22 @@ from serving.retrieve import Candidates
 from serving.served import Served, finite
 from serving.wire import Note
 
+_EPOCH = datetime(1970, 1, 1)
+
 
 def instant(t_us: int | None) -> str | None:
     """Microseconds → `2022-05-05T16:10:00.000000Z`."""
     if t_us is None:
         return None
-    return datetime.fromtimestamp(t_us / 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{t_us % 1_000_000:06d}Z"
+    return (_EPOCH + timedelta(microseconds=t_us)).isoformat(timespec="microseconds") + "Z"
 
 
 def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
     candidates = served.candidates
     shown = np.array([placed.candidate for placed in served.page], dtype=np.int64)
-    sources = candidates.sources_at(shown)
-    rows, recall_scores = candidates.row_C[shown].tolist(), candidates.recall_score_C[shown].tolist()
-    l1_scores, final_scores = served.l1_score_C[shown].tolist(), served.final_score_C[shown].tolist()
-    by_head = {head: scores_C[shown].tolist() for head, scores_C in served.predictions.items()}
+    by_head = [(head, scores_C[shown].tolist()) for head, scores_C in served.predictions.items()]
+    columns = candidates.row_C, candidates.recall_score_C, served.l1_score_C, served.final_score_C
+    at_place = zip(served.page, candidates.sources_at(shown), *(values_C[shown].tolist() for values_C in columns), strict=True)
     notes = [
         {
             "position": position,
@@ -36,16 +37,16 @@ def feed_answer(served: Served, catalogue: Catalogue) -> dict[str, Any]:
             "authorId": catalogue.author_ids[row],
             "topic": catalogue.topics[row],
             "impressionId": served.impression_id(position),
-            "source": sources[position][0],
-            "sources": list(sources[position]),
-            "recallScore": recall_scores[position],
-            "l1Score": l1_scores[position],
-            "predictions": {head: scores[position] for head, scores in by_head.items() if isfinite(scores[position])},
-            "finalScore": final_scores[position],
+            "source": sources[0],
+            "sources": sources,
+            "recallScore": recall_score,
+            "l1Score": l1_score,
+            "predictions": {head: scores[position] for head, scores in by_head if isfinite(scores[position])},
+            "finalScore": final_score,
             "slot": placed.slot,
             "propensity": placed.propensity,
         }
-        for position, (placed, row) in enumerate(zip(served.page, rows, strict=True))
+        for position, (placed, sources, row, recall_score, l1_score, final_score) in enumerate(at_place)
     ]
     return {
         "requestId": served.request_id,

@@ -73,13 +73,9 @@ class Candidates:
 
     def sources_at(self, positions: np.ndarray) -> list[tuple[str, ...]]:
         """`sources_of` each of these."""
-        share_PG = self.share_CG[positions]
-        order_PG = np.argsort(-share_PG, axis=1, kind="stable").tolist()
-        number_P = (share_PG > 0).sum(axis=1).tolist()
-        return [
-            tuple(self.generators[place] for place in order_G[:number])
-            for order_G, number in zip(order_PG, number_P, strict=True)
-        ]
+        shares = self.share_CG[positions].tolist()
+        brought = [[(-share, place) for place, share in enumerate(share_G) if share > 0] for share_G in shares]
+        return [tuple([self.generators[place] for _, place in sorted(brought_G)]) for brought_G in brought]
 
     def take(self, order: np.ndarray) -> "Candidates":
         """The candidates at these positions, in this order."""
