@@ -11,8 +11,10 @@ from itertools import repeat
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numba import types
 
 from serving.nearby import Places
+from warehouse.compiled import compiled, only_read
 from warehouse.lake import Lake
 from warehouse.time_algebra import MINUTE_US
 
@@ -139,21 +141,34 @@ class Catalogue:
 
     def author_rows(self, row_C: np.ndarray) -> np.ndarray:
         """int64 [C]: the authors' places in `rows_of_author`, -1 for none."""
-        return _taken(self.author_row_N, row_C, -1)
+        return _taken(self.author_row_N, np.ascontiguousarray(row_C), -1)
 
     def request_features(self, row_C: np.ndarray, t_us: int) -> np.ndarray:
         """float64 [C, 2] in the order of REQUEST_FEATURES. All NaN for a note that is unknown or not created before t,
         as in the training examples (a note without a creation time among them)."""
-        values_CF = np.full((len(row_C), len(REQUEST_FEATURES)), np.nan)
-        created_C = _taken(self.created_us_N, row_C, UNKNOWN_US)
-        known = np.flatnonzero((created_C != UNKNOWN_US) & (created_C < t_us))
-        values_CF[known, 0] = self.duration_ms_N[row_C[known]]
-        values_CF[known, 1] = (t_us - created_C[known]) / MINUTE_US
-        return values_CF
+        row_C = np.ascontiguousarray(row_C)
+        return _request_features(row_C, self.created_us_N, self.duration_ms_N, t_us, UNKNOWN_US, MINUTE_US)
 
 
+_ROWS, _NUMBERS = only_read(types.int64), only_read(types.float64)
+
+
+@compiled(types.float64[:, ::1](_ROWS, _ROWS, _NUMBERS, types.int64, types.int64, types.int64))
+def _request_features(
+    row_C: np.ndarray, created_us_N: np.ndarray, duration_ms_N: np.ndarray, t_us: int, unknown_us: int, minute_us: int
+) -> np.ndarray:
+    values_CF = np.full((len(row_C), 2), np.nan)
+    for c, row in enumerate(row_C):
+        if row >= 0 and created_us_N[row] != unknown_us and created_us_N[row] < t_us:
+            values_CF[c, 0] = duration_ms_N[row]
+            values_CF[c, 1] = (t_us - created_us_N[row]) / minute_us
+    return values_CF
+
+
+@compiled(types.int64[::1](_ROWS, _ROWS, types.int64))
 def _taken(values_N: np.ndarray, row_C: np.ndarray, missing: int) -> np.ndarray:
     """values_N at the rows, `missing` where a row is -1."""
-    if not len(values_N):
-        return np.full(len(row_C), missing, dtype=np.int64)
-    return np.where(row_C >= 0, values_N[row_C], missing)
+    taken_C = np.empty(len(row_C), np.int64)
+    for c, row in enumerate(row_C):
+        taken_C[c] = values_N[row] if row >= 0 else missing
+    return taken_C
