@@ -11,6 +11,7 @@ pipe's end. A batch is written whole or not at all, and one that is sent again u
 
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ import pyarrow as pa
 from serving.forward_log import CODED_SCHEMA, write_once
 from warehouse.home import Home
 from warehouse.lake import Lake
+
+log = logging.getLogger(__name__)
 
 _FORGET, _WRITE = b"forget", b"write"
 """What a record batch without rows says of those so far: to forget them, or to write them under this number."""
@@ -145,16 +148,24 @@ def main() -> None:
 def batches(source: IO[bytes]) -> Iterator[tuple[uuid.UUID, pa.Table]]:
     """What is to be written, each batch with its number, until the source ends or, its server killed, breaks off."""
     parts: list[pa.RecordBatch] = []
-    with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):
+    for part, said in _received(source):
+        if said is None:
+            parts.append(part)
+        elif _FORGET in said:
+            parts.clear()
+        else:
+            yield uuid.UUID(bytes=said[_WRITE]), pa.Table.from_batches(_taken(parts), CODED_SCHEMA)
+
+
+def _received(source: IO[bytes]) -> Iterator[tuple[pa.RecordBatch, pa.KeyValueMetadata | None]]:
+    try:
         stream = pa.ipc.open_stream(source)
         while True:
-            part, said = stream.read_next_batch_with_custom_metadata()
-            if said is None:
-                parts.append(part)
-            elif _FORGET in said:
-                parts.clear()
-            else:
-                yield uuid.UUID(bytes=said[_WRITE]), pa.Table.from_batches(_taken(parts), CODED_SCHEMA)
+            yield stream.read_next_batch_with_custom_metadata()
+    except StopIteration:
+        return
+    except (pa.ArrowInvalid, OSError) as error:
+        log.warning("forward log: what the server sends ended early: %s", error)
 
 
 def _taken(parts: list[pa.RecordBatch]) -> list[pa.RecordBatch]:

@@ -324,18 +324,12 @@ def _few_sums(
         for w in range(-1, lower.shape[1]):  # what lies below the upper edge, less what lies below each lower one
             edge = upper[n] if w < 0 else min(lower[n, w], upper[n])
             wanted = (run[n] << row_shift) + max(edge, 0) // block_us
-            low, high = begin, end
-            while low < high:
-                middle = (low + high) // 2
-                if place[middle] < wanted:
-                    low = middle + 1
-                else:
-                    high = middle
-            if low == begin:
+            at = begin + np.searchsorted(place[begin:end], wanted)
+            if at == begin:
                 continue
             for m in range(prefix.shape[1]):
                 if w < 0:
-                    out[n, m, :] += prefix[low - 1, m]
+                    out[n, m, :] += prefix[at - 1, m]
                 else:
-                    out[n, m, w] -= prefix[low - 1, m]
+                    out[n, m, w] -= prefix[at - 1, m]
     return out
