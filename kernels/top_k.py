@@ -29,16 +29,23 @@ from kernels.checks import check_same_device, check_tensor
 if TYPE_CHECKING:
     import triton.language as tl
 
-BUCKET = 32
+GROUP = 1024
+"""Items whose maximum is kept as well as those of their 32 buckets."""
 WIDEST = 256
 SMALLEST_PROBLEM = 1 << 22
 """Fewest scores for which two passes are worth their launches; below, one matrix product and one selection are."""
 ITEM_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 PROGRAMS = 3
 """Per multiprocessor, of pass one; each walks the items in steps of all of them."""
-MOST_SELECTED = 1 << 15
-"""Keys that one program can hold in registers; the largest of more are found by torch.topk."""
-GROUPS_A_PROGRAM = 16
+MOST_ITEMS = (1 << 31) - GROUP
+MOST_GROUPS = 1 << 14
+"""Whose maxima one program can hold in registers; the best of more are found by torch.topk."""
+ITEMS_PER_FOUND = 128
+"""Fewest items for each one wanted with which most of them are never looked at twice."""
+RESCORING_PROGRAMS = 64
+"""Per multiprocessor, of pass two."""
+APART = 32
+"""Steps between the counters of two lists: in one line of the cache they would wait for each other."""
 _ROWS = (1 << 32) - 1
 
 
@@ -93,17 +100,26 @@ def top_k_reference(
 
 
 @Kernel
+def _sortable(score, row):
+    """int64 that sort like (score, then lower row), as `_keys` makes them."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - row.to(tl.int64))
+
+
+@Kernel
 def _bucket_maxima_kernel(
-    queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, NUM_BUCKETS, EXCLUDED_STRIDE,
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, NUM_GROUPS, EXCLUDED_STRIDE,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
 ):  # fmt: skip
+    """Maxima of all buckets of all groups: -inf where each item is excluded, NaN or past the end."""
     d = tl.arange(0, BLOCK_D)
     query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     in_d, in_q = d < D, query < B
     buckets: tl.constexpr = BLOCK_N // 32
     q = tl.load(queries_ptr + query[:, None].to(tl.int64) * D + d[None, :], mask=in_q[:, None] & in_d[None, :], other=0)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), NUM_GROUPS * (32 // buckets), tl.num_programs(0), num_stages=STAGES):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = n < N
         item = tl.load(items_ptr + n[:, None].to(tl.int64) * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
@@ -113,112 +129,177 @@ def _bucket_maxima_kernel(
         score = tl.where(in_n[None, :] & (score == score), score, float("-inf"))
         score = tl.reshape(score, (BLOCK_Q, buckets, 32))
         bucket = tile * buckets + tl.arange(0, buckets)
-        in_b = in_q[:, None] & (bucket < NUM_BUCKETS)[None, :]
         if EXCLUDING:
             word = tl.load(
-                excluded_ptr + query[:, None].to(tl.int64) * EXCLUDED_STRIDE + bucket[None, :], mask=in_b, other=0
+                excluded_ptr + query[:, None].to(tl.int64) * EXCLUDED_STRIDE + bucket[None, :],
+                mask=in_q[:, None] & (bucket * 32 < N)[None, :], other=0,
             )  # fmt: skip
             bit = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
             score = tl.where(bit != 0, float("-inf"), score)
-        maxima = tl.max(score, 2)
-        tl.store(maxima_ptr + bucket[None, :].to(tl.int64) * B + query[:, None], maxima, mask=in_b)
+        tl.store(maxima_ptr + bucket[None, :].to(tl.int64) * B + query[:, None], tl.max(score, 2), mask=in_q[:, None])
 
 
 @Kernel
-def _sortable(score, row):
-    """int64 that sort like (score, then lower row), as `_keys` makes them."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - row.to(tl.int64))
-
-
-@Kernel
-def _group_keys_kernel(maxima_ptr, keys_ptr, B, NUM_GROUPS, BLOCK_B: tl.constexpr):
-    """The key of one group of 32 buckets for each query."""
-    group = tl.program_id(0)
-    bucket = group.to(tl.int64) * 32 + tl.arange(0, 32)
+def _group_maxima_kernel(maxima_ptr, groups_ptr, B, NUM_GROUPS, BLOCK_B: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64)
     query = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    in_q = query < B
-    score = tl.load(maxima_ptr + bucket[:, None] * B + query[None, :], mask=in_q[None, :], other=float("-inf"))
-    best = tl.max(score, 0)
-    tl.store(keys_ptr + query.to(tl.int64) * NUM_GROUPS + group, _sortable(best, group + 0 * query), mask=in_q)
+    bucket = group * 32 + tl.arange(0, 32)
+    score = tl.load(maxima_ptr + bucket[:, None] * B + query[None, :], mask=(query < B)[None, :], other=float("-inf"))
+    tl.store(groups_ptr + query.to(tl.int64) * NUM_GROUPS + group, tl.max(score, 0), mask=query < B)
 
 
 @Kernel
-def _bucket_keys_kernel(maxima_ptr, groups_ptr, keys_ptr, B, COUNT, BLOCK: tl.constexpr):
-    """The keys of the 32 buckets of each of a query's groups, which are given by their keys."""
-    query = tl.program_id(1).to(tl.int64)
-    chosen = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_count = chosen < COUNT
-    group = 0xFFFFFFFF - (tl.load(groups_ptr + query * COUNT + chosen, mask=in_count, other=0xFFFFFFFF) & 0xFFFFFFFF)
-    i = tl.arange(0, 32)
-    bucket = group[:, None] * 32 + i[None, :]
-    score = tl.load(maxima_ptr + bucket * B + query, mask=in_count[:, None], other=float("-inf"))
-    place = query * COUNT * 32 + chosen[:, None] * 32 + i[None, :]
-    tl.store(keys_ptr + place, _sortable(score, bucket), mask=in_count[:, None])
-
-
-@Kernel
-def _score_buckets_kernel(
-    queries_ptr, items_ptr, scale_ptr, excluded_ptr, bucket_ptr, keys_ptr, N, CHOSEN, EXCLUDED_STRIDE,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, INTEGER: tl.constexpr, SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)  # query b's chosen bucket
-    b = place // CHOSEN
-    bucket = tl.load(bucket_ptr + place)
-    i = tl.arange(0, 32)
-    n = bucket * 32 + i
-    d = tl.arange(0, BLOCK_D)
-    in_n, in_d = n < N, d < D
-    q = tl.load(queries_ptr + b * D + d, mask=in_d, other=0)
-    item = tl.load(items_ptr + n[:, None] * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
-    if INTEGER:
-        score = tl.sum(item.to(tl.int32) * q.to(tl.int32)[None, :], 1).to(tl.float32)
-    else:
-        score = tl.sum(item.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-    if SCALED:
-        score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)
-    usable = in_n & (score == score)
-    if EXCLUDING:
-        word = tl.load(excluded_ptr + b * EXCLUDED_STRIDE + bucket)
-        usable = usable & (((word >> i) & 1) == 0)
-    tl.store(keys_ptr + place * 32 + i, _sortable(tl.where(usable, score, float("-inf")), n))
-
-
-@Kernel
-def _nth_largest(x, K, BITS):
-    """The K-th largest of uint32 [n], bit by bit from the top: are there K with the bits so far and a one? 0 for no BITS."""
-    threshold = tl.zeros((), tl.uint32)
-    bit = tl.full((), 1 << 31, tl.uint32)
-    for _ in range(BITS):
-        enough = tl.sum((x >= threshold + bit).to(tl.int32), 0) >= K
-        threshold += tl.where(enough, bit, 0)
+def _first_step(most, least, bit):
+    """(the bits that all of most >= x >= least begin with, the next bit), of unsigned numbers of which `bit` is the first."""
+    while (bit > (most ^ least)) & (bit > 1):
         bit = bit >> 1
-    return threshold
+    return most - (most & (bit | (bit - 1))), bit
 
 
 @Kernel
-def _select_kernel(keys_ptr, halves_ptr, best_ptr, COUNT, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """The K largest of COUNT different keys, in the order of their places. One half of every key stays in registers."""
-    first = tl.program_id(0).to(tl.int64) * COUNT
-    i = tl.arange(0, BLOCK)
-    high = tl.load(halves_ptr + 2 * (first + i) + 1, mask=i < COUNT, other=-2147483648).to(tl.uint32, bitcast=True) ^ 0x80000000
-    high_threshold = _nth_largest(high, K, 32)
-    still = K - tl.sum((high > high_threshold).to(tl.int32), 0)
-    level = high == high_threshold
-    low = tl.load(halves_ptr + 2 * (first + i), mask=level, other=0).to(tl.uint32, bitcast=True)
-    equal_at_the_edge = tl.sum(level.to(tl.int32), 0) > still  # only then do the lower halves decide
-    low_threshold = _nth_largest(low, still, tl.where(equal_at_the_edge, 32, 0))
-    threshold = (high_threshold.to(tl.uint64) << 32) | low_threshold.to(tl.uint64)
+def _nth_largest(x, there, K):
+    """A bound that K of `there` in uint32 [n] reach, and more only if they equal it: bit by bit, until no more than K do.
+    0 where there are fewer than K."""
+    most = tl.max(tl.where(there, x, 0), 0)
+    least = tl.min(tl.where(there, x, most), 0)
+    bound, bit = _first_step(most, least, tl.full((), 1 << 31, tl.uint32))
+    reaching = tl.sum(there.to(tl.int32), 0)
+    bound = tl.where(reaching < K, 0, bound)
+    while (reaching > K) & (bit > 0):
+        now = tl.sum((there & (x >= bound + bit)).to(tl.int32), 0)
+        bound += tl.where(now >= K, bit, 0)
+        reaching = tl.where(now >= K, now, reaching)
+        bit = bit >> 1
+    return bound
 
-    stored = tl.program_id(0).to(tl.int64) * K
-    for begin in range(0, COUNT, CHUNK):
-        place = begin + tl.arange(0, CHUNK)
-        key = tl.load(keys_ptr + first + place, mask=place < COUNT, other=0)
-        chosen = (place < COUNT) & ((key.to(tl.uint64, bitcast=True) ^ 0x8000000000000000) >= threshold)
-        rank = tl.cumsum(chosen.to(tl.int32), 0)
-        tl.store(best_ptr + stored + rank - 1, key, mask=chosen)
-        stored += tl.max(rank, 0)
+
+@Kernel
+def _bound_kernel(groups_ptr, bound_ptr, NUM_GROUPS, K, BLOCK: tl.constexpr):
+    """A key that exactly K groups of each query reach; all of them where there are no more."""
+    query = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    there = i < NUM_GROUPS
+    score = tl.load(groups_ptr + query * NUM_GROUPS + i, mask=there, other=float("-inf"))
+    x = (_sortable(score, i) >> 32).to(tl.int32).to(tl.uint32, bitcast=True) ^ 0x80000000
+    bound = _nth_largest(x, there, K)
+    tied = tl.sum((there & (x >= bound)).to(tl.int32), 0) > K  # only then do the rows decide
+    still = K - tl.sum((there & (x > bound)).to(tl.int32), 0)
+    row_bound = _nth_largest(0xFFFFFFFF - i.to(tl.uint32), there & (x == bound) & tied, still)
+    upper = (bound ^ 0x80000000).to(tl.int32, bitcast=True)
+    tl.store(bound_ptr + query, (upper.to(tl.int64) << 32) | row_bound.to(tl.int64))
+
+
+@Kernel
+def _list_buckets_kernel(maxima_ptr, bound_ptr, count_ptr, list_ptr, B, CAPACITY, BLOCK_B: tl.constexpr, APART: tl.constexpr):
+    """Keys of a group's buckets that reach their query's bound, in any order."""
+    group = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_q = query < B
+    bucket = group * 32 + tl.arange(0, 32)
+    bound = tl.load(bound_ptr + query, mask=in_q, other=0)
+    score = tl.load(maxima_ptr + bucket[:, None] * B + query[None, :], mask=in_q[None, :], other=float("-inf"))
+    listed = (_sortable(score, group + 0 * bucket[:, None]) >= bound[None, :]) & (score > float("-inf"))
+    place = tl.atomic_add(count_ptr + query[None, :] * APART + 0 * bucket[:, None], 1, mask=listed, sem="relaxed")
+    tl.store(list_ptr + query[None, :] * CAPACITY + place, _sortable(score, bucket[:, None]), mask=listed)
+
+
+@Kernel
+def _list_items_kernel(
+    queries_ptr, items_ptr, scale_ptr, excluded_ptr, bound_ptr, bucket_count_ptr, buckets_ptr, count_ptr, list_ptr,
+    N, BUCKET_CAPACITY, CAPACITY, EXCLUDED_STRIDE,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, INTEGER: tl.constexpr, SCALED: tl.constexpr, EXCLUDING: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """Keys of the items in a query's listed buckets, in any order: of each the best, and those that may reach the bound."""
+    b = tl.program_id(1).to(tl.int64)
+    i, d = tl.arange(0, 32), tl.arange(0, BLOCK_D)
+    in_d = d < D
+    q = tl.load(queries_ptr + b * D + d, mask=in_d, other=0)
+    ordered = (tl.load(bound_ptr + b) >> 32).to(tl.int32)
+    bound = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    bound -= tl.abs(bound) * 2.0**-16  # pass one has added up in another order
+    for place in range(tl.program_id(0), tl.load(bucket_count_ptr + b * APART), tl.num_programs(0)):
+        bucket = 0xFFFFFFFF - (tl.load(buckets_ptr + b * BUCKET_CAPACITY + place) & 0xFFFFFFFF)
+        n = bucket * 32 + i
+        in_n = n < N
+        item = tl.load(items_ptr + n[:, None] * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0)
+        if INTEGER:
+            score = tl.sum(item.to(tl.int32) * q.to(tl.int32)[None, :], 1).to(tl.float32)
+        else:
+            score = tl.sum(item.to(tl.float32) * q.to(tl.float32)[None, :], 1)
+        if SCALED:
+            score = score * tl.load(scale_ptr + n, mask=in_n, other=0.0)
+        usable = in_n & (score == score)
+        if EXCLUDING:
+            word = tl.load(excluded_ptr + b * EXCLUDED_STRIDE + bucket)
+            usable = usable & (((word >> i) & 1) == 0)
+        score = tl.where(usable, score, float("-inf"))
+        missed = (score < bound) & (score < tl.max(score, 0))
+        listed = (score > float("-inf")) & ~missed
+        stored = tl.atomic_add(count_ptr + b * APART + 0 * i, 1, mask=listed, sem="relaxed")
+        tl.store(list_ptr + b * CAPACITY + stored, _sortable(score, n), mask=listed)
+
+
+@Kernel
+def _trim_kernel(list_ptr, count_ptr, bound_ptr, CAPACITY, MOST, K, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """Leaves the K largest in a list of more than MOST different keys, where it stands; they are the query's new bound."""
+    query = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + query * APART)
+    first = list_ptr + query * CAPACITY
+    i = tl.arange(0, BLOCK)
+    if count > MOST:
+        any_key = tl.load(first).to(tl.uint64, bitcast=True) ^ (1 << 63)
+        most, least = any_key, any_key
+        for begin in range(0, count, BLOCK):
+            there = begin + i < count
+            x = tl.load(first + begin + i, mask=there, other=0).to(tl.uint64, bitcast=True) ^ (1 << 63)
+            x = tl.where(there, x, any_key)
+            most, least = tl.maximum(most, tl.max(x, 0)), tl.minimum(least, tl.min(x, 0))
+        bound, bit = _first_step(most, least, tl.full((), 1 << 63, tl.uint64))
+        reaching = count
+        while reaching > K:
+            enough = tl.zeros((BLOCK,), tl.int32)
+            for begin in range(0, count, BLOCK):
+                there = begin + i < count
+                x = tl.load(first + begin + i, mask=there, other=0).to(tl.uint64, bitcast=True) ^ (1 << 63)
+                enough += (there & (x >= bound + bit)).to(tl.int32)
+            now = tl.sum(enough, 0)
+            bound += tl.where(now >= K, bit, 0)
+            reaching = tl.where(now >= K, now, reaching)
+            bit = bit >> 1
+        kept = 0
+        for begin in range(0, count, BLOCK):
+            there = begin + i < count
+            key = tl.load(first + begin + i, mask=there, other=0)
+            chosen = there & ((key.to(tl.uint64, bitcast=True) ^ (1 << 63)) >= bound)
+            place = kept + tl.cumsum(chosen.to(tl.int32), 0) - 1  # never past what all threads have read
+            tl.store(first + place, key, mask=chosen)
+            kept += tl.sum(chosen.to(tl.int32), 0)
+        tl.store(count_ptr + query * APART, K)
+        tl.store(bound_ptr + query, (bound ^ (1 << 63)).to(tl.int64, bitcast=True))
+
+
+@Kernel
+def _rank_kernel(
+    list_ptr, count_ptr, scores_ptr, rows_ptr, CAPACITY, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr
+):
+    """Each key of a list to the place that as many larger ones give it, if that is below K; -inf and -1 where none is."""
+    b = tl.program_id(1).to(tl.int64)
+    count = tl.load(count_ptr + b * APART)
+    first = list_ptr + b * CAPACITY
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = mine < count
+    key = tl.load(first + mine, mask=there, other=0)
+    larger = tl.zeros((BLOCK, CHUNK), tl.int32)
+    for begin in range(0, tl.where(tl.program_id(0) * BLOCK < count, count, 0), CHUNK):
+        other = begin + tl.arange(0, CHUNK)
+        than = tl.load(first + other, mask=other < count, other=-1 << 63)
+        larger += (than[None, :] > key[:, None]).to(tl.int32)
+    ordered = (key >> 32).to(tl.int32)
+    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    place = tl.where(there, tl.sum(larger, 1), mine)
+    tl.store(scores_ptr + b * K + place, tl.where(there, score, float("-inf")), mask=place < K)
+    tl.store(rows_ptr + b * K + place, tl.where(there, 0xFFFFFFFF - (key & 0xFFFFFFFF), -1), mask=place < K)
 
 
 def configuration(B: int, D: int, capability: int) -> dict[str, int]:
@@ -230,12 +311,21 @@ def configuration(B: int, D: int, capability: int) -> dict[str, int]:
 
 
 def _rescoring_warps(D: int) -> int:
-    return 4 if D > 128 else 2
+    return 2 if D > 128 else 1
 
 
-def _selection(count: int) -> dict[str, int]:
-    block = next_power_of_2(max(count, 256))
-    return {"BLOCK": block, "CHUNK": min(block, 8192), "num_warps": min(32, max(4, block // 1024))}
+def _bound_tile(num_groups: int) -> dict[str, int]:
+    block = next_power_of_2(max(num_groups, 256))
+    return {"BLOCK": block, "num_warps": min(32, max(4, block // 512))}
+
+
+def _query_tile(B: int) -> dict[str, int]:
+    return {"BLOCK_B": min(64, max(16, next_power_of_2(B))), "num_warps": 4}
+
+
+LISTING = {"BLOCK_B": 16, "APART": APART, "num_warps": 1}
+TRIMMING = {"BLOCK": 8192, "APART": APART, "num_warps": 16}
+RANKING = {"BLOCK": 16, "CHUNK": 256, "APART": APART, "num_warps": 4}
 
 
 def kernel_fits(items: Tensor) -> bool:
@@ -245,26 +335,26 @@ def kernel_fits(items: Tensor) -> bool:
 def shipped(capability: int) -> list[Case]:
     """Configurations to compile ahead of time: both passes, one query and many, plain and with everything on."""
     cases = []
+    pointers = {"scale_ptr": "*fp32", "excluded_ptr": "*i32", "maxima_ptr": "*fp32", "groups_ptr": "*fp32", "bound_ptr": "*i64"}
+    pointers |= {"bucket_count_ptr": "*i32", "buckets_ptr": "*i64", "count_ptr": "*i32", "list_ptr": "*i64"}
+    pointers |= {"scores_ptr": "*fp32", "rows_ptr": "*i64"}
     for name, number in (("bf16", "*bf16"), ("int8", "*i8")):
-        types = {
-            "queries_ptr": number,
-            "items_ptr": number,
-            "scale_ptr": "*fp32",
-            "excluded_ptr": "*i32",
-            "maxima_ptr": "*fp32",
-        }
-        types |= {"bucket_ptr": "*i64", "keys_ptr": "*i64"}
+        types = {"queries_ptr": number, "items_ptr": number, **pointers}
         for B, D, on in ((1, 64, False), (64, 128, True), (64, 256, True)):
             switches = {"SCALED": on, "EXCLUDING": on}
             label = f"{name} B{B} D{D}{' scaled, excluding' if on else ''}"
             one = configuration(B, D, capability)
             cases.append(Case(f"maxima {label}", _bucket_maxima_kernel, types, {**one, **switches}, uses_tensor_cores=True))
             two = {"D": D, "BLOCK_D": one["BLOCK_D"], "INTEGER": name == "int8", "num_warps": _rescoring_warps(D), **switches}
-            cases.append(Case(f"buckets {label}", _score_buckets_kernel, types, two))
-    keys = {"maxima_ptr": "*fp32", "groups_ptr": "*i64", "keys_ptr": "*i64", "halves_ptr": "*i32", "best_ptr": "*i64"}
-    cases.append(Case("group keys", _group_keys_kernel, keys, {"BLOCK_B": 64, "num_warps": 4}))
-    cases.append(Case("bucket keys", _bucket_keys_kernel, keys, {"BLOCK": GROUPS_A_PROGRAM, "num_warps": 4}))
-    return cases + [Case(f"select of {n}", _select_kernel, keys, _selection(n)) for n in (1000, MOST_SELECTED)]
+            two["APART"] = APART
+            cases.append(Case(f"items {label}", _list_items_kernel, types, two))
+    cases += [Case(f"bound of {n}", _bound_kernel, pointers, _bound_tile(n)) for n in (1000, MOST_GROUPS)]
+    for B in (1, 64):
+        cases.append(Case(f"group maxima B{B}", _group_maxima_kernel, pointers, _query_tile(B)))
+    cases.append(Case("list buckets", _list_buckets_kernel, pointers, LISTING))
+    cases.append(Case("trim", _trim_kernel, pointers, TRIMMING))
+    cases.append(Case("rank", _rank_kernel, pointers, RANKING))
+    return cases
 
 
 def launch(
@@ -272,63 +362,64 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Both passes and all selections. Contiguous tensors, N > 0 and k > 0; nothing is checked here."""
     B, (N, D) = queries.shape[0], items.shape
-    num_buckets = ceil_div(N, BUCKET)
+    device, num_groups = items.device, ceil_div(N, GROUP)
     config = configuration(B, D, capability)
     switches = {"SCALED": scale is not None, "EXCLUDING": excluded is not None}
     scale_or_nothing = items if scale is None else scale
     words = items if excluded is None else excluded
     stride = 0 if excluded is None or excluded.shape[0] == 1 else excluded.shape[1]
-    tiles = ceil_div(N, config["BLOCK_N"])
-    if items.is_cuda:
-        tiles = min(tiles, PROGRAMS * torch.cuda.get_device_properties(items.device).multi_processor_count)
-    maxima = torch.empty(ceil_div(num_buckets, BUCKET) * BUCKET, B, dtype=torch.float32, device=items.device)
-    maxima[num_buckets:] = -torch.inf
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if items.is_cuda else 1
+    maxima = torch.empty(num_groups * 32, B, dtype=torch.float32, device=device)
+    bucket_count, item_count = torch.zeros(2, B, APART, dtype=torch.int32, device=device)
+    most = 2 * k
+    buckets = torch.empty(B, min(num_groups, k) * 32, dtype=torch.int64, device=device)
+    listed = torch.empty(B, min(buckets.shape[1], most) * 32, dtype=torch.int64, device=device)
+    scores = torch.empty(B, k, dtype=torch.float32, device=device)
+    rows = torch.empty(B, k, dtype=torch.int64, device=device)
     with device_of(items):
-        _bucket_maxima_kernel[(tiles, ceil_div(B, config["BLOCK_Q"]))](
-            queries, items, scale_or_nothing, words, maxima, B, N, num_buckets, stride, **config, **switches
+        tiles = num_groups * GROUP // config["BLOCK_N"]
+        _bucket_maxima_kernel[(min(tiles, PROGRAMS * processors), ceil_div(B, config["BLOCK_Q"]))](
+            queries, items, scale_or_nothing, words, maxima, B, N, num_groups, stride, **config, **switches
         )
-        bucket = _best_buckets(maxima, min(k, num_buckets))
-        chosen = bucket.shape[1]
-        keys = torch.empty(B, chosen * BUCKET, dtype=torch.int64, device=items.device)
-        _score_buckets_kernel[(B * chosen,)](
-            queries, items, scale_or_nothing, words, bucket, keys, N, chosen, stride,
-            D=D, BLOCK_D=config["BLOCK_D"], INTEGER=items.dtype == torch.int8, num_warps=_rescoring_warps(D), **switches,
+        bound = _bound(maxima, k)
+        _list_buckets_kernel[(num_groups, ceil_div(B, LISTING["BLOCK_B"]))](
+            maxima, bound, bucket_count, buckets, B, buckets.shape[1], **LISTING
+        )
+        _trim(buckets, bucket_count, bound, k, most)
+        _list_items_kernel[(ceil_div(RESCORING_PROGRAMS * processors, B), B)](
+            queries, items, scale_or_nothing, words, bound, bucket_count, buckets, item_count, listed,
+            N, buckets.shape[1], listed.shape[1], stride, D=D, BLOCK_D=config["BLOCK_D"],
+            INTEGER=items.dtype == torch.int8, APART=APART, num_warps=_rescoring_warps(D), **switches,
         )  # fmt: skip
-        return _best(_largest(keys, min(k, chosen * BUCKET)), k)
+        _trim(listed, item_count, bound, k, most)
+        _rank_kernel[(ceil_div(max(k, min(most, listed.shape[1])), RANKING["BLOCK"]), B)](
+            listed, item_count, scores, rows, listed.shape[1], k, **RANKING
+        )
+    return scores, rows
 
 
-def _best_buckets(maxima: Tensor, count: int) -> Tensor:
-    """Each query's `count` best buckets, i64 [B, count], from maxima fp32 [a multiple of 32, B]: of the best groups of 32.
-
-    A bucket outside the best groups has as many better or equal, lower buckets before it as there are groups: what holds for
-    items and buckets holds again for buckets and groups.
-    """
-    num_groups, B = maxima.shape[0] // BUCKET, maxima.shape[1]
-    groups = torch.empty(B, num_groups, dtype=torch.int64, device=maxima.device)
-    tile = {"BLOCK_B": min(64, max(16, next_power_of_2(B))), "num_warps": 4}
-    _group_keys_kernel[(num_groups, ceil_div(B, tile["BLOCK_B"]))](maxima, groups, B, num_groups, **tile)
-    if num_groups > count:
-        groups = _largest(groups, count)
-    keys = torch.empty(B, groups.shape[1] * BUCKET, dtype=torch.int64, device=maxima.device)
-    _bucket_keys_kernel[(ceil_div(groups.shape[1], GROUPS_A_PROGRAM), B)](
-        maxima, groups, keys, B, groups.shape[1], BLOCK=GROUPS_A_PROGRAM, num_warps=4
-    )
-    return _ROWS - (_largest(keys, count) & _ROWS)
+def _bound(maxima: Tensor, k: int) -> Tensor:
+    """i64 [B]: a key that the best k groups of each query reach, and no other. maxima: fp32 [groups * 32, B]."""
+    num_groups, B = maxima.shape[0] // 32, maxima.shape[1]
+    groups = torch.empty(B, num_groups, dtype=torch.float32, device=maxima.device)
+    tile = _query_tile(B)
+    _group_maxima_kernel[(num_groups, ceil_div(B, tile["BLOCK_B"]))](maxima, groups, B, num_groups, **tile)
+    if num_groups > MOST_GROUPS:
+        return _keys(groups, torch.arange(num_groups, device=groups.device)).topk(k, dim=1).values[:, -1].contiguous()
+    bound = torch.empty(B, dtype=torch.int64, device=groups.device)
+    _bound_kernel[(B,)](groups, bound, num_groups, k, **_bound_tile(num_groups))
+    return bound
 
 
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row of different keys, in any order."""
-    B, n = keys.shape
-    if n > MOST_SELECTED:
-        return keys.topk(count, dim=1, sorted=False).values
-    best = keys.new_empty(B, count)
-    _select_kernel[(B,)](keys, keys.view(torch.int32), best, n, count, **_selection(n))
-    return best
+def _trim(keys: Tensor, count: Tensor, bound: Tensor, k: int, most: int) -> None:
+    """Lists that hold more than `most` keys to their best k."""
+    if keys.shape[1] > most:
+        _trim_kernel[(keys.shape[0],)](keys, count, bound, keys.shape[1], most, k, **TRIMMING)
 
 
 def _run(queries: Tensor, items: Tensor, k: int, scale: Tensor | None, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
     B, N = queries.shape[0], items.shape[0]
-    large = B * N >= SMALLEST_PROBLEM or choice() == "triton"
+    large = (B * N >= SMALLEST_PROBLEM and ITEMS_PER_FOUND * k <= N) or choice() == "triton"
     if not (kernel_fits(items) and large and min(B, N, k) > 0 and use_triton(items)):
         return top_k_reference(queries, items, k, scale, excluded)
     return launch(
@@ -361,8 +452,8 @@ def top_k(
     check_tensor("queries", queries, items.dtype, ("B", D))
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
-    if N >= 1 << 31:
-        raise ValueError(f"items must have fewer than 2**31 rows, got {N}")
+    if N > MOST_ITEMS:
+        raise ValueError(f"items must have at most {MOST_ITEMS:,} rows, got {N:,}")
     if scale is not None:
         check_tensor("scale", scale, torch.float32, (N,))
     if excluded is not None:

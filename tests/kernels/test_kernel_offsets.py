@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(300)  # some 90 kernels to Triton's intermediat
 MUST_BE_WIDE = {
     "window_assembly": {"block_start", "prefix", "lower", "upper", "row"},
     "embedding_lookup": {"ids", "slots", "weights", "scale", "out"},
-    "top_k": {"queries", "items", "maxima", "keys"},
+    "top_k": {"queries", "items", "scale", "excluded", "maxima", "groups", "buckets", "list"},
     "sampled_softmax": {"query", "positive", "negative", "of_query", "of_positive", "of_negative"},
     "l1_score": {"item", "user_part", "logits"},
     "multitask_bce": {"logits", "labels"},
@@ -23,7 +23,6 @@ MUST_BE_WIDE = {
 """Tables with rows times a width."""
 MAY_BE_NARROW = {
     "window_assembly": {"out"},  # columns of one row, M * W; the row's own place is wide
-    "top_k": {"keys"},  # 32 keys for each of at most k groups; the query's own place is wide
     # positions within one sequence, or one tile of candidates, which begins wide
     "sequence_block": {"tokens", "candidates", "projected", "projected_candidates", "out"},
 }

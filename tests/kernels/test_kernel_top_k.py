@@ -65,6 +65,23 @@ def test_all_scores_equal_gives_the_lowest_rows(triton_backend):
     assert top_k_reference(queries, items, 70)[1].tolist() == [list(range(70))] * 2
 
 
+@pytest.mark.parametrize("largest", [0, 1, 40])
+def test_lists_longer_than_a_tile_are_cut_to_the_best(largest, triton_backend, monkeypatch):
+    monkeypatch.setattr(module, "TRIMMING", {**module.TRIMMING, "BLOCK": 16})
+    monkeypatch.setattr(module, "RANKING", {**module.RANKING, "CHUNK": 16})
+    queries, items = small_integers(2, 3000, 4, torch.bfloat16, 5, largest)
+    expected = plainly(queries, items, 20)
+    scores, rows = top_k(queries.to(triton_backend), items.to(triton_backend), 20)
+    assert torch.equal(rows.cpu(), expected[1])
+    assert torch.equal(scores.cpu(), expected[0])
+
+
+def test_groups_too_many_for_one_program_are_selected_by_pytorch(triton_backend, monkeypatch):
+    monkeypatch.setattr(module, "MOST_GROUPS", 2)
+    queries, items = small_integers(2, 5000, 4, torch.bfloat16)
+    assert torch.equal(top_k(queries.to(triton_backend), items.to(triton_backend), 3)[1].cpu(), plainly(queries, items, 3)[1])
+
+
 @pytest.mark.parametrize(("N", "k", "share"), [(200, 60, 0.8), (640, 3, 0.97)], ids=["runs out", "buckets are chosen"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
@@ -138,6 +155,8 @@ def test_a_small_problem_takes_one_matrix_product(monkeypatch):
     monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     monkeypatch.setattr(module, "launch", lambda *arguments: pytest.fail("launched"))
     assert top_k(*small_integers(1, 9, 4, torch.bfloat16), 3)[1].shape == (1, 3)
+    monkeypatch.setattr(module, "SMALLEST_PROBLEM", 1)
+    assert top_k(*small_integers(1, 600, 4, torch.bfloat16), 5)[1].shape == (1, 5)  # most buckets would be scored again
 
 
 def test_the_operator_compiles_exports_and_passes_opcheck():
