@@ -2,11 +2,12 @@
 
     score[b, n] = (queries[b] . items[n]) * scale[n], -inf where bit n of excluded[b] is set; the k best, ties by lower row
 
-Pass one: scores in tiles, only the maximum of each bucket of 32 items is kept; then that of each group of 32 buckets. The bound
-is the k-th best group's (maximum, lower group). An item of a bucket below it has k groups before it, each with an item of a
-better or equal score, and where equal, of a lower row: it is not among the k best. Pass two: items of the buckets that reach the
-bound, about k of them, are scored again, and those that reach it listed. Lists that come out long (of ties, or where groups
-are few) are cut to their k best, which makes a sharper bound. Last, each listed item's place is the number of larger ones, by a 64-bit key of (score, row): the order is total and nothing depends on chance or on the launch.
+Pass one: scores in tiles, only the maximum of each bucket of 32 items is kept; then that of each group of 32 buckets. The
+bound is the k-th best group's (maximum, lower group). An item of a bucket below it has k groups before it, each with an item
+of a better or equal score, and where equal, of a lower row: it is not among the k best. Pass two: items of the buckets that
+reach the bound, about k of them, are scored again, and those that reach it listed. Lists that come out long (of ties, or where
+groups are few) are cut to their k best, which makes a sharper bound. Last, each listed item's place is the number of larger
+ones, by a 64-bit key of (score, row): the order is total and nothing depends on chance or on the launch.
 
 Scores are sums of products in fp32 (int8: exact integers, then fp32). The passes add floating products in different orders:
 among scores that differ by less than such a sum's rounding, either may be taken for the k-th.
