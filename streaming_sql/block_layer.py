@@ -91,13 +91,13 @@ class BlockLayer:
 
     rows: np.ndarray
     """Row ids of the runs, ascending [K]."""
-    run_offsets: torch.Tensor
-    block_start: torch.Tensor
+    run_offsets: np.ndarray
+    block_start: np.ndarray
     known_at: np.ndarray
     """The latest arrival tick combined into each block [R]."""
     place: np.ndarray
     """run * 2**32 + block number, ascending [R]: what covers are searched by."""
-    prefix: dict[str, torch.Tensor]
+    prefix: dict[str, np.ndarray]
     """Per family, inclusive cumulative sums within each run [R, M]."""
     covers: dict[str, np.ndarray]
     moments: dict[str, np.ndarray]
@@ -134,15 +134,15 @@ class BlockLayer:
         for family, values in blocks.sums.items():
             running = np.cumsum(combined(values, np.add), axis=0)
             before = np.vstack([np.zeros((1, running.shape[1]), dtype=np.int64), running])[starts]
-            prefix[family] = torch.from_numpy(np.ascontiguousarray(running - before[run]))
+            prefix[family] = np.ascontiguousarray(running - before[run])
         covers = {
             name: combined(np.where(np.isnan(blocks.covers[name]), cover.identity, blocks.covers[name]), cover.combine)
             for name, cover in plan.covers.items()
         }
         return cls(
             rows,
-            torch.from_numpy(run_offsets),
-            torch.from_numpy(np.ascontiguousarray(block_start)),
+            run_offsets,
+            np.ascontiguousarray(block_start),
             known_at,
             places(run, block_start),
             prefix,
@@ -154,16 +154,16 @@ class BlockLayer:
 
     def blocks(self, plan: GroupPlan) -> Blocks:
         """The layer as rows again."""
-        starts = self.run_offsets.numpy()[:-1]
+        starts = self.run_offsets[:-1]
         sums = {}
         for family, prefix in self.prefix.items():
-            values = np.diff(prefix.numpy(), axis=0, prepend=np.zeros((1, prefix.shape[1]), dtype=np.int64))
-            values[starts] = prefix.numpy()[starts]
+            values = np.diff(prefix, axis=0, prepend=np.zeros((1, prefix.shape[1]), dtype=np.int64))
+            values[starts] = prefix[starts]
             sums[family] = values
         covers = {name: _null_where_identity(self.covers[name], cover) for name, cover in plan.covers.items()}
         lists = {name: lists.table() for name, lists in self.lists.items()}
-        row = np.repeat(self.rows, np.diff(self.run_offsets.numpy()))
-        return Blocks(row, self.block_start.numpy(), self.known_at, sums, covers, self.moments, lists, self.maps)
+        row = np.repeat(self.rows, np.diff(self.run_offsets))
+        return Blocks(row, self.block_start, self.known_at, sums, covers, self.moments, lists, self.maps)
 
     @classmethod
     def merge(cls, plan: GroupPlan, layers: Sequence["BlockLayer"], keep_from_us: int) -> "BlockLayer":
@@ -206,14 +206,14 @@ class BlockLayer:
         blocks = np.unique(found[inside][self.place[found[inside]] == wanted[inside]])
         if not len(blocks):
             return self
-        ends = self.run_offsets.numpy()[(self.place[blocks] >> ROW_SHIFT) + 1].tolist()
+        ends = self.run_offsets[(self.place[blocks] >> ROW_SHIFT) + 1].tolist()
         prefix = {}
         for family, sums in self.prefix.items():
-            values = sums.numpy().copy()
+            values = sums.copy()
             for block, end in zip(blocks.tolist(), ends, strict=True):
                 opens = block == 0 or self.place[block - 1] >> ROW_SHIFT != self.place[block] >> ROW_SHIFT
                 values[block:end] -= values[block] if opens else values[block] - values[block - 1]
-            prefix[family] = torch.from_numpy(values)
+            prefix[family] = values
         covers = {name: values.copy() for name, values in self.covers.items()}
         for name, cover in plan.covers.items():
             covers[name][blocks] = cover.identity
@@ -227,40 +227,38 @@ class BlockLayer:
 
     def runs_of(self, row: np.ndarray) -> np.ndarray:
         """int64 [N]: the run of each row id here, -1 where it has none."""
-        if not len(self.rows):
-            return np.full(len(row), -1, dtype=np.int64)
-        run = np.searchsorted(self.rows, row)
-        run[run == len(self.rows)] = 0
-        return np.where(self.rows[run] == row, run, -1)
+        run = np.empty(len(row), dtype=np.int64)
+        _find_runs(self.rows, row, run)
+        return run
 
     def windowed_sums(self, family: str, run: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """int64 [N, M, W]: each sum column over the blocks with lower [N, W] <= block_start < upper [N]."""
         prefix = self.prefix[family]
         if len(run) <= _FEW_KEYS:
-            at = (self.place, self.run_offsets.numpy(), run, lower, upper)
-            return _few_sums(prefix.numpy(), *at, ROW_SHIFT, FIVE_MINUTES_US)
-        out = window_assembly(
-            self.block_start, prefix, self.run_offsets, torch.from_numpy(run), torch.from_numpy(lower), torch.from_numpy(upper)
-        )
-        return out.numpy().reshape(len(run), prefix.shape[1], lower.shape[1])
+            return _few_sums(prefix, self.place, self.run_offsets, run, lower, upper, ROW_SHIFT, FIVE_MINUTES_US)
+        at = (self.block_start, prefix, self.run_offsets, run, lower, upper)
+        return window_assembly(*map(torch.from_numpy, at)).numpy().reshape(len(run), prefix.shape[1], lower.shape[1])
 
-    def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> np.ndarray:
+    def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: int) -> np.ndarray:
         """float64 [N]: the column combined over the blocks of [lower_us, upper_us), both multiples of 5 minutes; the identity
         where there are none."""
         out = np.full(len(run), cover.identity)
+        if cover.combine is not np.add:
+            _find_extremes(self.covers[column], *stretches(self.place, run, lower_us, upper_us), out)
+            return out
         some, index, first = self._found(run, lower_us, upper_us)
         if len(some):
             out[some] = cover.combine.reduceat(self.covers[column][index], first)
         return out
 
-    def moments_of(self, measure: Measure, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> np.ndarray:
+    def moments_of(self, measure: Measure, run: np.ndarray, lower_us: Instants, upper_us: int) -> np.ndarray:
         """float64 [N, 3]: (n, mean, M2) over the blocks of [lower_us, upper_us)."""
         out = np.zeros((len(run), 3))
         some, index, first = self._found(run, lower_us, upper_us)
         out[some] = moments.merged_by(self.moments[measure.name][index], first)
         return out
 
-    def _found(self, run: np.ndarray, lower_us: Instants, upper_us: Instants) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _found(self, run: np.ndarray, lower_us: Instants, upper_us: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of N runs have blocks there, the blocks [E], and where in these each such run begins."""
         low, high = stretches(self.place, run, lower_us, upper_us)
         some = np.flatnonzero(high > low)
@@ -291,8 +289,8 @@ class BlockLayer:
         if column in plan.covers:
             return self.covers[column][index] != plan.covers[column].identity
         family = next(family for family in plan.families if column in family.sum_columns)
-        sums = self.prefix[family.name].numpy()[:, family.sum_columns.index(column)]
-        opens_run = np.isin(index, self.run_offsets.numpy()[:-1])
+        sums = self.prefix[family.name][:, family.sum_columns.index(column)]
+        opens_run = np.isin(index, self.run_offsets[:-1])
         return sums[index] != np.where(opens_run, 0, sums[index - 1])
 
 
@@ -333,3 +331,26 @@ def _few_sums(
                 else:
                     out[n, m, w] -= prefix[at - 1, m]
     return out
+
+
+@compiled(types.void(_NUMBERS, _NUMBERS, types.int64[::1]))
+def _find_runs(rows: np.ndarray, wanted: np.ndarray, run: np.ndarray) -> None:
+    for n in range(len(wanted)):
+        low, high = 0, len(rows)
+        while low < high:
+            middle = (low + high) // 2
+            if rows[middle] < wanted[n]:
+                low = middle + 1
+            else:
+                high = middle
+        run[n] = low if low < len(rows) and rows[low] == wanted[n] else -1
+
+
+@compiled(types.void(only_read(types.float64), _NUMBERS, _NUMBERS, types.float64[::1]))
+def _find_extremes(values: np.ndarray, low: np.ndarray, high: np.ndarray, out: np.ndarray) -> None:
+    """The least of each stretch where out holds inf, the largest where it holds -inf."""
+    for n in range(len(low)):
+        is_least = out[n] > 0
+        for place in range(low[n], high[n]):
+            if (values[place] < out[n]) if is_least else (values[place] > out[n]):
+                out[n] = values[place]

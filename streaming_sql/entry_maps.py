@@ -93,7 +93,7 @@ class EntryMaps:
         gone = np.isin(self.place, emptied)
         return self.kept(~gone) if gone.any() else self
 
-    def found(self, row: np.ndarray, lower_us: Instants, upper_us: Instants) -> "Found":
+    def found(self, row: np.ndarray, lower_us: Instants, upper_us: int) -> "Found":
         index, owner = laid_out(*stretches(self.place, row, lower_us, upper_us))
         return Found(owner, self.entry[index], tuple(column[index] for column in self.values))
 

@@ -66,7 +66,7 @@ class EventLists:
         )
 
     def found(
-        self, measure: Measure, row: np.ndarray, lower_us: Instants, upper_us: Instants
+        self, measure: Measure, row: np.ndarray, lower_us: Instants, upper_us: int
     ) -> tuple[np.ndarray, list[int], list[str], list[str]]:
         """(owner, event_ts, event_id, value) of entries in the blocks of [lower_us, upper_us), among them all that the measure
         keeps of these."""
@@ -77,13 +77,16 @@ class EventLists:
             low = np.maximum(low, high - size_of(measure))
         else:
             low = self._lows_of_distinct(low, high, size_of(measure))
-        index, owner = laid_out(low, high)
-        if len(low) == 1:
-            ids, values = (column.slice(low[0], high[0] - low[0]) for column in (self.event_id, self.value))
-        else:
+        (some,) = (high > low).nonzero()
+        if len(some) > 1:
+            index, owner = laid_out(low, high)
             taken = pa.array(index)
             ids, values = self.event_id.take(taken), self.value.take(taken)
-        return owner, self.event_ts[index].tolist(), ids.to_pylist(), values.to_pylist()
+            return owner, self.event_ts[index].tolist(), ids.to_pylist(), values.to_pylist()
+        begin, end = (int(edge[some[0]]) for edge in (low, high)) if len(some) else (0, 0)
+        owner = some.repeat(end - begin)
+        columns = (self.event_ts[begin:end], self.event_id[begin:end], self.value[begin:end])
+        return owner, *(column.tolist() for column in columns)
 
     def _lows_of_distinct(self, low: np.ndarray, high: np.ndarray, n: int) -> np.ndarray:
         """From where on each stretch holds its newest n distinct values."""

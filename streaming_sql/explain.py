@@ -44,7 +44,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
     numbers = {
         name: None if np.isnan(value) else value for name, value in zip(matrix.names, matrix.values[0].tolist(), strict=True)
     }
-    oldest_us = min(at.bounds(family.name, plan.keep_us)[0] for family in plan.families)
+    oldest_us = min(at.tick_us, *(at.anchor(family.name) - plan.keep_us for family in plan.families))
     (block_key,) = state.block_keys([key], at.t_us)
     (row,) = state.index.find([block_key]).tolist()
     blocks = []
@@ -53,7 +53,7 @@ def explain_key(state: GroupState, key: Key, at: Instant) -> Explanation:
         if run < 0:
             continue
         rows = layer.blocks(plan)
-        first, end = layer.run_offsets.numpy()[run : run + 2].tolist()
+        first, end = layer.run_offsets[run : run + 2].tolist()
         for b in range(first, end):
             if oldest_us <= rows.block_start[b] < at.tick_us:
                 blocks.append({**_block(plan, rows, b), **_lists_and_maps(state, layer, row, int(rows.block_start[b]))})

@@ -122,11 +122,8 @@ class GroupState:
             reader = WindowReader(
                 self.plan, family, self.layers_of(family.name), rows, heads if family.name == "event" else [], at
             )
-            reads = self.plan.reads[family.name]
-            at_once = bool(reads.plain) and not reader.has_head
-            if at_once:
-                matrix[:, reads.places] = reader.sums_at(reads.sums_at)
-            for name, measure, window in reads.rest if at_once else reads.every:
+            reader.write_sums(matrix)
+            for name, measure, window in self.plan.reads[family.name].rest:
                 if measure.shape == "number":
                     matrix[:, self.plan.place_of[name]] = self._number(reader, measure, window)
                 elif measure.shape == "list":

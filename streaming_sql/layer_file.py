@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from streaming_sql.array_file import text_arrays, texts_of
 from streaming_sql.block_layer import BlockLayer
@@ -16,12 +15,12 @@ def arrays_of(layer: BlockLayer) -> dict[str, np.ndarray]:
     """Everything a layer holds, by name."""
     arrays = {
         "rows": layer.rows,
-        "run_offsets": layer.run_offsets.numpy(),
-        "block_start": layer.block_start.numpy(),
+        "run_offsets": layer.run_offsets,
+        "block_start": layer.block_start,
         "known_at": layer.known_at,
         "place": layer.place,
     }
-    arrays |= {f"prefix/{family}": sums.numpy() for family, sums in layer.prefix.items()}
+    arrays |= {f"prefix/{family}": sums for family, sums in layer.prefix.items()}
     arrays |= {f"covers/{column}": values for column, values in layer.covers.items()}
     arrays |= {f"moments/{measure}": values for measure, values in layer.moments.items()}
     for measure, lists in layer.lists.items():
@@ -57,11 +56,11 @@ def layer_of(plan: GroupPlan, arrays: Mapping[str, np.ndarray]) -> BlockLayer:
     }
     return BlockLayer(
         arrays["rows"],
-        torch.from_numpy(arrays["run_offsets"]),
-        torch.from_numpy(arrays["block_start"]),
+        arrays["run_offsets"],
+        arrays["block_start"],
         arrays["known_at"],
         arrays["place"],
-        {family.name: torch.from_numpy(arrays[f"prefix/{family.name}"]) for family in plan.families if family.sum_columns},
+        {family.name: arrays[f"prefix/{family.name}"] for family in plan.families if family.sum_columns},
         {column: arrays[f"covers/{column}"] for column in plan.covers},
         {measure.name: arrays[f"moments/{measure.name}"] for measure in plan.moments},
         lists,

@@ -51,33 +51,39 @@ class Family:
 
 @dataclass(frozen=True)
 class Reads:
-    """The windows of a family, in the order in which they are read."""
+    """How a family's features are read: sums of exact types and averages of them all at once, the rest one by one. Of one
+    (measure, window): the place of its column among the M, of its length among the W, and of the feature among the group's."""
 
-    every: tuple[tuple[str, Measure, Window], ...]
-    """(`<measure>_<window>`, measure, window)."""
+    sums: np.ndarray
+    """int64 [S, 3]: counts and sums, (m, w, feature)."""
+    averages: np.ndarray
+    """int64 [A, 4]: (m of the total, m of the count, w, feature)."""
+    empty: np.ndarray
+    """float64 [A]: an average of nothing."""
     rest: tuple[tuple[str, Measure, Window], ...]
-    """Less the plain ones: counts and sums of exact types, which are read all at once where the family has no head."""
-    plain: tuple[str, ...]
-    sums_at: np.ndarray
-    """int64 [P]: where each plain window is in the family's sums [M, W], laid flat."""
-    places: np.ndarray
-    """int64 [P]: its column among the group's features."""
+    """(`<measure>_<window>`, measure, window), sessions among them."""
 
     @classmethod
     def of(cls, family: Family, place_of: dict[str, int]) -> "Reads":
-        width = len(family.lengths_us)
-        every = tuple((f"{m.name}_{w.name}", m, w) for m in family.measures for w in m.windows)
-        plain = {
-            name: family.sum_columns.index(measure.columns[0]) * width + family.lengths_us.index(window.length_us)
-            for name, measure, window in every
-            if measure.is_invertible and measure.aggregation in ("count", "sum") and window.session_gap_us is None
-        }
+        sums, averages, empty, rest = [], [], [], []
+        for measure in family.measures:
+            for window in measure.windows:
+                name = f"{measure.name}_{window.name}"
+                if not measure.is_invertible or window.session_gap_us is not None:
+                    rest.append((name, measure, window))
+                    continue
+                columns = [family.sum_columns.index(column) for column in measure.columns]
+                at = family.lengths_us.index(window.length_us), place_of[name]
+                if measure.aggregation == "avg":
+                    averages.append((*columns, *at))
+                    empty.append(np.nan if measure.empty is None else measure.empty)
+                else:
+                    sums.append((columns[0], *at))
         return cls(
-            every,
-            tuple(one for one in every if one[0] not in plain),
-            tuple(plain),
-            np.array(list(plain.values()), dtype=np.int64),
-            np.array([place_of[name] for name in plain], dtype=np.int64),
+            np.array(sums, dtype=np.int64).reshape(-1, 3),
+            np.array(averages, dtype=np.int64).reshape(-1, 4),
+            np.array(empty, dtype=np.float64),
+            tuple(rest),
         )
 
 

@@ -5,7 +5,9 @@ Shape letters: N keys asked for, R sorted items, E items found. Knows nothing of
 """
 
 import numpy as np
+from numba import types
 
+from warehouse.compiled import compiled, only_read
 from warehouse.time_algebra import FIVE_MINUTES_US
 
 ROW_SHIFT = 32  # block numbers stay below 2**32 until the year 42,000
@@ -23,16 +25,16 @@ def blocks_of(place: np.ndarray) -> np.ndarray:
     return (place & ((1 << ROW_SHIFT) - 1)) * FIVE_MINUTES_US
 
 
-def stretches(place: np.ndarray, row: np.ndarray, lower_us: Instants, upper_us: Instants) -> tuple[np.ndarray, np.ndarray]:
+def stretches(place: np.ndarray, row: np.ndarray, lower_us: Instants, upper_us: int) -> tuple[np.ndarray, np.ndarray]:
     """(low [N], high [N]): place[low:high] are the blocks of the row with lower_us <= block_start < upper_us.
 
     place: [R] ascending. row: [N], -1 where there is none. Low equals high where nothing is found. A lower edge before 1970, of
     a lifetime, is 1970.
     """
-    base = row << ROW_SHIFT
-    low = np.searchsorted(place, base + np.maximum(lower_us, 0) // FIVE_MINUTES_US)
-    high = np.searchsorted(place, base + upper_us // FIVE_MINUTES_US)
-    return low, np.where(row >= 0, np.maximum(low, high), low)
+    lower = lower_us if isinstance(lower_us, np.ndarray) else np.array([lower_us], dtype=np.int64)
+    edges = np.empty((2, len(row)), dtype=np.int64)
+    _find_edges(place, row, lower, upper_us, ROW_SHIFT, FIVE_MINUTES_US, edges)
+    return edges[0], edges[1]
 
 
 def laid_out(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,3 +53,27 @@ def opens(*sorted_columns: np.ndarray) -> np.ndarray:
     for column in sorted_columns:
         changed[1:] |= column[1:] != column[:-1]
     return np.flatnonzero(changed)
+
+
+_NUMBERS = only_read(types.int64)
+
+
+@compiled(types.void(_NUMBERS, _NUMBERS, _NUMBERS, types.int64, types.int64, types.int64, types.int64[:, ::1]))
+def _find_edges(
+    place: np.ndarray, row: np.ndarray, lower: np.ndarray, upper: int, row_shift: int, block_us: int, edges: np.ndarray
+) -> None:
+    """`stretches` into edges [2, N]. lower: [N], or [1] for all."""
+    for n in range(len(row)):
+        base = row[n] << row_shift
+        found = 0
+        for edge in range(2):
+            instant = max(lower[n if len(lower) > 1 else 0], 0) if edge == 0 else upper
+            wanted = base + instant // block_us
+            end = len(place) if row[n] >= 0 else found
+            while found < end:
+                middle = (found + end) // 2
+                if place[middle] < wanted:
+                    found = middle + 1
+                else:
+                    end = middle
+            edges[edge, n] = found

@@ -3,11 +3,12 @@
 Shape letters: N keys asked for, M sum columns of the family, W window lengths of its sums.
 """
 
-import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from streaming_sql import moments
 from streaming_sql.block_layer import BlockLayer
@@ -17,6 +18,7 @@ from streaming_sql.head import HeadEvent
 from streaming_sql.plan import Family, GroupPlan, cover_of
 from streaming_sql.ragged import Instants
 from streaming_sql.sessions import session_starts
+from warehouse.compiled import compiled, only_read
 from warehouse.features.measures import Measure
 from warehouse.time_algebra import Window, floor_5m
 
@@ -28,10 +30,6 @@ class Instant:
     tick_us: int
     position: tuple[int, ...]
     t_us: int
-
-    def bounds(self, family: str, length_us: int) -> tuple[int, int]:
-        """[lower, upper) in event time over blocks; a fresh measure's head goes on from upper to t."""
-        return min(self.anchor(family) - length_us, self.tick_us), self.tick_us
 
     def anchor(self, family: str) -> int:
         return self.tick_us if family == "tick" else floor_5m(self.t_us)
@@ -55,50 +53,56 @@ class WindowReader:
     ):
         """rows: int64 [N], -1 for keys never seen; heads: the visible events of each key, none unless the family is fresh."""
         self._plan, self._family, self._layers, self._rows, self._at = plan, family, layers, rows, at
+        self._anchor = at.anchor(family.name)
         self._heads = [(n, event) for n, events in enumerate(heads) for event in events]
         self._runs = [layer.runs_of(rows) for layer in layers]
         self.num_keys = len(rows)
         self._sums = self._all_sums()
 
     def _all_sums(self) -> np.ndarray:
-        """int64 [N, M, W]."""
+        """int64 [N, M, W]: of blocks and head."""
         family = self._family
         out = np.zeros((self.num_keys, len(family.sum_columns), len(family.lengths_us)), dtype=np.int64)
         if out.size == 0:
             return out
-        bounds = [self._at.bounds(family.name, length) for length in family.lengths_us]
-        return self._summed(np.tile(np.array([low for low, _ in bounds], dtype=np.int64), (self.num_keys, 1)), out)
+        lower = np.empty((self.num_keys, len(family.lengths_us)), dtype=np.int64)
+        lower[:] = [min(self._anchor - length, self._at.tick_us) for length in family.lengths_us]
+        self._add_sums(lower, out)
+        for n, event in self._heads:
+            in_windows = out[n, :, bisect_left(family.lengths_us, self._anchor - event.event_ts) :]
+            in_windows += np.array(self._summands(event), dtype=np.int64)[:, None]
+        return out
 
-    def _summed(self, lower: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def _summands(self, event: HeadEvent) -> list[int]:
+        """What an event of the head adds to each sum column, [M]."""
+        summands: list[int] = []
+        for place, measure in enumerate(self._plan.fresh):
+            if measure.is_invertible:
+                value = event.values[place]
+                first = 0 if value is None else 1 if measure.aggregation == "count" else value
+                summands += [first, *[int(value is not None)] * (len(measure.columns) - 1)]
+        return summands
+
+    def _add_sums(self, lower: np.ndarray, out: np.ndarray) -> None:
         upper = np.full(self.num_keys, self._at.tick_us, dtype=np.int64)
         for layer, run in zip(self._layers, self._runs, strict=True):
             out += layer.windowed_sums(self._family.name, run, lower, upper)
-        return out
 
-    @property
-    def has_head(self) -> bool:
-        """Whether events of the head come on top of the blocks."""
-        return bool(self._heads)
-
-    def sums_at(self, places: np.ndarray) -> np.ndarray:
-        """int64 [N, P]: sums over blocks by their places in [M, W]."""
-        return self._sums.reshape(self.num_keys, math.prod(self._sums.shape[1:]))[:, places]
+    def write_sums(self, matrix: np.ndarray) -> None:
+        """The features that are sums, or averages of them, into their columns of the group's [N, F]."""
+        reads = self._plan.reads[self._family.name]
+        _write_sums(self._sums, reads.sums, reads.averages, reads.empty, matrix)
 
     def numbers(self, measure: Measure, window: Window) -> list[np.ndarray]:
-        """The representation's columns of a number or extreme, [N] each: int64 for sums, else float64. Fresh memory."""
+        """The representation's columns of a number or extreme, [N] each: int64 for sums, else float64."""
         lower, head_lower = self._lower(measure, window)
         if not measure.is_invertible:
             parts = [self._covered(measure, column, lower) for column in measure.columns]
         else:
-            at = [self._family.sum_columns.index(column) for column in measure.columns]
-            if window.session_gap_us is None:
-                width = self._family.lengths_us.index(window.length_us)
-                parts = [self._sums[:, place, width].copy() for place in at]
-            else:
-                assert isinstance(lower, np.ndarray)
-                sums = np.zeros((self.num_keys, len(self._family.sum_columns), 1), dtype=np.int64)
-                self._summed(lower[:, None], sums)
-                parts = [sums[:, place, 0].copy() for place in at]
+            assert isinstance(lower, np.ndarray)  # of sessions: other sums are written at once
+            sums = np.zeros((self.num_keys, len(self._family.sum_columns), 1), dtype=np.int64)
+            self._add_sums(lower[:, None], sums)
+            parts = [sums[:, self._family.sum_columns.index(column), 0].copy() for column in measure.columns]
         combine = cover_of(measure).combine
         for n, _, value in self._head(measure, head_lower):
             parts[0][n] = parts[0][n] + 1 if measure.aggregation == "count" else combine(parts[0][n], value)
@@ -132,9 +136,6 @@ class WindowReader:
         entries: list[list[Entry]] = [[] for _ in range(self.num_keys)]
         for layer in self._layers:
             owner, *columns = layer.lists[measure.name].found(measure, self._rows, lower, self._at.tick_us)
-            if self.num_keys == 1:
-                entries[0] += zip(*columns, strict=True)
-                continue
             for n, entry in zip(owner.tolist(), zip(*columns, strict=True), strict=True):
                 entries[n].append(entry)
         for n, event, value in self._head(measure, head_lower):
@@ -167,8 +168,8 @@ class WindowReader:
 
     def _lower(self, measure: Measure, window: Window) -> tuple[Instants, Instants]:
         """Where the window begins, in blocks and in the head."""
-        lower, _ = self._at.bounds(self._family.name, window.length_us)
-        head_lower = self._at.anchor(self._family.name) - window.length_us
+        head_lower = self._anchor - window.length_us
+        lower = min(head_lower, self._at.tick_us)  # blocks end at the tick, the head goes on from there
         if window.session_gap_us is None:
             return lower, head_lower
         parts = [layer.held_blocks(self._plan, measure, self._rows, lower, self._at.tick_us) for layer in self._layers]
@@ -179,3 +180,20 @@ class WindowReader:
         upper = self._at.upper(self._family.name)
         starts = session_starts(owner, block_us, self.num_keys, upper, window.session_gap_us)
         return starts, starts
+
+
+_PLACES = only_read(types.int64, 2)
+
+
+@compiled(types.void(only_read(types.int64, 3), _PLACES, _PLACES, only_read(types.float64), types.float64[:, ::1]))
+def _write_sums(sums_NMW: np.ndarray, sums: np.ndarray, averages: np.ndarray, empty: np.ndarray, matrix_NF: np.ndarray) -> None:
+    """sums, averages and empty: of `Reads`."""
+    for n in range(len(sums_NMW)):
+        for s in range(len(sums)):
+            matrix_NF[n, sums[s, 2]] = sums_NMW[n, sums[s, 0], sums[s, 1]]
+        for a in range(len(averages)):
+            count = sums_NMW[n, averages[a, 1], averages[a, 2]]
+            average = empty[a]
+            if count > 0:
+                average = sums_NMW[n, averages[a, 0], averages[a, 2]] / count
+            matrix_NF[n, averages[a, 3]] = average
