@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import TableProperties
 
 from warehouse.events import TIMESTAMP
@@ -133,14 +134,26 @@ def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[
 
 
 def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None = None) -> None:
-    """Appends the rows, unless a batch of this number was: whoever wrote it may have died before it could say so.
+    """Appends the rows, unless a batch of this number was. table: in CODED_SCHEMA or FORWARD_LOG_SCHEMA."""
+    commit_once(lake, encoded(lake, table), batch, lock)
 
-    table: in CODED_SCHEMA or FORWARD_LOG_SCHEMA. lock: a file that processes which write the same table take turns by, as two
-    commits at once cost one of them its work."""
+
+def encoded(lake: Lake, table: pa.Table) -> list[DataFile]:
+    """The rows as files that are not in the lake's table yet: nearly all of the work."""
+    return lake.write_files(FORWARD_LOG, table.cast(FORWARD_LOG_SCHEMA))
+
+
+def commit_once(lake: Lake, files: Sequence[DataFile], batch: uuid.UUID, lock: Path | None = None) -> None:
+    """Adds the files, unless a batch of this number was: whoever wrote it may have died before it could say so.
+
+    lock: a file that processes which write the same table take turns by, as two commits at once cost one of them its work."""
     with in_turn(lock) if lock else nullcontext():
-        snapshots = lake.table(FORWARD_LOG).metadata.snapshots
-        if not any(one.summary is not None and one.summary.get(BATCH) == str(batch) for one in reversed(snapshots)):
-            lake.append(FORWARD_LOG, table.cast(FORWARD_LOG_SCHEMA), {BATCH: str(batch)})
+        there = lake.table(FORWARD_LOG)
+        if any(one.summary is not None and one.summary.get(BATCH) == str(batch) for one in reversed(there.metadata.snapshots)):
+            for file in files:
+                there.io.delete(file.file_path)
+        else:
+            lake.add_files(FORWARD_LOG, files, {BATCH: str(batch)})
 
 
 class Elsewhere(Protocol):

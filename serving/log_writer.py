@@ -1,7 +1,7 @@
 """The process that writes the forward log, and the end of it that a server holds.
 
-Encoding Parquet and committing is half a second of work every ten seconds. Beside requests it would hold their interpreter and
-their core; in a process of its own, at a low priority, it takes what they leave.
+Encoding Parquet is a second of work every ten seconds. Beside requests it would hold their interpreter and their core; in a
+process of its own, at a low priority, it takes what they leave, and gives it up at once (`idle_time.py`).
 
 What is sent is a stream of Arrow record batches, in which a list of texts goes once however many rows are made of it. Rows go
 as they are made, so that what a write sends is little: tens of megabytes at once would take from requests what the process was
@@ -11,6 +11,7 @@ pipe's end. A batch is written whole or not at all, and one that is sent again u
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -23,7 +24,8 @@ from typing import IO
 
 import pyarrow as pa
 
-from serving.forward_log import CODED_SCHEMA, write_once
+from serving.forward_log import CODED_SCHEMA, commit_once, encoded
+from serving.idle_time import in_idle_time
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -34,6 +36,8 @@ _FORGET, _WRITE = b"forget", b"write"
 _DONE = b"written\n"
 _NICE = 10
 """Not lower: it holds the catalogue's lock at times, for which others wait."""
+_IDLY_FOR_S = 5.0
+"""What is not encoded by then is as others are: more comes every ten seconds, and the queue has an end."""
 _ENDS_WITHIN_S = 30.0
 _PIPE_BYTES = 1 << 20
 
@@ -136,7 +140,8 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError):  # the server was killed; what it had sent is written
         for batch, table in batches(sys.stdin.buffer):
             try:
-                write_once(lake, table, batch, lock)
+                files = in_idle_time(functools.partial(encoded, lake, table), _IDLY_FOR_S)
+                commit_once(lake, files, batch, lock)
                 answer = _DONE
             except Exception as error:
                 answer = " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"

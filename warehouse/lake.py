@@ -159,6 +159,16 @@ class Lake:
         with _Transaction(table) as transaction:
             append_files(transaction, write_chunks(transaction, table, [rows]), properties or {})
 
+    def write_files(self, name: str, rows: pa.Table) -> list[DataFile]:
+        """The first half of `append`: data files of the rows, which no snapshot names before `add_files` does."""
+        table = self.table(name)
+        return write_chunks(_Transaction(table), table, [rows])
+
+    def add_files(self, name: str, files: Iterable[DataFile], properties: Mapping[str, str] | None = None) -> None:
+        """The second half: one commit. If it fails nobody can say whether the files are in the table."""
+        with self.transaction(name) as transaction:
+            append_files(transaction, files, properties or {})
+
     def replace(self, name: str, rows: pa.Table) -> None:
         """The table becomes these rows, in one commit."""
         table = self.table(name)

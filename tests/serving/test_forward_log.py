@@ -165,13 +165,13 @@ def test_rows_are_written_by_number_and_by_age_without_being_asked(lake, max_row
 
 def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):
     stuck = threading.Event()
-    real_append = Lake.append
+    real_write = Lake.write_files
 
-    def slow_append(self, name, rows, properties=None):
+    def slow_write(self, name, rows):
         stuck.wait(10)
-        real_append(self, name, rows, properties)
+        return real_write(self, name, rows)
 
-    monkeypatch.setattr(Lake, "append", slow_append)
+    monkeypatch.setattr(Lake, "write_files", slow_write)
     forward_log = opened(lake, max_waiting=3, max_rows=1)
     started = time.monotonic()
     taken = [forward_log.offer(lambda n=n: table(f"r{n}")) for n in range(20)]
@@ -182,15 +182,16 @@ def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):
     assert forward_log.num_written == taken.count(True) == lake.scan(FORWARD_LOG).num_rows
 
 
-def test_a_write_that_fails_is_tried_again(lake, monkeypatch, caplog):
-    real_append, failures = Lake.append, [OSError("no space left on device")]
+@pytest.mark.parametrize("step", ["write_files", "add_files"])
+def test_a_write_that_fails_is_tried_again(step, lake, monkeypatch, caplog):
+    real_step, failures = getattr(Lake, step), [OSError("no space left on device")]
 
-    def failing_append(self, name, rows, properties=None):
+    def failing_step(*arguments):
         if failures:
             raise failures.pop()
-        real_append(self, name, rows, properties)
+        return real_step(*arguments)
 
-    monkeypatch.setattr(Lake, "append", failing_append)
+    monkeypatch.setattr(Lake, step, failing_step)
     monkeypatch.setattr("serving.forward_log.RETRY_S", 0.01)
     forward_log = opened(lake)
     forward_log.offer(table)
@@ -240,6 +241,7 @@ def test_a_process_writes_and_is_started_again_when_it_was_killed(lake, tmp_path
 
 
 def test_what_a_process_cannot_write_it_says(lake, tmp_path):
+    opened(lake).close()
     writer = LogWriter(Home(tmp_path), tmp_path / "no such folder" / "turn.lock")
     with pytest.raises(OSError, match=r"FileNotFoundError: .*turn\.lock"):
         writer.write([table()], uuid.uuid4())
@@ -269,12 +271,13 @@ def test_rows_that_were_sent_ahead_are_written_once_whatever_became_of_them(lake
     writer.close()
 
 
-def test_a_batch_that_was_written_before_its_writer_died_is_not_written_again(lake):
+def test_a_batch_that_was_written_before_its_writer_died_is_not_written_again(lake, tmp_path):
     opened(lake).close()
     first, second = uuid.uuid4(), uuid.uuid4()
     for batch, rows in ((first, table()), (second, table("r2")), (first, table())):
         write_once(lake, rows, batch)
     assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == ["r1", "r2"]
+    assert len(list((tmp_path / "lake").rglob("forward_log/data/**/*.parquet"))) == 2  # what is not added does not stay
 
 
 def test_what_breaks_off_is_not_written():
