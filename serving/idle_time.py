@@ -1,7 +1,7 @@
 """Work in the time that no other process wants, for a while.
 
-A process that is merely nice keeps a core for the rest of its slice, some milliseconds, when a request comes, and each step of an
-answer waits for that. One of the idle policy (Linux, sched(7)) gives it up at once. It gets next to nothing where nothing is
+A process that is merely nice keeps a core for the rest of its slice, some milliseconds, when a request comes, and each step of
+an answer waits for that. One of the idle policy (Linux, sched(7)) gives it up at once. It gets next to nothing where nothing is
 left, so it is taken out of that policy when its time is over. That needs the right to: CAP_SYS_NICE, or an RLIMIT_NICE that
 allows the process its nice value (`LimitNICE=` of systemd, `--ulimit nice=` of Docker).
 """
