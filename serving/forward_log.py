@@ -38,6 +38,8 @@ _FILES = {
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _MADE_AT_ONCE, _MADE_WITHIN_S = 16, 1.0
 """Rows that are made together cost a third each; more of them would hold the interpreter that requests share for long."""
+_MADE_EVERY_S = 0.03
+"""Of what waited for a write; without a rest requests would find the interpreter busy for a tenth of a second."""
 _FEATURES = pa.map_(pa.string(), pa.float64())
 _SEQUENCES = pa.map_(pa.string(), pa.list_(pa.string()))
 _MAPS = pa.map_(pa.string(), _FEATURES)
@@ -267,6 +269,8 @@ class ForwardLog(Generic[Item]):
                 self._in_flight = 0
                 if made is not None:
                     self._made.append((some[0][0], made))
+                if turn is _Turn.MAKE and self._waiting:
+                    self._changed.wait_for(lambda: self._closing or self._flush_asked, _MADE_EVERY_S)
                 if not self._num_unwritten:
                     self._flush_asked = False
                 self._changed.notify_all()
