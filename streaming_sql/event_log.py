@@ -196,24 +196,25 @@ class EventLog:
                     zip(landed, self._column(self._writer, "landed_offset"), strict=True)
                 ):
                     self._writer.execute("delete from records where log_partition = ? and log_offset < ?", (partition, mark))
-                    shift = (to_offset - mark, not_before_us, partition)
+                    values = {"shift": to_offset - mark, "at_us": not_before_us, "partition": partition}
                     # by way of negative offsets, which collide with nothing
                     self._writer.execute(
-                        "update records set log_offset = -1 - (log_offset + ?1), landed_at = max(landed_at, ?2) "
-                        "where log_partition = ?3",
-                        shift,
+                        "update records set log_offset = -1 - (log_offset + :shift), landed_at = max(landed_at, :at_us) "
+                        "where log_partition = :partition",
+                        values,
                     )
                     self._writer.execute(
                         "update records set log_offset = -1 - log_offset where log_partition = ?", (partition,)
                     )
                     self._writer.execute(
-                        "update ids set log_offset = log_offset + ?1 where log_partition = ?3 and log_offset >= ?4",
-                        (*shift, mark),
+                        "update ids set log_offset = log_offset + :shift "
+                        "where log_partition = :partition and log_offset >= :mark",
+                        {**values, "mark": mark},
                     )
                     self._writer.execute(
-                        "update partitions set next_offset = next_offset + ?1, first_offset = ?4, landed_offset = ?4, "
-                        "landed_at = max(landed_at, ?2) where log_partition = ?3",
-                        (*shift, to_offset),
+                        "update partitions set next_offset = next_offset + :shift, first_offset = :first, "
+                        "landed_offset = :first, landed_at = max(landed_at, :at_us) where log_partition = :partition",
+                        {**values, "first": to_offset},
                     )
                 self._writer.execute("commit")
             except BaseException:
