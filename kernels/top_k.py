@@ -110,6 +110,12 @@ def _sortable(score, row):
 
 
 @Kernel
+def _score_of(key):
+    ordered = (key >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@Kernel
 def _bucket_maxima_kernel(
     queries_ptr, items_ptr, scale_ptr, excluded_ptr, maxima_ptr, B, N, NUM_GROUPS, EXCLUDED_STRIDE,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
@@ -217,8 +223,7 @@ def _list_items_kernel(
     i, d = tl.arange(0, 32), tl.arange(0, BLOCK_D)
     in_d = d < D
     q = tl.load(queries_ptr + b * D + d, mask=in_d, other=0)
-    ordered = (tl.load(bound_ptr + b) >> 32).to(tl.int32)
-    bound = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    bound = _score_of(tl.load(bound_ptr + b))
     bound -= tl.abs(bound) * 2.0**-16  # pass one has added up in another order
     for place in range(tl.program_id(0), tl.load(bucket_count_ptr + b * APART), tl.num_programs(0)):
         bucket = 0xFFFFFFFF - (tl.load(buckets_ptr + b * BUCKET_CAPACITY + place) & 0xFFFFFFFF)
@@ -297,8 +302,7 @@ def _rank_kernel(
         other = begin + tl.arange(0, CHUNK)
         than = tl.load(first + other, mask=other < count, other=-1 << 63)
         larger += (than[None, :] > key[:, None]).to(tl.int32)
-    ordered = (key >> 32).to(tl.int32)
-    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    score = _score_of(key)
     place = tl.where(there, tl.sum(larger, 1), mine)
     tl.store(scores_ptr + b * K + place, tl.where(there, score, float("-inf")), mask=place < K)
     tl.store(rows_ptr + b * K + place, tl.where(there, 0xFFFFFFFF - (key & 0xFFFFFFFF), -1), mask=place < K)

@@ -336,14 +336,8 @@ def _few_sums(
 @compiled(types.void(_NUMBERS, _NUMBERS, types.int64[::1]))
 def _find_runs(rows: np.ndarray, wanted: np.ndarray, run: np.ndarray) -> None:
     for n in range(len(wanted)):
-        low, high = 0, len(rows)
-        while low < high:
-            middle = (low + high) // 2
-            if rows[middle] < wanted[n]:
-                low = middle + 1
-            else:
-                high = middle
-        run[n] = low if low < len(rows) and rows[low] == wanted[n] else -1
+        at = np.searchsorted(rows, wanted[n])
+        run[n] = at if at < len(rows) and rows[at] == wanted[n] else -1
 
 
 @compiled(types.void(only_read(types.float64), _NUMBERS, _NUMBERS, types.float64[::1]))

@@ -69,11 +69,6 @@ def _find_edges(
         for edge in range(2):
             instant = max(lower[n if len(lower) > 1 else 0], 0) if edge == 0 else upper
             wanted = base + instant // block_us
-            end = len(place) if row[n] >= 0 else found
-            while found < end:
-                middle = (found + end) // 2
-                if place[middle] < wanted:
-                    found = middle + 1
-                else:
-                    end = middle
+            if row[n] >= 0:
+                found += np.searchsorted(place[found:], wanted)
             edges[edge, n] = found
