@@ -6,6 +6,7 @@ a model is asked the path stops (`yield from`), so that requests side by side as
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from opentelemetry.trace import get_current_span
@@ -24,6 +25,7 @@ from serving.retrieve import Candidates
 from serving.served import Served, new_request_id
 from serving.telemetry import CANDIDATES, DEGRADED, REQUEST_ID, spanned
 from serving.world import World
+from warehouse.compiled import compiled
 from warehouse.features.kinds.values import Value
 
 Said = Mapping[str, Value] | None
@@ -55,7 +57,7 @@ def feed_path(
     l1_order_C = best_first(candidates.recall_score_C if np.isnan(l1_score_C).all() else l1_score_C, len(candidates))
     survivors_S = reserve(request, candidates, l1_order_C, settings.l1_top_k)
     request_id = new_request_id()
-    sampled = np.flatnonzero(_sampled(request_id, len(candidates), settings.logged_share))
+    sampled = _sampled(request_id, len(candidates), settings.logged_share)
     is_l1_new = features is not None
     if features is None:
         needed = np.union1d(survivors_S, sampled)
@@ -81,7 +83,7 @@ def feed_path(
         request_id,
         candidates=candidates,
         l1_score_C=l1_score_C,
-        predictions={head: _spread(scores_S, survivors_S, len(candidates)) for head, scores_S in predictions_S.items()},
+        predictions=_spread_all(predictions_S, survivors_S, len(candidates)),
         final_score_C=final_score_C,
         page=page,
         logged=logged,
@@ -183,12 +185,36 @@ def hydrate(request: Request, row_C: np.ndarray, note_ids: Sequence[str] | None 
 
 
 def _sampled(request_id: str, num_candidates: int, share: float) -> np.ndarray:
-    """bool [C]: the candidates whose features are logged although they are not shown; the same for the same request."""
-    return np.random.default_rng(int.from_bytes(request_id.encode())).random(num_candidates) < share
+    """int64, ascending: the candidates whose features are logged although they are not shown; the same for the same request."""
+    seed = int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest())
+    return drawn(seed, num_candidates, share)
+
+
+@compiled("i8[::1](u8, i8, f8)")
+def drawn(seed, num_candidates, share):
+    """int64: those of the places below num_candidates that a draw of their own takes, each with probability `share`. Draws are
+    those of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    places, count = np.empty(num_candidates, np.int64), 0
+    for place in range(num_candidates):
+        seed += np.uint64(0x9E3779B97F4A7C15)
+        mixed = (seed ^ (seed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        if (mixed >> np.uint64(11)) * 2.0**-53 < share:
+            places[count] = place
+            count += 1
+    return places[:count].copy()
 
 
 def _spread(values_S: np.ndarray, survivors_S: np.ndarray, num_candidates: int) -> np.ndarray:
-    """float64 [C]: the survivors' values at their places, NaN elsewhere."""
-    values_C = np.full(num_candidates, np.nan)
-    values_C[survivors_S] = values_S
+    """float64 [..., C]: the survivors' values at their places, NaN elsewhere."""
+    values_C = np.full((*values_S.shape[:-1], num_candidates), np.nan)
+    values_C[..., survivors_S] = values_S
     return values_C
+
+
+def _spread_all(predictions_S: Mapping[str, np.ndarray], survivors_S: np.ndarray, num_candidates: int) -> dict[str, np.ndarray]:
+    if not predictions_S:
+        return {}
+    scores_TC = _spread(np.stack(list(predictions_S.values())), survivors_S, num_candidates)
+    return dict(zip(predictions_S, scores_TC, strict=True))

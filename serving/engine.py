@@ -19,6 +19,7 @@ from serving.catalogue import Catalogue
 from serving.explain import Recent
 from serving.fetch import Fetcher
 from serving.forward_log import ForwardLog
+from serving.huge_pages import collapse
 from serving.hurry import CACHED_PAGE
 from serving.hydrate import check_groups
 from serving.last_pages import LastPages
@@ -207,6 +208,7 @@ class Engine:
                 self.seat = take_seat(self.home.log, self._server, self._stopping.is_set)
                 self.world = self._open(self.seat.leads)
                 settle()
+                collapse()
                 self._missing = []
                 if self.seat.leads:
                     self.seat.ready()

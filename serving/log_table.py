@@ -101,11 +101,11 @@ def _texts(texts: list[str], is_there_C: np.ndarray) -> pa.Array:
 
 
 def _sources(generators: Sequence[str], share_CG: np.ndarray) -> pa.ListArray:
-    offsets, places = ordered_shares(np.ascontiguousarray(share_CG, dtype=np.float64))
+    offsets, places = ordered_shares(np.ascontiguousarray(share_CG, dtype=np.float32))
     return pa.ListArray.from_arrays(pa.array(offsets), _coded(places, _texts_of(tuple(generators))))
 
 
-@compiled("Tuple((i4[::1], i4[::1]))(f8[:, ::1])")
+@compiled("Tuple((i4[::1], i4[::1]))(f4[:, ::1])")
 def ordered_shares(share_CG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(offsets int32 [C + 1], generators int32): of each candidate those with a share above 0, the largest first, of equals the
     one that comes first."""

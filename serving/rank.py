@@ -60,8 +60,11 @@ def run_l2(
     try:
         answer: Answer = yield Asked(model.score_many, asked, len(candidates))
         world.pace.note("l2", answer.took_ms, answer.size)
-        heads = answer.scores.items()
-        predictions = {head: _usable(f"L2's head {head}", scores_C, len(candidates)) for head, scores_C in heads}
+        scores_TC = np.stack(
+            [_shaped(f"L2's head {head}", of_head, len(candidates)) for head, of_head in answer.scores.items()]
+        )
+        _check_finite("L2", scores_TC)
+        predictions = dict(zip(answer.scores, scores_TC, strict=True))
         return predictions, mix(predictions, world.settings.head_weights)
     except Exception:
         log.exception("L2 failed; the order of the stage before it stands")
@@ -91,9 +94,18 @@ def as_given(num_candidates: int) -> np.ndarray:
 
 
 def _usable(what: str, scores: np.ndarray, num_candidates: int) -> np.ndarray:
+    scores_C = _shaped(what, scores, num_candidates)
+    _check_finite(what, scores_C)
+    return scores_C
+
+
+def _shaped(what: str, scores: np.ndarray, num_candidates: int) -> np.ndarray:
     scores_C = np.asarray(scores, dtype=np.float64)
     if scores_C.shape != (num_candidates,):
         raise StageError(f"{what} gave scores of shape {scores_C.shape} for {num_candidates} candidates")
-    if not np.isfinite(scores_C).all():
-        raise StageError(f"{what} gave {int((~np.isfinite(scores_C)).sum())} scores of {num_candidates} that are not finite")
     return scores_C
+
+
+def _check_finite(what: str, scores: np.ndarray) -> None:
+    if not np.isfinite(scores).all():
+        raise StageError(f"{what} gave {int((~np.isfinite(scores)).sum())} scores of {scores.size} that are not finite")

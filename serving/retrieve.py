@@ -17,6 +17,7 @@ from models_ml.ordering import largest_first
 from serving.catalogue import Catalogue
 from serving.hydrate import UserFeatures
 from serving.union import Union
+from serving.vector_index import usable
 from warehouse.compiled import compiled, only_read
 
 log = logging.getLogger(__name__)
@@ -124,11 +125,10 @@ def two_tower(request: Retrieval, limit: int) -> np.ndarray:
     if not user_D.any():  # the model knows nothing of the reader: every product would be 0
         return np.empty(0, dtype=np.int64)
     rows_V = request.models.rows_of_vectors  # type: ignore[attr-defined]
-    usable_V = _usable(rows_V, request.eligible_N)
     vectors = request.models.vectors  # type: ignore[attr-defined]
     if vectors is not None:
-        return rows_V[vectors.best(user_D, usable_V, limit)]
-    best, failed = request.models.shards.best(user_D, usable_V, limit)  # type: ignore[attr-defined]
+        return rows_V[vectors.best(user_D, usable(rows_V, request.eligible_N), limit)]
+    best, failed = request.models.shards.best(user_D, request.eligible_N, limit)  # type: ignore[attr-defined]
     request.failed.extend(failed)
     return rows_V[best]
 
@@ -218,15 +218,6 @@ def _of_topics(rows, eligible_N, topic_code_N, weight_T, limit):
             number_T[topic] += 1
             count += 1
     return row_R[:count], key_R[:count]
-
-
-@compiled(types.boolean[::1](_INTS, _MASK))
-def _usable(rows_V, eligible_N):
-    """bool [V]: vectors of eligible notes; a row of -1 is none."""
-    usable_V = np.empty(len(rows_V), np.bool_)
-    for vector, row in enumerate(rows_V):
-        usable_V[vector] = row >= 0 and eligible_N[row]
-    return usable_V
 
 
 def _first_eligible(rows: np.ndarray, eligible_N: np.ndarray, limit: int) -> np.ndarray:

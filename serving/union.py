@@ -23,7 +23,7 @@ class Union:
         self._place_H = np.full(size, -1)  # by the row's hash
         self._row_K = np.empty(most_rows, np.int64)
         self._score_K = np.zeros(most_rows)
-        self._share_KG = np.zeros((most_rows, num_generators))
+        self._share_KG = np.zeros((most_rows, num_generators), np.float32)
         self.generators: list[str] = []
         self.num_notes = 0
 
@@ -38,7 +38,8 @@ class Union:
         self.generators.append(name)
 
     def ranked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows int64 [C], recall scores float64 [C], each generator's share of them [C, G]), best first, ties by row."""
+        """(rows int64 [C], recall scores float64 [C], each generator's share of them, float32
+        [C, G]), best first, ties by row."""
         row_K, score_K = self._row_K[: self.num_notes], self._score_K[: self.num_notes]
         order_C = largest_first(score_K, row_K)
         share_CG = np.ascontiguousarray(self._share_KG.take(order_C, axis=0)[:, : len(self.generators)])
@@ -48,7 +49,7 @@ class Union:
 @compiled(
     types.int64(
         *(only_read(types.int64, 1), types.int64, types.int64),
-        *(types.int64[::1], types.int64[::1], types.float64[::1], types.float64[:, ::1]),
+        *(types.int64[::1], types.int64[::1], types.float64[::1], types.float32[:, ::1]),
     )
 )
 def _add(row_R, generator, num_notes, place_H, row_K, score_K, share_KG):
@@ -64,6 +65,7 @@ def _add(row_R, generator, num_notes, place_H, row_K, score_K, share_KG):
         place = place_H[at]
         if share_KG[place, generator] == 0.0:
             rank += 1
-            share_KG[place, generator] = 1.0 / rank
-            score_K[place] += share_KG[place, generator]
+            share = 1.0 / rank
+            share_KG[place, generator] = share
+            score_K[place] += share
     return num_notes

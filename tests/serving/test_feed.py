@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from serving.cascade import drawn
 from serving.request import CLOCK_BEHIND, begin
 from serving.retrieve import GENERATORS
 from tests.serving.hand_made import NOT_YET
@@ -26,6 +27,17 @@ def next_tick(server, clock):
 
 def event(event_id, user_id, note, event_type="click", **more):
     return {"eventId": event_id, "eventType": event_type, "userId": user_id, "noteId": note["noteId"], **more}
+
+
+def test_each_candidate_is_drawn_for_the_log_with_its_share():
+    taken = [drawn(seed, 2000, 0.05) for seed in range(500)]
+    number_C = np.bincount(np.concatenate(taken), minlength=2000)
+    assert abs(number_C.sum() / 500 / 2000 - 0.05) < 0.001
+    assert number_C.max() < 25 + 5 * 25**0.5  # no place is preferred
+    assert np.array_equal(drawn(3, 2000, 0.05), taken[3])
+    assert all((np.diff(places) > 0).all() for places in taken)
+    assert drawn(1, 50, 1.0).tolist() == list(range(50))
+    assert drawn(1, 50, 0.0).tolist() == drawn(1, 0, 1.0).tolist() == []
 
 
 def test_a_feed_is_a_page_of_distinct_notes_best_first(server, readers):

@@ -301,13 +301,13 @@ def test_what_breaks_off_is_not_written():
 
 def test_generators_are_told_by_what_each_added():
     rng = np.random.default_rng(5)
-    share_CG = rng.integers(0, 4, (400, 5)) / 3
+    share_CG = rng.integers(0, 4, (400, 5)).astype(np.float32) / 3
     offsets, places = ordered_shares(share_CG)
     for candidate, share_G in enumerate(share_CG):
         order = np.argsort(-share_G, kind="stable")
         wanted = order[share_G[order] > 0]
         np.testing.assert_array_equal(places[offsets[candidate] : offsets[candidate + 1]], wanted)
-    assert [len(part) for part in ordered_shares(np.zeros((2, 3)))] == [3, 0]
+    assert [len(part) for part in ordered_shares(np.zeros((2, 3), np.float32))] == [3, 0]
 
 
 def test_requests_by_columns_are_the_requests_by_rows(server, readers):

@@ -62,7 +62,8 @@ def request(seen=(), vectors=None, **changes):
     notes = catalogue()
     eligible_N = notes.exists_at(NOON)
     eligible_N[[notes.row_of[note_id] for note_id in seen]] = False
-    rows, shards = np.array([3, -1, 1]), ShardedVectors(TwoVectors.note_vectors)
+    rows = np.array([3, -1, 1])
+    shards = ShardedVectors(TwoVectors.note_vectors, note_V=rows)
     models = SimpleNamespace(
         item_to_item=OneNeighbour(),
         rows_of_neighbours=np.array([0, 3, -1]),
@@ -195,7 +196,7 @@ def test_topics_are_interleaved_as_all_places_sorted_would_be(seed):
 
 def test_a_shard_that_breaks_is_named():
     class Dead:
-        def best(self, user_D, usable_V, limit):
+        def best(self, user_D, eligible_N, limit):
             raise RuntimeError("torn")
 
     asked = request()

@@ -17,9 +17,9 @@ class Listening:
     def __init__(self, shards):
         self._shards, self.asked = shards, []
 
-    def best(self, user_D, usable_V, limit):
+    def best(self, user_D, eligible_N, limit):
         self.asked.append(user_D)
-        return self._shards.best(user_D, usable_V, limit)
+        return self._shards.best(user_D, eligible_N, limit)
 
 
 def test_a_readers_vector_at_a_request_is_what_training_makes_of_the_logged_features(server, readers, tmp_path):

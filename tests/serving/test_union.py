@@ -27,14 +27,15 @@ def test_the_union_is_reciprocal_rank_fusion(found, apart):
     row_C, score_C, share_CG = union.ranked()
     assert row_C.tolist() == best
     assert score_C.tolist() == [total[row] for row in best]
-    assert share_CG.tolist() == [[shares[row, generator] for generator in range(len(found))] for row in best]
+    of_best = [[shares[row, generator] for generator in range(len(found))] for row in best]
+    np.testing.assert_array_equal(share_CG, np.array(of_best, np.float32).reshape(share_CG.shape))
 
 
 def test_generators_that_were_not_asked_have_no_column():
     union = Union(4, 3)
     union.add("fresh", np.array([5, 2]))
     share_CG = union.ranked()[2]
-    assert share_CG.tolist() == [[1 / 61], [1 / 62]]
+    assert share_CG.tolist() == np.array([[1 / 61], [1 / 62]], np.float32).tolist()
     assert share_CG.flags.c_contiguous  # as compiled readers of it want
 
 

@@ -58,6 +58,20 @@ def test_codes_of_eight_bits_lose_none_of_the_best(count, width, limit, spread, 
     is_best(Exact(vectors_VD), vectors_VD, user_D, rng.random(count) < 0.8, limit)
 
 
+@pytest.mark.parametrize("hnsw_from", [1, 10_000])
+def test_only_vectors_of_eligible_notes_are_found(hnsw_from):
+    rng = np.random.default_rng(8)
+    vectors_VD, note_V, eligible_N = vectors(4000), rng.integers(-1, 900, 4000), rng.random(900) < 0.3
+    index = ShardedVectors(vectors_VD, 2, hnsw_from, note_V)
+    usable_V = (note_V >= 0) & eligible_N[note_V]
+    found, _ = index.best(vectors_VD[7], eligible_N, 100)
+    assert usable_V[found].all()
+    best = np.flatnonzero(usable_V)[largest((vectors_VD @ vectors_VD[7])[usable_V], 100)]
+    assert len(np.intersect1d(found, best)) >= 95
+    if hnsw_from > 4000:
+        assert found.tolist() == best.tolist()
+
+
 def test_few_products_are_computed_in_full():
     vectors_VD, usable_V = vectors(20_011, width=64), np.ones(20_011, bool)
     index = Exact(vectors_VD)
@@ -67,7 +81,7 @@ def test_few_products_are_computed_in_full():
 
 def test_a_dead_shard_is_named_and_costs_only_its_notes(caplog):
     class Dead:
-        def best(self, user_D, usable_V, limit):
+        def best(self, user_D, eligible_N, limit):
             raise RuntimeError("shard torn")
 
     vectors_VD, usable_V = vectors(90), np.ones(90, bool)
