@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from cachetools import TTLCache
 
-from serving.company import Path, alone
+from serving.company import Path
 
 Value = TypeVar("Value")
 
@@ -58,7 +58,14 @@ class Cache(Generic[Value]):
         Who asks while the same is being made waits for it; a value that is not to be kept, or a making that fails, is its
         maker's alone, and those who waited make their own.
         """
-        return alone(self.path(key, depends_on, _path_of(make)))
+        path = self.path(key, depends_on, _path_of(make))
+        try:
+            while True:
+                theirs = next(path)
+                assert isinstance(theirs, Future)  # `make` asks no model
+                theirs.exception()  # waits for it
+        except StopIteration as end:
+            return end.value
 
     def path(
         self, key: Hashable, depends_on: Hashable, make: Callable[[], Path[tuple[Value, bool]]]

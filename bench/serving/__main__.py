@@ -3,8 +3,9 @@
     python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 20]
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
-then the latency measured at a share of it. Ends by itself within about five minutes, the making of the world (once per folder)
-included.
+then the latency measured at a share of it. Each step of the search is as long as the measurement: a server may put off what it
+writes for some seconds, and what it sustains is with that. Ends by itself within about eight minutes, the making of the world
+(once per folder) included.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
     parser.add_argument("--workers", type=int, default=1, help="processes of either server (default %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement; a step of the search takes 0.3 of it")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement, and of each step of the search")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
@@ -60,7 +61,7 @@ def main() -> int:
         except ValueError as error:
             parser.exit(2, f"{error}\n")
         seconds = min(arguments.seconds, 3.0) if arguments.quick else arguments.seconds
-        load = Load(readers_of(size), PAGE, 0.3 * seconds, seconds)
+        load = Load(readers_of(size), PAGE, seconds)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load_average": os.getloadavg()[0],

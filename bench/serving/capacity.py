@@ -25,12 +25,11 @@ _REST_S = 12.0
 
 @dataclass(frozen=True)
 class Load:
-    """What one server is asked, and for how long: seconds of a step of the search, and of the measurement."""
+    """What one server is asked, and for how long: seconds of each step of the search, and of the measurement."""
 
     readers: list[str]
     notes: int
-    step_s: float
-    measured_s: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,25 +77,25 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     """Warms up, searches the capacity by halving, then measures at `share` of it. Raises RuntimeError if the server gives no
     full answer at all."""
     asker = Asker(port, load)
-    asker.ask(load.step_s / 2, clients=2)
-    unloaded = asker.ask(load.step_s / 2)
+    asker.ask(load.seconds / 4, clients=2)
+    unloaded = asker.ask(load.seconds / 4)
     if not unloaded.latency_ms:
-        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.step_s / 2} s")
+        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.seconds / 4} s")
     unloaded_p50_ms = float(np.median(unloaded.latency_ms))
     slowest_ms = max(SLOWEST_P99_MS, SLOWDOWN * unloaded_p50_ms)
-    closed = asker.ask(load.step_s / 2, clients=4)
+    closed = asker.ask(load.seconds / 4, clients=4)
     closed_per_s = len(closed.latency_ms) / closed.elapsed_s
     tell(f"one at a time {unloaded_p50_ms:.1f} ms; four at once {closed_per_s:.1f} feeds/s")
     low, high = (closed_per_s * edge for edge in _SEARCHED)
     for _ in range(_STEPS):
         rate = (low + high) / 2
-        answers = asker.ask(load.step_s, rate)
+        answers = asker.ask(load.seconds, rate)
         holds = _sustained(answers, slowest_ms)
         p99_ms = _percentile(answers.latency_ms, 99)
         tell(f"{rate:.1f}/s: p99 {p99_ms:.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
         low, high = (rate, high) if holds else (low, rate)
-    time.sleep(min(_REST_S, load.measured_s))
-    answers = asker.ask(load.measured_s, low * share)
+    time.sleep(min(_REST_S, load.seconds))
+    answers = asker.ask(load.seconds, low * share)
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(
         unloaded_p50_ms=unloaded_p50_ms,

@@ -34,7 +34,8 @@ _TRAINING_ROWS = 3_000
 
 @dataclass(frozen=True)
 class Size:
-    """One world. candidates: about how many a request finds; L1 hands l1_top_k of them on."""
+    """One world. readers: more than a run asks for, or its later steps have readers whose candidates and scores are kept.
+    candidates: about how many a request finds; L1 hands l1_top_k of them on."""
 
     notes: int
     readers: int
@@ -46,12 +47,12 @@ class Size:
     @property
     def limits(self) -> dict[str, int]:
         """Of each generator: they overlap, so that their sum is more than the candidates wanted."""
-        shares = {"trending": 0.35, "fresh": 0.3, "item_to_item": 0.2, "two_tower": 0.35, "followed_authors": 0.05}
+        shares = {"trending": 0.38, "fresh": 0.32, "item_to_item": 0.2, "two_tower": 0.35, "followed_authors": 0.05}
         return {name: round(share * self.candidates) for name, share in shares.items()}
 
 
-FULL = Size(notes=100_000, readers=4_000, candidates=2_000, l1_top_k=500, history=100, width=64)
-QUICK = Size(notes=3_000, readers=300, candidates=400, l1_top_k=100, history=50, width=24)
+FULL = Size(notes=100_000, readers=24_000, candidates=2_000, l1_top_k=500, history=100, width=64)
+QUICK = Size(notes=3_000, readers=3_000, candidates=400, l1_top_k=100, history=50, width=24)
 
 
 def furnish(home: Home, size: Size) -> None:
@@ -86,13 +87,13 @@ def clock_setting(home: Home) -> str:
 
 
 def readers_of(size: Size) -> list[str]:
-    """All readers, in a seeded order: each is asked for once before any is asked for again."""
+    """All readers, in a seeded order: each is asked for once before any is asked for again, which no run comes to."""
     return [f"u{reader}" for reader in np.random.default_rng(SEED).permutation(size.readers)]
 
 
 def _simulated(size: Size) -> Dataset:
     """Every reader has watched `history` notes before the log begins."""
-    dataset = simulate(SEED, size.readers, size.notes, DAYS, DEFAULT_START, requests_per_user_day=1.0)
+    dataset = simulate(SEED, size.readers, size.notes, DAYS, DEFAULT_START, requests_per_user_day=0.5)
     rng = np.random.default_rng(SEED)
     popular = rng.zipf(1.3, (size.readers, size.history)) % size.notes
     histories = [[f"n{note}" for note in watched] for watched in popular]
