@@ -7,9 +7,11 @@ models: they ask for columns by name.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from models_ml.scoring import columns_of
 from serving.cache import Same
@@ -20,6 +22,7 @@ from streaming_sql.group_state import FeatureMatrix
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
 from streaming_sql.table_store import TableStore
+from warehouse.compiled import compiled, only_read
 from warehouse.errors import HeadraceError
 from warehouse.features.declarations import FeatureGroup
 from warehouse.features.kinds.declared import Kinds
@@ -71,13 +74,28 @@ class CandidateFeatures:
         return {name: rows[position] for name, rows in self.maps.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class _Names:
+    """Of each part, in order. Equal to itself alone: many names are long to compare."""
+
+    of_parts: tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True)
 class Hydrated:
     """Where every feature of every candidate is: note, author, reader × author, and request-time ones. Models are given the
-    numbers that they ask for. row_C: the notes' rows of the catalogue, -1 for unknown ones; parts: REQUEST_FEATURES last."""
+    numbers that they ask for. row_C: the notes' rows of the catalogue, -1 for unknown ones; parts: REQUEST_FEATURES last;
+    n_C: which of the parts' rows the candidates are."""
 
     row_C: np.ndarray
     parts: tuple[FeatureRows, ...]
+    names: _Names
+    n_C: np.ndarray
+
+    @classmethod
+    def of(cls, row_C: np.ndarray, parts: Sequence[FeatureRows]) -> "Hydrated":
+        """The parts' rows as they are."""
+        return cls(row_C, tuple(parts), _names_of(tuple(part.names for part in parts)), np.arange(len(row_C)))
 
     def __len__(self) -> int:
         return len(self.row_C)
@@ -85,40 +103,39 @@ class Hydrated:
     def pick(self, names: Sequence[str]) -> np.ndarray:
         """float32 [C, len(names)], contiguous, in the order asked for; NaN for NULL. Raises KeyError for an unknown name."""
         picked_CF = np.empty((len(self.row_C), len(names)), dtype=np.float32)
-        columns = _columns_of_parts(tuple(part.names for part in self.parts), tuple(names))
-        for part, (from_columns, to_columns) in zip(self.parts, columns, strict=True):
-            part.write(picked_CF, from_columns, to_columns)
+        for part, from_columns, to_columns in _columns_of_parts(self.names, tuple(names)):
+            self.parts[part].write(self.n_C, picked_CF, from_columns, to_columns)
         return picked_CF
 
     def stamps(self, names: Sequence[str]) -> np.ndarray:
         """int64 [C]: above 0 where these features are those of the row of the catalogue wherever the number comes again: held
         for one tick, all of them, and of the request itself no more than what stands once a note is created."""
-        columns = _columns_of_parts(tuple(part.names for part in self.parts), tuple(names))
-        held = [part for part, (own_columns, _) in zip(self.parts[:-1], columns[:-1], strict=True) if len(own_columns)]
+        of_request = len(self.parts) - 1
+        held = [self.parts[part] for part, _, _ in _columns_of_parts(self.names, tuple(names)) if part != of_request]
         stamps = {part.stamp for part in held}
         stamp = stamps.pop() if len(stamps) == 1 and _AGE not in names else 0
-        stamp_C = np.full(len(self.row_C), stamp)
+        age_C = self.parts[of_request].held.values[self.n_C, REQUEST_FEATURES.index(_AGE)]
+        stamp_C = np.where(np.isnan(age_C), 0, stamp)
         for part in held:
-            stamp_C[part.place_C < 0] = 0
-        of_request = self.parts[-1]
-        stamp_C[np.isnan(of_request.held.values[of_request.place_C, REQUEST_FEATURES.index(_AGE)])] = 0
+            if part.own is not None:
+                stamp_C[part.place_N[self.n_C] < 0] = 0
         return stamp_C
 
     def take(self, order: np.ndarray) -> "Hydrated":
-        return Hydrated(self.row_C[order], tuple(part.take(order) for part in self.parts))
+        return Hydrated(self.row_C[order], self.parts, self.names, self.n_C[order])
 
     def copied(self) -> CandidateFeatures:
-        names = tuple(name for part in self.parts for name in part.names)
+        names = tuple(chain.from_iterable(self.names.of_parts))
         values_CF = np.empty((len(self.row_C), len(names)))
         sequences: dict[str, list[list[str]]] = {}
         maps: dict[str, list[dict[str, float]]] = {}
         start = 0
         for part in self.parts:
             from_columns = np.arange(len(part.names))
-            part.write(values_CF, from_columns, start + from_columns)
+            part.write(self.n_C, values_CF, from_columns, start + from_columns)
             start += len(part.names)
-            sequences.update(part.sequences())
-            maps.update(part.maps())
+            sequences.update(part.sequences(self.n_C))
+            maps.update(part.maps(self.n_C))
         return CandidateFeatures(names, values_CF, sequences, maps)
 
 
@@ -200,6 +217,7 @@ def hydrate_candidates(
     """All candidates' features in one call per group: of rows that are held where the tick is assembled, else a key that many
     candidates share is assembled once. row_C: the notes' rows of the catalogue, -1 for unknown ones, and then note_ids names
     them all."""
+    row_C = np.ascontiguousarray(row_C)
     author_row_C = catalogue.author_rows(row_C)
     held: dict[tuple[str, ...], np.ndarray] = {("note_id",): row_C, ("author_id",): author_row_C}
     row_of: dict[tuple[str, ...], Mapping[str, int]] = {
@@ -232,10 +250,10 @@ def hydrate_candidates(
 
     parts: list[FeatureRows] = []
     for group in groups.values():
-        if group.entity_keys == USER:
+        columns = group.entity_keys
+        if columns == USER:
             continue
         rows = None
-        columns = group.entity_keys
         if columns in held:
             rows = assembled.gather(view, group.name, held[columns], partial(key_at, columns), t_us)
         elif columns in row_of and can_be_assembled(view.groups[group.name].plan) and (row_C >= 0).all():
@@ -247,7 +265,7 @@ def hydrate_candidates(
             parts.append(gather(table.keys, partial(tables.assemble, table, tick_us=view.tick_us)))
     of_request = FeatureMatrix(REQUEST_FEATURES, catalogue.request_features(row_C, t_us), {})
     parts.append(FeatureRows(of_request, np.arange(len(row_C))))
-    return Hydrated(row_C, tuple(parts))
+    return Hydrated.of(row_C, parts)
 
 
 def _of_reader_and(
@@ -259,13 +277,29 @@ def _of_reader_and(
     row_of: row of what the reader met, out of num_rows; row_C: int64, -1 for a candidate that has none.
     """
     met = [(key, row_of[key[1]]) for key, _ in view.groups[group_name].index.under(user_id) if key[1] in row_of]
-    place_R = np.zeros(num_rows + 1, dtype=np.int64)  # 0: never met, as are those without a row, which read the last
-    is_asked_R = np.zeros(num_rows + 1, dtype=bool)
-    is_asked_R[row_C] = True
-    asked = [(key, row) for key, row in met if is_asked_R[row]]
-    place_R[[row for _, row in asked]] = np.arange(1, len(asked) + 1)
+    number_C, asked_M = np.empty(len(row_C), dtype=np.int64), np.zeros(len(met), dtype=bool)
+    _find_met(row_C, np.array([row for _, row in met], dtype=np.int64), num_rows, number_C, asked_M)
     stranger: Any = (user_id, None)
-    return FeatureRows(view.assemble(group_name, [stranger, *(key for key, _ in asked)], t_us), place_R[row_C])
+    asked = [key for (key, _), is_asked in zip(met, asked_M.tolist(), strict=True) if is_asked]
+    return FeatureRows(view.assemble(group_name, [stranger, *asked], t_us), number_C)
+
+
+@compiled(types.void(*(only_read(types.int64),) * 2, types.int64, types.int64[::1], types.boolean[::1]))
+def _find_met(row_C: np.ndarray, row_M: np.ndarray, num_rows: int, number_C: np.ndarray, asked_M: np.ndarray) -> None:
+    """Marks those of M rows, all different and below num_rows, that are among row_C, and numbers them from 1 on; a candidate
+    with another row or with -1 has number 0."""
+    place_R = np.zeros(num_rows, np.int32)
+    for m in range(len(row_M)):
+        place_R[row_M[m]] = m + 1
+    for c in range(len(row_C)):
+        number_C[c] = place_R[row_C[c]] if row_C[c] >= 0 else 0
+        if number_C[c] > 0:
+            asked_M[number_C[c] - 1] = True
+    number_M = np.zeros(len(row_M) + 1, np.int64)
+    for m in range(len(row_M)):
+        number_M[m + 1] = number_M[m] + asked_M[m]
+    for c in range(len(row_C)):
+        number_C[c] = number_M[number_C[c]]
 
 
 def _assemble_known(view: StoreView, group_name: str, keys: list[Key], t_us: int) -> FeatureMatrix:
@@ -288,16 +322,21 @@ def _gathered(rows: Mapping[str, list[Any]], places: np.ndarray) -> dict[str, li
     return {name: [column[place] for place in places.tolist()] for name, column in rows.items()}
 
 
+@lru_cache(maxsize=8)
+def _names_of(parts: tuple[tuple[str, ...], ...]) -> _Names:
+    return _Names(parts)
+
+
 @lru_cache(maxsize=64)
-def _columns_of_parts(have: tuple[tuple[str, ...], ...], want: tuple[str, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Of each part: which of its columns are wanted, and where."""
-    part_of = {name: part for part, names in enumerate(have) for name in names}
-    wanted: list[list[tuple[int, int]]] = [[] for _ in have]
+def _columns_of_parts(have: _Names, want: tuple[str, ...]) -> tuple[tuple[int, np.ndarray, np.ndarray], ...]:
+    """(part, its columns, where they are wanted) of each part of which some are."""
+    part_of = {name: part for part, names in enumerate(have.of_parts) for name in names}
+    wanted: dict[int, list[tuple[int, int]]] = {}
     for place, name in enumerate(want):
         part = part_of[name]
-        wanted[part].append((have[part].index(name), place))
-    columns = [np.array(pairs, dtype=np.int64).reshape(-1, 2).T for pairs in wanted]
-    return tuple((of_part[0].copy(), of_part[1].copy()) for of_part in columns)
+        wanted.setdefault(part, []).append((have.of_parts[part].index(name), place))
+    columns = ((part, np.array(pairs, dtype=np.int64).T) for part, pairs in sorted(wanted.items()))
+    return tuple((part, of_part[0].copy(), of_part[1].copy()) for part, of_part in columns)
 
 
 def _nullable(names: tuple[str, ...], values_F: np.ndarray) -> dict[str, float | None]:

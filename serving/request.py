@@ -1,9 +1,9 @@
 """One request under way: who asks, at which instant, through which view, and what has been skipped so far."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from opentelemetry.trace import Span
 
@@ -30,23 +30,36 @@ class Steps:
     cached: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    @contextmanager
-    def timed(self, stage: str, candidates: int | None = None) -> Iterator[Span]:
+    def timed(self, stage: str, candidates: int | None = None) -> "_Timed":
         """candidates: how many go in, for the stage's span."""
-        started = time.perf_counter()
-        try:
-            with tracer.start_as_current_span(f"headrace.{stage}") as span:
-                if candidates is not None:
-                    span.set_attribute(CANDIDATES, candidates)
-                yield span
-        finally:
-            self._note(stage, started)
+        return _Timed(self, stage, candidates)
 
     def note_total(self) -> None:
-        self._note("total", self.started)
+        self.note("total", self.started)
 
-    def _note(self, stage: str, started: float) -> None:
+    def note(self, stage: str, started: float) -> None:
         self.timings_ms[stage] = round((time.perf_counter() - started) * 1000, 3)
+
+
+class _Timed:
+    """`Steps.timed`: `contextlib.contextmanager` would make a generator of each stage."""
+
+    def __init__(self, steps: Steps, stage: str, candidates: int | None):
+        self._steps, self._stage, self._candidates = steps, stage, candidates
+
+    def __enter__(self) -> Span:
+        self._started = time.perf_counter()
+        self._span = tracer.start_as_current_span(f"headrace.{self._stage}")
+        span = self._span.__enter__()
+        if self._candidates is not None:
+            span.set_attribute(CANDIDATES, self._candidates)
+        return span
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._span.__exit__(*error)
+        finally:
+            self._steps.note(self._stage, self._started)
 
 
 @dataclass(frozen=True)

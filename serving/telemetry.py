@@ -22,6 +22,7 @@ CANDIDATES, REQUEST_ID, DEGRADED = "headrace.candidates", "headrace.request_id",
 OF_FASTAPI: TelemetryConfig = {"auto_configure": True, "operation_spans": False, "metrics": False, "logs": False}
 """Metrics are Prometheus's (`serving.metrics`)."""
 _NOWHERE = nullcontext(trace.INVALID_SPAN)
+_LATER = trace.ProxyTracerProvider()
 
 
 class _Tracer:
@@ -29,16 +30,19 @@ class _Tracer:
 
     def __init__(self) -> None:
         self._sends = trace.get_tracer("headrace.serving")
+        self._is_sent = False
 
     def start_as_current_span(self, name: str) -> AbstractContextManager[trace.Span]:
-        return self._sends.start_as_current_span(name) if _is_sent() else _NOWHERE
+        return self._sends.start_as_current_span(name) if self.is_sent() else _NOWHERE
+
+    def is_sent(self) -> bool:
+        """Whether a provider is set, which none takes back. `trace.get_tracer_provider` reads the environment until one is."""
+        if not self._is_sent:
+            self._is_sent = not isinstance(_LATER.get_tracer("headrace.serving"), trace.ProxyTracer)
+        return self._is_sent
 
 
 tracer = _Tracer()
-
-
-def _is_sent() -> bool:
-    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 def spanned(name: str) -> Callable[[Callable[P, Path[Result]]], Callable[P, Path[Result]]]:
@@ -58,7 +62,7 @@ def spanned(name: str) -> Callable[[Callable[P, Path[Result]]], Callable[P, Path
 def carried() -> dict[str, str]:
     """The span under way, for `below` in another process."""
     carrier: dict[str, str] = {}
-    if _is_sent():
+    if tracer.is_sent():
         propagate.inject(carrier)
     return carrier
 

@@ -85,15 +85,15 @@ class Assembled:
     ) -> FeatureRows | None:
         """What `view.assemble` gives at t_us for the keys at these rows; None where the group or the tick is not held.
 
-        row_C: int64, -1 for a key that is not held; it is assembled now, key_of(its place among the C) being the key.
+        row_C: int64, contiguous, -1 for a key that is not held; that is assembled now, key_of(its place among the C).
         """
         of_tick = self._of(view)
         if of_tick is None or name not in of_tick.matrices:
             return None
         held = of_tick.matrices[name]
-        missing = np.flatnonzero(row_C < 0)
-        if not len(missing):
+        if not len(row_C) or row_C.min() >= 0:
             return FeatureRows(held, row_C, stamp=of_tick.stamp)
+        missing = np.flatnonzero(row_C < 0)
         place_C = row_C.copy()
         place_C[missing] = -1 - np.arange(len(missing))
         own = view.assemble(name, [key_of(place) for place in missing.tolist()], t_us)

@@ -24,7 +24,7 @@ from streaming_sql import moments
 from streaming_sql.entry_maps import EntryMaps
 from streaming_sql.event_lists import EventLists, flattened
 from streaming_sql.plan import Cover, GroupPlan
-from streaming_sql.ragged import ROW_SHIFT, Instants, blocks_of, laid_out, opens, places, stretches
+from streaming_sql.ragged import ROW_SHIFT, Instants, blocks_of, laid_out, one_or_each, opens, places, stretches
 from streaming_sql.text_codes import TextCodes
 from warehouse.compiled import compiled, only_read
 from warehouse.features.measures import Measure
@@ -231,25 +231,27 @@ class BlockLayer:
         _find_runs(self.rows, row, run)
         return run
 
-    def windowed_sums(self, family: str, run: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-        """int64 [N, M, W]: each sum column over the blocks with lower [N, W] <= block_start < upper [N]."""
+    def add_sums(self, family: str, run: np.ndarray, lower: np.ndarray, upper_us: int, out: np.ndarray) -> None:
+        """Adds each sum column over the blocks with lower <= block_start < upper_us to out, int64 [N, M, W]. lower: int64
+        [N, W], or [1, W] for all."""
         prefix = self.prefix[family]
         if len(run) <= _FEW_KEYS:
-            return _few_sums(prefix, self.place, self.run_offsets, run, lower, upper, ROW_SHIFT, FIVE_MINUTES_US)
-        at = (self.block_start, prefix, self.run_offsets, run, lower, upper)
-        return window_assembly(*map(torch.from_numpy, at)).numpy().reshape(len(run), prefix.shape[1], lower.shape[1])
+            _add_few_sums(prefix, self.place, self.run_offsets, run, lower, upper_us, ROW_SHIFT, FIVE_MINUTES_US, out)
+            return
+        lower_NW = np.ascontiguousarray(np.broadcast_to(lower, (len(run), lower.shape[1])))
+        at = (self.block_start, prefix, self.run_offsets, run, lower_NW, np.full(len(run), upper_us))
+        out += window_assembly(*map(torch.from_numpy, at)).numpy().reshape(out.shape)
 
-    def covered(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: int) -> np.ndarray:
-        """float64 [N]: the column combined over the blocks of [lower_us, upper_us), both multiples of 5 minutes; the identity
-        where there are none."""
-        out = np.full(len(run), cover.identity)
-        if cover.combine is not np.add:
-            _find_extremes(self.covers[column], *stretches(self.place, run, lower_us, upper_us), out)
-            return out
-        some, index, first = self._found(run, lower_us, upper_us)
-        if len(some):
-            out[some] = cover.combine.reduceat(self.covers[column][index], first)
-        return out
+    def cover(self, column: str, cover: Cover, run: np.ndarray, lower_us: Instants, upper_us: int, out: np.ndarray) -> None:
+        """Combines the column over the blocks of [lower_us, upper_us), both multiples of 5 minutes, with out, float64 [N]."""
+        values = self.covers[column]
+        if cover.combine is np.add:
+            some, index, first = self._found(run, lower_us, upper_us)
+            if len(some):
+                out[some] += np.add.reduceat(values[index], first)
+            return
+        at = (self.place, self.run_offsets, run, one_or_each(lower_us), upper_us)
+        _find_extremes(values, *at, ROW_SHIFT, FIVE_MINUTES_US, cover.identity > 0, out)
 
     def moments_of(self, measure: Measure, run: np.ndarray, lower_us: Instants, upper_us: int) -> np.ndarray:
         """float64 [N, 3]: (n, mean, M2) over the blocks of [lower_us, upper_us)."""
@@ -301,26 +303,26 @@ def _null_where_identity(values: np.ndarray, cover: Cover) -> np.ndarray:
 _NUMBERS, _ROWS = (only_read(types.int64, ndim) for ndim in (1, 2))
 
 
-@compiled(types.int64[:, :, ::1](_ROWS, _NUMBERS, _NUMBERS, _NUMBERS, _ROWS, _NUMBERS, types.int64, types.int64))
-def _few_sums(
+@compiled(types.void(_ROWS, *(_NUMBERS,) * 3, _ROWS, *(types.int64,) * 3, types.int64[:, :, ::1]))
+def _add_few_sums(
     prefix: np.ndarray,
     place: np.ndarray,
     run_offsets: np.ndarray,
     run: np.ndarray,
     lower: np.ndarray,
-    upper: np.ndarray,
+    upper: int,
     row_shift: int,
     block_us: int,
-) -> np.ndarray:
-    """`BlockLayer.windowed_sums`: for one reader it takes a tenth of the kernel's time, whose operations are made for thousands
+    out: np.ndarray,
+) -> None:
+    """`BlockLayer.add_sums`: for one reader it takes a tenth of the kernel's time, whose operations are made for thousands
     of keys."""
-    out = np.zeros((len(run), prefix.shape[1], lower.shape[1]), np.int64)
     for n in range(len(run)):
         if run[n] < 0:
             continue
         begin, end = run_offsets[run[n]], run_offsets[run[n] + 1]
         for w in range(-1, lower.shape[1]):  # what lies below the upper edge, less what lies below each lower one
-            edge = upper[n] if w < 0 else min(lower[n, w], upper[n])
+            edge = upper if w < 0 else min(lower[n if len(lower) > 1 else 0, w], upper)
             wanted = (run[n] << row_shift) + max(edge, 0) // block_us
             at = begin + np.searchsorted(place[begin:end], wanted)
             if at == begin:
@@ -330,7 +332,6 @@ def _few_sums(
                     out[n, m, :] += prefix[at - 1, m]
                 else:
                     out[n, m, w] -= prefix[at - 1, m]
-    return out
 
 
 @compiled(types.void(_NUMBERS, _NUMBERS, types.int64[::1]))
@@ -340,11 +341,27 @@ def _find_runs(rows: np.ndarray, wanted: np.ndarray, run: np.ndarray) -> None:
         run[n] = at if at < len(rows) and rows[at] == wanted[n] else -1
 
 
-@compiled(types.void(only_read(types.float64), _NUMBERS, _NUMBERS, types.float64[::1]))
-def _find_extremes(values: np.ndarray, low: np.ndarray, high: np.ndarray, out: np.ndarray) -> None:
-    """The least of each stretch where out holds inf, the largest where it holds -inf."""
-    for n in range(len(low)):
-        is_least = out[n] > 0
-        for place in range(low[n], high[n]):
-            if (values[place] < out[n]) if is_least else (values[place] > out[n]):
-                out[n] = values[place]
+@compiled(types.void(only_read(types.float64), *(_NUMBERS,) * 4, *(types.int64,) * 3, types.boolean, types.float64[::1]))
+def _find_extremes(
+    values: np.ndarray,
+    place: np.ndarray,
+    run_offsets: np.ndarray,
+    run: np.ndarray,
+    lower: np.ndarray,
+    upper: int,
+    row_shift: int,
+    block_us: int,
+    is_least: bool,
+    out: np.ndarray,
+) -> None:
+    """The least, or the largest, of what out holds and the blocks with lower <= block_start < upper. lower: [N], or [1]."""
+    for n in range(len(run)):
+        if run[n] < 0:
+            continue
+        begin, end = run_offsets[run[n]], run_offsets[run[n] + 1]
+        base = run[n] << row_shift
+        at = begin + np.searchsorted(place[begin:end], base + max(lower[n if len(lower) > 1 else 0], 0) // block_us)
+        while at < end and place[at] < base + upper // block_us:
+            if (values[at] < out[n]) if is_least else (values[at] > out[n]):
+                out[n] = values[at]
+            at += 1

@@ -71,19 +71,21 @@ class EventLists:
         """(owner, event_ts, event_id, value) of entries in the blocks of [lower_us, upper_us), among them all that the measure
         keeps of these."""
         low, high = stretches(self.place, row, lower_us, upper_us)
+        (some,) = (high > low).nonzero()
+        if not len(some):
+            return some, [], [], []
         if is_oldest_first(measure):
             high = np.minimum(high, low + size_of(measure))
         elif measure.aggregation != "last_distinct_n":
             low = np.maximum(low, high - size_of(measure))
         else:
             low = self._lows_of_distinct(low, high, size_of(measure))
-        (some,) = (high > low).nonzero()
         if len(some) > 1:
             index, owner = laid_out(low, high)
             taken = pa.array(index)
             ids, values = self.event_id.take(taken), self.value.take(taken)
             return owner, self.event_ts[index].tolist(), ids.to_pylist(), values.to_pylist()
-        begin, end = (int(edge[some[0]]) for edge in (low, high)) if len(some) else (0, 0)
+        begin, end = (int(edge[some[0]]) for edge in (low, high))
         owner = some.repeat(end - begin)
         columns = (self.event_ts[begin:end], self.event_id[begin:end], self.value[begin:end])
         return owner, *(column.tolist() for column in columns)

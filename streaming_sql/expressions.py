@@ -5,23 +5,71 @@ and the root of a negative one are NULL, as in every execution. Truth values are
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import sqlglot
+from numba import types
 from sqlglot import expressions as exp
 
+from warehouse.compiled import compiled as in_machine_code
+from warehouse.compiled import only_read
 from warehouse.errors import HeadraceError
 
 Columns = Mapping[str, np.ndarray]
-Compiled = Callable[[Columns], Any]
+Node = Callable[[Columns], Any]
 """Columns of N float64 each → float64 [N], or one number where the expression is constant."""
 
 SUPPORTED = "+ - * / coalesce nullif least greatest abs sqrt ln cast case and or not = <> < <= > >= is null in between"
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """An expression that takes the columns it names and returns float64 [N], NaN for NULL."""
+
+    node: Node
+    ratio: tuple[str, str] | None
+    """(dividend, divisor) where it is one column by another."""
+
+    def __call__(self, values: Columns) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return _null_unless_finite(self.node(values))
+
+
+def write_derived(derived: tuple[Compiled, ...], place_of: Mapping[str, int], matrix_NF: np.ndarray) -> None:
+    """Writes the derived features into the columns after those that they are made of: place_of says where each of these is, in
+    ascending order. Ratios, which most of them are, take one loop."""
+    ratios, rest = _arranged(derived, tuple(place_of))
+    _write_ratios(ratios, matrix_NF)
+    if rest:
+        values = {name: matrix_NF[:, place] for name, place in place_of.items()}
+        for place, expression in rest:
+            matrix_NF[:, place] = expression(values)
+
+
+@lru_cache(maxsize=256)
+def _arranged(derived: tuple[Compiled, ...], names: tuple[str, ...]) -> tuple[np.ndarray, list[tuple[int, Compiled]]]:
+    """(int64 [Q, 3]: the columns of dividend, divisor and ratio, the columns of the rest)."""
+    placed = list(enumerate(derived, len(names)))
+    ratios = [(*map(names.index, one.ratio), place) for place, one in placed if one.ratio]
+    return np.array(ratios, dtype=np.int64).reshape(-1, 3), [(place, one) for place, one in placed if not one.ratio]
+
+
+@in_machine_code(types.void(only_read(types.int64, 2), types.float64[:, ::1]))
+def _write_ratios(ratios: np.ndarray, matrix_NF: np.ndarray) -> None:
+    """NULL where the divisor is 0, and where a ratio is not finite."""
+    for n in range(len(matrix_NF)):
+        for q in range(len(ratios)):
+            dividend, divisor, ratio = matrix_NF[n, ratios[q, 0]], matrix_NF[n, ratios[q, 1]], np.nan
+            if divisor != 0 and np.isfinite(dividend / divisor):
+                ratio = dividend / divisor
+            matrix_NF[n, ratios[q, 2]] = ratio
+
+
 def compile_expression(text: str, columns: frozenset[str], what: str) -> Compiled:
-    """Compiles `text` over `columns`; the result takes the columns it names and returns float64 [N], NaN for NULL.
+    """Compiles `text` over `columns`.
 
     what: named in messages, for example `derived feature note_ctr_1d`. Raises HeadraceError if it cannot be parsed, names
     no column, is a truth value, or uses anything outside the closed list.
@@ -33,27 +81,23 @@ def compile_expression(text: str, columns: frozenset[str], what: str) -> Compile
     compiled, is_truth = _compile(tree, columns, what)
     if is_truth:
         raise HeadraceError(f"{what}: {text!r} is a truth value; write case when … then 1 else 0 end")
-
-    def evaluate(values: Columns) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return _null_unless_finite(compiled(values))
-
-    return evaluate
+    is_ratio = type(tree) is exp.Div and isinstance(tree.this, exp.Column) and isinstance(tree.expression, exp.Column)
+    return Compiled(compiled, (tree.this.name, tree.expression.name) if is_ratio else None)
 
 
-def _compile(node: exp.Expr, columns: frozenset[str], what: str) -> tuple[Compiled, bool]:
+def _compile(node: exp.Expr, columns: frozenset[str], what: str) -> tuple[Node, bool]:
     """The compiled node, and whether it is a truth value."""
 
     def refuse(problem: str) -> HeadraceError:
         return HeadraceError(f"{what}: {problem}; supported are {SUPPORTED}")
 
-    def number(child: exp.Expr) -> Compiled:
+    def number(child: exp.Expr) -> Node:
         compiled, is_truth = _compile(child, columns, what)
         if is_truth:
             raise refuse(f"{child.sql('duckdb')} is a truth value where a number is needed")
         return compiled
 
-    def truth(child: exp.Expr) -> Compiled:
+    def truth(child: exp.Expr) -> Node:
         compiled, is_truth = _compile(child, columns, what)
         if not is_truth and not isinstance(child, exp.Null):
             raise refuse(f"{child.sql('duckdb')} is a number where a condition is needed")
@@ -155,7 +199,7 @@ def _round_to_bigint(values: np.ndarray) -> np.ndarray:
     return np.trunc(values + np.copysign(0.5, values))
 
 
-def _cast(node: exp.Cast, inner: Compiled, refuse: Callable[[str], HeadraceError]) -> Compiled:
+def _cast(node: exp.Cast, inner: Node, refuse: Callable[[str], HeadraceError]) -> Node:
     if node.to.is_type(exp.DataType.Type.DOUBLE):
         return inner
     if node.to.is_type(exp.DataType.Type.BIGINT):
@@ -163,7 +207,7 @@ def _cast(node: exp.Cast, inner: Compiled, refuse: Callable[[str], HeadraceError
     raise refuse(f"{node.sql('duckdb')} casts to neither double nor bigint")
 
 
-def _case(node: exp.Case, number: Callable, truth: Callable) -> Compiled:
+def _case(node: exp.Case, number: Callable, truth: Callable) -> Node:
     """First branch whose condition is true; `case x when y` compares x with y."""
     branches = [
         (

@@ -11,6 +11,7 @@ import numpy as np
 from streaming_sql import moments
 from streaming_sql.block_layer import BlockLayer
 from streaming_sql.entry_maps import buckets, distinct_counts, most_frequent, quantiles
+from streaming_sql.expressions import write_derived
 from streaming_sql.head import Head, HeadEvent
 from streaming_sql.key_index import Key, KeyIndex, KeysBeside
 from streaming_sql.plan import GroupPlan
@@ -133,9 +134,7 @@ class GroupState:
                     is_average = measure.aggregation == "avg"
                     maps[f"{group.entity}_{name}"] = buckets(found, len(keys), is_average, self.codes)
         if self.plan.derived:
-            values = {name: matrix[:, place] for name, place in self.plan.place_of.items()}
-            for place, derived in enumerate(self.plan.derived, len(values)):
-                matrix[:, place] = derived(values)
+            write_derived(self.plan.derived, self.plan.place_of, matrix)
         return FeatureMatrix(names, matrix, sequences, maps)
 
     def _list(self, reader: WindowReader, measure: Measure, window: Window) -> list[list[str]]:

@@ -31,10 +31,14 @@ def stretches(place: np.ndarray, row: np.ndarray, lower_us: Instants, upper_us: 
     place: [R] ascending. row: [N], -1 where there is none. Low equals high where nothing is found. A lower edge before 1970, of
     a lifetime, is 1970.
     """
-    lower = lower_us if isinstance(lower_us, np.ndarray) else np.array([lower_us], dtype=np.int64)
     edges = np.empty((2, len(row)), dtype=np.int64)
-    _find_edges(place, row, lower, upper_us, ROW_SHIFT, FIVE_MINUTES_US, edges)
+    _find_edges(place, row, one_or_each(lower_us), upper_us, ROW_SHIFT, FIVE_MINUTES_US, edges)
     return edges[0], edges[1]
+
+
+def one_or_each(instants: Instants) -> np.ndarray:
+    """int64 [1] or [N]."""
+    return instants if isinstance(instants, np.ndarray) else np.array([instants], dtype=np.int64)
 
 
 def laid_out(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

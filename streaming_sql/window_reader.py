@@ -65,9 +65,8 @@ class WindowReader:
         out = np.zeros((self.num_keys, len(family.sum_columns), len(family.lengths_us)), dtype=np.int64)
         if out.size == 0:
             return out
-        lower = np.empty((self.num_keys, len(family.lengths_us)), dtype=np.int64)
-        lower[:] = [min(self._anchor - length, self._at.tick_us) for length in family.lengths_us]
-        self._add_sums(lower, out)
+        lower = [min(self._anchor - length, self._at.tick_us) for length in family.lengths_us]
+        self._add_sums(np.array([lower], dtype=np.int64), out)
         for n, event in self._heads:
             in_windows = out[n, :, bisect_left(family.lengths_us, self._anchor - event.event_ts) :]
             in_windows += np.array(self._summands(event), dtype=np.int64)[:, None]
@@ -84,9 +83,9 @@ class WindowReader:
         return summands
 
     def _add_sums(self, lower: np.ndarray, out: np.ndarray) -> None:
-        upper = np.full(self.num_keys, self._at.tick_us, dtype=np.int64)
+        """lower: int64 [N, W], or [1, W] for all."""
         for layer, run in zip(self._layers, self._runs, strict=True):
-            out += layer.windowed_sums(self._family.name, run, lower, upper)
+            layer.add_sums(self._family.name, run, lower, self._at.tick_us, out)
 
     def write_sums(self, matrix: np.ndarray) -> None:
         """The features that are sums, or averages of them, into their columns of the group's [N, F]."""
@@ -114,7 +113,7 @@ class WindowReader:
         cover = cover_of(measure)
         out = np.full(self.num_keys, cover.identity)
         for layer, run in zip(self._layers, self._runs, strict=True):
-            out = cover.combine(out, layer.covered(column, cover, run, lower, self._at.tick_us))
+            layer.cover(column, cover, run, lower, self._at.tick_us, out)
         return out
 
     def moments(self, measure: Measure, window: Window) -> np.ndarray:

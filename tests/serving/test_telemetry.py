@@ -147,6 +147,30 @@ def collector():
         listening.shutdown()
 
 
+def test_a_provider_that_is_set_after_the_first_spans_gets_those_that_follow():
+    script = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from serving.request import Steps
+from serving.telemetry import carried
+
+with Steps().timed("before", 2) as span:
+    assert span is trace.INVALID_SPAN and carried() == {}
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+with Steps().timed("after", 3):
+    assert list(carried()) == ["traceparent"]
+(span,) = exporter.get_finished_spans()
+print(span.name, dict(span.attributes))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert ran.stdout == "headrace.after {'headrace.candidates': 3}\n"
+
+
 def test_spans_are_sent_where_the_environment_says(tmp_path):
     with collector() as (url, received):
         port = free_port()

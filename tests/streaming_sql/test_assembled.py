@@ -62,7 +62,7 @@ def test_gathering_equals_assembling_for_every_group_that_is_held(fed):
         assert gathered.names == expected.names
         assert np.array_equal(gathered.values, expected.values, equal_nan=True)
         assert (gathered.sequences, gathered.maps) == (expected.sequences, expected.maps)
-        some = rows.take(np.array([4, 1, 0])).matrix()
+        some = rows.matrix(np.array([4, 1, 0]))
         assert np.array_equal(some.values, expected.values[[4, 1, 0]], equal_nan=True)
         assert some.sequences == {column: [lists[place] for place in (4, 1, 0)] for column, lists in expected.sequences.items()}
     assert assembled.num_bytes > 0

@@ -110,17 +110,22 @@ def test_merging_layers_changes_no_answer_and_forgets_what_no_window_reaches():
     keep_from_us = TICK_US - HOUR_US
     merged = BlockLayer.merge(NOTES, layers, keep_from_us)
     rows = np.arange(len(index))
-    lower = np.tile(np.array([[keep_from_us, TICK_US - HOUR_US // 2]]), (len(rows), 1))
-    upper = np.full(len(rows), TICK_US)
-    one = merged.windowed_sums("tick", merged.runs_of(rows), lower, upper)
-    parts = sum(layer.windowed_sums("tick", layer.runs_of(rows), lower, upper) for layer in layers)
-    np.testing.assert_array_equal(one, parts)
-    assert one.sum() > 0
+    lower = np.array([[keep_from_us, TICK_US - HOUR_US // 2]])
     cover = NOTES.covers["max_watch_ms"]
-    tops = [layer.covered("max_watch_ms", cover, layer.runs_of(rows), keep_from_us, TICK_US) for layer in layers]
-    np.testing.assert_array_equal(
-        merged.covered("max_watch_ms", cover, merged.runs_of(rows), keep_from_us, TICK_US), np.max(tops, axis=0)
-    )
+
+    def read(layers):
+        sums = np.zeros((len(rows), merged.prefix["tick"].shape[1], 2), dtype=np.int64)
+        tops = np.full(len(rows), cover.identity)
+        for layer in layers:
+            layer.add_sums("tick", layer.runs_of(rows), lower, TICK_US, sums)
+            layer.cover("max_watch_ms", cover, layer.runs_of(rows), keep_from_us, TICK_US, tops)
+        return sums, tops
+
+    (one, top), (parts, tops) = read([merged]), read(layers)
+    np.testing.assert_array_equal(one, parts)
+    np.testing.assert_array_equal(top, tops)
+    assert one.sum() > 0
+    assert np.isfinite(top).any()
     assert merged.block_start.min() >= keep_from_us
     assert merged.num_blocks == len(
         {(row["note_id"], row["block_start"]) for row in everything if row["block_start"] >= TICK - timedelta(hours=1)}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streaming_sql.expressions import compile_expression
+from streaming_sql.expressions import compile_expression, write_derived
 from warehouse.errors import HeadraceError
 
 NAN = float("nan")
@@ -17,7 +17,11 @@ COLUMNS = ("a", "b", "c")
 
 def evaluate(text, **columns):
     values = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
-    return np.broadcast_to(compile_expression(text, frozenset(values), "test")(values), len(values["a"])).tolist()
+    compiled = compile_expression(text, frozenset(values), "test")
+    matrix_NF = np.column_stack([*values.values(), values["a"]])
+    write_derived((compiled,), {name: place for place, name in enumerate(values)}, matrix_NF)
+    assert np.broadcast_to(compiled(values), len(matrix_NF)).tobytes() == matrix_NF[:, -1].tobytes()
+    return matrix_NF[:, -1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,14 @@ def test_worked_by_hand(text, expected):
 def test_what_is_outside_the_closed_list_is_refused_with_the_way_out(text, said):
     with pytest.raises(HeadraceError, match=f"derived note_x: .*{said}"):
         compile_expression(text, frozenset(COLUMNS), "derived note_x")
+
+
+def test_a_ratio_that_is_written_in_a_loop_is_numpys_bit_for_bit():
+    grid = [0.0, -0.0, 1.0, -3.0, 7.0, 1e-320, 1e308, 0.1, np.inf, NAN]
+    a, b = (column.ravel() for column in np.meshgrid(grid, grid))
+    got = np.array(evaluate("a / b", a=a, b=b))
+    assert np.isnan(got[(b == 0) | np.isnan(a) | np.isnan(b)]).all()
+    assert got[(a == 7) & (b == -3)].tolist() == [7 / -3]
 
 
 def numbers():
