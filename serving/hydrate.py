@@ -276,21 +276,23 @@ def _of_reader_and(
 
     row_of: row of what the reader met, out of num_rows; row_C: int64, -1 for a candidate that has none.
     """
-    met = [(key, row_of[key[1]]) for key, _ in view.groups[group_name].index.under(user_id) if key[1] in row_of]
+    met = [key for key, _ in view.groups[group_name].index.under(user_id)]
+    row_M = np.array([row_of.get(key[1], -1) for key in met], dtype=np.int64)
     number_C, asked_M = np.empty(len(row_C), dtype=np.int64), np.zeros(len(met), dtype=bool)
-    _find_met(row_C, np.array([row for _, row in met], dtype=np.int64), num_rows, number_C, asked_M)
+    _find_met(row_C, row_M, num_rows, number_C, asked_M)
     stranger: Any = (user_id, None)
-    asked = [key for (key, _), is_asked in zip(met, asked_M.tolist(), strict=True) if is_asked]
+    asked = [met[m] for m in np.flatnonzero(asked_M).tolist()]
     return FeatureRows(view.assemble(group_name, [stranger, *asked], t_us), number_C)
 
 
 @compiled(types.void(*(only_read(types.int64),) * 2, types.int64, types.int64[::1], types.boolean[::1]))
 def _find_met(row_C: np.ndarray, row_M: np.ndarray, num_rows: int, number_C: np.ndarray, asked_M: np.ndarray) -> None:
-    """Marks those of M rows, all different and below num_rows, that are among row_C, and numbers them from 1 on; a candidate
-    with another row or with -1 has number 0."""
+    """Marks those of M rows that are among row_C, and numbers them from 1 on; a candidate with another row has number 0. Rows
+    are below num_rows, -1 is no row; no other comes twice among the M."""
     place_R = np.zeros(num_rows, np.int32)
     for m in range(len(row_M)):
-        place_R[row_M[m]] = m + 1
+        if row_M[m] >= 0:
+            place_R[row_M[m]] = m + 1
     for c in range(len(row_C)):
         number_C[c] = place_R[row_C[c]] if row_C[c] >= 0 else 0
         if number_C[c] > 0:

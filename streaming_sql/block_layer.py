@@ -238,7 +238,8 @@ class BlockLayer:
         if len(run) <= _FEW_KEYS:
             _add_few_sums(prefix, self.place, self.run_offsets, run, lower, upper_us, ROW_SHIFT, FIVE_MINUTES_US, out)
             return
-        lower_NW = np.ascontiguousarray(np.broadcast_to(lower, (len(run), lower.shape[1])))
+        lower_NW = np.empty((len(run), lower.shape[1]), dtype=np.int64)  # torch wants memory that may be written
+        lower_NW[:] = lower
         at = (self.block_start, prefix, self.run_offsets, run, lower_NW, np.full(len(run), upper_us))
         out += window_assembly(*map(torch.from_numpy, at)).numpy().reshape(out.shape)
 
