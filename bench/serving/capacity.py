@@ -34,7 +34,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """unloaded_p50_ms: of one request at a time."""
+    """unloaded_p50_ms: of one request at a time. holds_after: whether the capacity was still there after the measurement; where
+    it was not, the machine became slower meanwhile, and was asked for a larger share than is said."""
 
     unloaded_p50_ms: float
     closed_loop_per_s: float
@@ -46,6 +47,7 @@ class Measured:
     p50_ms: float
     p99_ms: float
     late_p99_ms: float
+    holds_after: bool
     stage_p50_ms: dict[str, float]
 
     def as_dict(self) -> dict:
@@ -96,6 +98,8 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         low, high = (rate, high) if holds else (low, rate)
     time.sleep(min(_REST_S, load.seconds))
     answers = asker.ask(load.seconds, low * share)
+    holds_after = _sustained(asker.ask(load.seconds, low), slowest_ms)
+    tell(f"{low:.1f}/s again: {'held' if holds_after else 'lost, the machine is slower now'}")
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(
         unloaded_p50_ms=unloaded_p50_ms,
@@ -108,6 +112,7 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         p50_ms=_percentile(answers.latency_ms, 50),
         p99_ms=_percentile(answers.latency_ms, 99),
         late_p99_ms=_percentile(answers.late_ms, 99),
+        holds_after=holds_after,
         stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
     )
 

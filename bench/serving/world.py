@@ -51,7 +51,7 @@ class Size:
         return {name: round(share * self.candidates) for name, share in shares.items()}
 
 
-FULL = Size(notes=100_000, readers=24_000, candidates=2_000, l1_top_k=500, history=100, width=64)
+FULL = Size(notes=100_000, readers=40_000, candidates=2_000, l1_top_k=500, history=100, width=64)
 QUICK = Size(notes=3_000, readers=3_000, candidates=400, l1_top_k=100, history=50, width=24)
 
 
@@ -93,7 +93,7 @@ def readers_of(size: Size) -> list[str]:
 
 def _simulated(size: Size) -> Dataset:
     """Every reader has watched `history` notes before the log begins."""
-    dataset = simulate(SEED, size.readers, size.notes, DAYS, DEFAULT_START, requests_per_user_day=0.5)
+    dataset = simulate(SEED, size.readers, size.notes, DAYS, DEFAULT_START, requests_per_user_day=0.3)
     rng = np.random.default_rng(SEED)
     popular = rng.zipf(1.3, (size.readers, size.history)) % size.notes
     histories = [[f"n{note}" for note in watched] for watched in popular]
