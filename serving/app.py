@@ -26,6 +26,7 @@ from serving.routes.operations import add_operations
 from serving.routes.page import add_page
 from serving.seat import own_server
 from serving.settings import Settings
+from serving.short_turns import take_short_turns
 from serving.status import watch
 from serving.workers import seated, shared
 from warehouse.clock import Clock
@@ -61,6 +62,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)  # requests are computed side by side; within one, threads only wait for each other
         threadpool_limits(1, user_api="blas")
+        take_short_turns()  # the event loop's thread, at each step of an answer
         chosen = settings or Settings.from_env()
         server = own_server()
         engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds, server)
