@@ -1,8 +1,8 @@
 """Short turns at a core for a thread that does a little, often: it is then let in at once.
 
 Linux from 6.12 on lets a thread that wakes take a core at once where its turns (slices) are shorter than those of the thread
-that has the core; else it waits for the rest of that one's turn, up to some milliseconds, at each step of an answer. Short turns
-give no larger share of a core and need no right. Numbers and structure are those of sched_setattr(2).
+that has the core; else it waits for the rest of that one's turn, some milliseconds at times, at each step of an answer. Short
+turns give no larger share of a core and need no right. Numbers and structure are those of sched_setattr(2).
 """
 
 import ctypes
