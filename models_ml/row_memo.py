@@ -17,8 +17,7 @@ from numba import types
 from warehouse.compiled import compiled, only_read
 
 NUM_BYTES = 256 << 20
-"""What a memo may take; places that were neither used nor reserved cost no memory. With 4 members of 96 units a row takes
-1.7 KB."""
+"""What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
 
 _HEAD = 3  # numbers of a place before its outputs
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
@@ -44,8 +43,7 @@ class RowMemo:
         self._places = max(1, num_bytes // (4 * num_numbers))
         # of a place: since when its row is kept (0: none is), the row's tag and stamp, its outputs' bits, its features' bits:
         # side by side, so that memory is asked once
-        self._memory = _memory(4 * self._places * num_numbers)
-        self._kept_SR = np.frombuffer(self._memory, np.int32, self._places * num_numbers).reshape(self._places, num_numbers)
+        self._kept_SR = _small_pages(self._places * num_numbers).reshape(self._places, num_numbers)
         self._since = 1
         self._num_kept = self.num_hits = self.num_misses = 0
 
@@ -57,15 +55,6 @@ class RowMemo:
     def num_bytes(self) -> int:
         """Of the places, those never used as well."""
         return self._kept_SR.nbytes
-
-    def reserve(self, num_rows: int) -> None:
-        """Takes memory for the numbers below `num_rows` at once, in huge pages where the system has them: where one row is
-        here and the next there, looking up the page costs as much as reading the row."""
-        size = min(num_rows, self._places) * self._kept_SR[0].nbytes
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._memory.madvise(mmap.MADV_HUGEPAGE, 0, size - size % mmap.PAGESIZE)
-        self._kept_SR[: min(num_rows, self._places)] = 0
 
     def fill(
         self,
@@ -115,14 +104,14 @@ class RowMemo:
             self._num_kept = 0
 
 
-def _memory(num_bytes: int) -> mmap.mmap:
-    """Zeros. NumPy asks for huge pages, of which the first few hundred rows would touch, and so fill, nearly all: most of a
-    second in the first request."""
-    memory = mmap.mmap(-1, num_bytes)
+def _small_pages(size: int) -> np.ndarray:
+    """int32 [size] of zeros. NumPy asks for huge pages, of which the first few hundred rows would touch, and so fill, nearly
+    all: most of a second in the first request."""
+    memory = mmap.mmap(-1, 4 * size)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
+    return np.frombuffer(memory, dtype=np.int32)
 
 
 @compiled(types.int64(types.int64, *_ASKED, *_TABLES, types.int64[::1]))

@@ -105,7 +105,7 @@ def load_models(
     shards = ShardedVectors(note_vectors, settings.vector_shards, settings.hnsw_from, rows_of_vectors)
     codes_of_rows = loaded["l2"].encoded_notes(catalogue.note_ids)
     loaded, vectors = moved(loaded, note_vectors, device, settings.most_candidates)
-    models = Models(
+    return Models(
         **loaded,
         versions=versions,
         note_vectors=note_vectors,
@@ -116,9 +116,6 @@ def load_models(
         shards=shards,
         vectors=vectors,
     )
-    for memo in models.memos().values():
-        memo.reserve(len(catalogue))
-    return models
 
 
 def vectors_of(two_tower: TwoTower, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:

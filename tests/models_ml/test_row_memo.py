@@ -148,16 +148,6 @@ def test_different_rows_are_told_apart_by_their_bits_in_the_order_of_coming():
     assert distinct(values, np.array([], dtype=np.int64), np.zeros(rows, dtype=np.int64))[1].tolist() == [0]
 
 
-@pytest.mark.parametrize("reserved", [0, 7, 1000])
-def test_rows_are_the_same_in_memory_that_was_reserved(reserved):
-    make = _Maker()
-    memo, features, numbers = _memo(make, 256), _features(20), np.arange(20) * 5
-    memo.reserve(reserved)
-    for _ in range(2):
-        assert np.array_equal(_filled(memo, numbers, features), _made(features))
-    assert make.asked == 20
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
 def test_places_that_were_never_used_cost_no_memory():
     def resident_bytes():
