@@ -7,6 +7,7 @@ B requests, C candidates of each (1 in training), H hidden units, T heads; U and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from models_ml import bundle, ranking_rows, request_rows
 from models_ml.examples import Examples
 from models_ml.features import FeatureInputs
 from models_ml.first_layer import FirstLayer
-from models_ml.request_inputs import LinearShare, filled_up
+from models_ml.onnx_graph import Call, Graph, Linear
+from models_ml.request_inputs import LinearShare
 from models_ml.request_rows import AnyRows, RequestTable
 from models_ml.row_memo import RowMemo
 from models_ml.scoring import Notes, RankingRequest, notes_of, rows_of
@@ -155,6 +157,7 @@ class L1:
             len(first_note),
             lambda part, places_I, columns: LinearShare(part, first_note[:, places_I], columns),
         )
+        self._utility = _utility(network, self.weights_T)
 
     def score(
         self, user: np.ndarray, notes: np.ndarray | Notes, *, surface: str | None = None, rows: np.ndarray | None = None
@@ -169,26 +172,19 @@ class L1:
         """
         return self.score_many([RankingRequest(user, notes, surface, rows=rows)])[0]
 
-    @torch.inference_mode()
     def score_many(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
-        """`score` of each, in one pass over all their candidates. A request's scores do not depend on the others': bit for bit
-        where the rows of all come to the same bucket (`request_inputs.filled_up`), else within 2e-6."""
+        """`score` of each; the first layer is filled for all their candidates together. A request's scores are the same bit for
+        bit whichever others came with it."""
         if not requests:
             return []
         notes = [notes_of(NAME, request, self.user_features, self.note_features) for request in requests]
-        sizes, row_N = [len(of_request) for of_request in notes], rows_of(requests)
-        N = len(row_N)
-        hidden_NH = torch.empty(filled_up(N), self.network.second.in_features)
-        hidden_NH[N:] = 0
+        row_N = rows_of(requests)
+        first_NH = np.empty((len(row_N), self.network.second.in_features), dtype=np.float32)
         half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
         self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
-        self._first.fill(hidden_NH.numpy()[:N], notes, row_N, np.zeros(N, dtype=np.int64), half_RH)
-        second, last = self.network.second, self.network.last
-        hidden_NG = torch.addmm(second.bias, hidden_NH.relu_(), second.weight.T).relu_()
-        # One column per candidate: a product that gives but a few rows is many times faster than one that gives a few columns.
-        probability_TN = torch.addmm(last.bias[:, None], last.weight, hidden_NG.T).sigmoid_()
-        utility_N = (self.weights_T @ probability_TN)[:N].numpy()
-        return np.split(utility_N, np.cumsum(sizes)[:-1]) if len(requests) > 1 else [utility_N]
+        self._first.fill(first_NH, notes, row_N, np.zeros(len(row_N), dtype=np.int64), half_RH)
+        ends = [0, *accumulate(map(len, notes))]
+        return [self._utility({"first": first_NH[start:end]}) for start, end in pairwise(ends)]
 
     @property
     def memo(self) -> RowMemo:
@@ -216,6 +212,19 @@ class L1:
     def to_files(self) -> dict[str, bytes]:
         """The registry's files of this model."""
         return bundle.to_files(self.network, self.settings)
+
+
+@torch.inference_mode()
+def _utility(network: L1Network, weights_T: Tensor) -> Call:
+    """float32 [N]: the weighted mean of the heads' probabilities, of "first", the first layer [N, H]."""
+    second, last = (Linear(layer.weight.T.numpy(), layer.bias.numpy()) for layer in (network.second, network.last))
+    graph = Graph()
+    hidden = graph.node("Relu", graph.linear(graph.node("Relu", "first"), second))
+    # One column per candidate: a product that gives but a few rows is faster than one that gives a few columns.
+    logits = graph.node("Gemm", graph.constant(last.weight_IO.T), hidden, graph.constant(last.bias_O[:, None]), transB=1)
+    mean = graph.node("MatMul", graph.constant(weights_T[None].numpy()), graph.node("Sigmoid", logits))
+    utility = graph.node("Squeeze", mean, graph.constant([0]), to="utility")
+    return graph.call({"first": ["N", len(second.weight_IO)]}, {utility: ["N"]})
 
 
 def load(path: Path) -> L1:

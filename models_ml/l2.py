@@ -215,8 +215,8 @@ class L2:
         return self.score_many([request])[0]
 
     def score_many(self, requests: Sequence[RankingRequest]) -> list[dict[str, np.ndarray]]:
-        """`score` of each, in one pass over all their candidates. A request's scores do not depend on the others': bit for bit
-        where the rows of all come to the same bucket (`request_inputs.filled_up`), else within 2e-6."""
+        """`score` of each; the first layer is filled for all their candidates together. A request's scores are the same bit for
+        bit whichever others came with it."""
         if not requests:
             return []
         scores_RTN = self._scorer([self._asked(request) for request in requests])

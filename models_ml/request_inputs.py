@@ -23,10 +23,6 @@ from torch import Tensor
 from models_ml.features import CUT, STRENGTHS, FeatureInputs
 from warehouse.compiled import compiled, only_read
 
-BUCKET = 16
-"""Rows of candidates, or of histories, are filled up to a multiple of this before PyTorch multiplies them: a row's sums are in
-the same order wherever it stands, as long as the number of rows is the same. (Not of 64: a matrix whose rows lie a power of
-two apart is a third slower to multiply.)"""
 _OF_READER, _OF_REQUEST = re.compile(r"^user_"), re.compile(r"_age_min$")
 _ZERO, _ONE = np.float32(0), np.float32(1)
 LANES = 32
@@ -341,8 +337,3 @@ def _segments(inputs: FeatureInputs) -> tuple[Tensor, Tensor]:
     is_live_ZS = span_ZS > 1e-6
     is_live_ZS[:, 1:-1] = is_live_ZB
     return edges_ZE, is_live_ZS
-
-
-def filled_up(rows: int, to: int = BUCKET) -> int:
-    """The next multiple."""
-    return -(-rows // to) * to

@@ -257,12 +257,11 @@ def test_requests_together_get_the_scores_that_each_gets_alone(name, loaded, mod
     assert [len(scores) for scores in together] == [40, 1, 0, 33, 64, 100, 7, 30, 12]
     for request, scores in zip(requests, together, strict=True):
         (alone,) = _scores_of_many(models[name], [request])
-        assert np.abs(alone - scores).max(initial=0) <= 2e-6
+        assert np.array_equal(alone, scores)
     assert _scores_of_many(models[name], []) == []
 
 
-def test_in_the_same_bucket_the_scores_are_the_same_bit_for_bit(name, loaded, models):
-    """Thirty-two rows of candidates, sixteen of histories, eight readers: whoever else is in it, wherever a request stands."""
+def test_scores_are_the_same_bit_for_bit_wherever_a_request_stands_among_others(name, loaded, models):
     first, second, third, fourth = _asked_of_many(loaded, [20, 5, 4, 3])
     (alone,) = _scores_of_many(models[name], [first])
     for others in ([second], [third, second], [fourth, third, second]):
