@@ -78,6 +78,10 @@ class FirstLayer:
         if self._has_request:
             self._of_request.add_to(out_NW, values_NF)
 
+    def remade(self, notes: Notes, number_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
+        """`RowMemo.remade` of these notes; number_M, code_M: as of `fill`."""
+        return self.memo.remade(number_M, code_M, notes.stamps(self._note_names), partial(_picked_at, notes, self._note_names))
+
     def _made(self, values_MF: np.ndarray, code_M: np.ndarray) -> np.ndarray:
         rows_MW = torch.zeros(len(values_MF), self._width).numpy()  # whose memory starts at a cache line, unlike NumPy's
         self._of_notes.add_to(rows_MW, values_MF)

@@ -182,7 +182,7 @@ class L1:
         first_NH = np.empty((len(row_N), self.network.second.in_features), dtype=np.float32)
         half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
         self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
-        self._first.fill(first_NH, notes, row_N, np.zeros(len(row_N), dtype=np.int64), half_RH)
+        self._first.fill(first_NH, notes, row_N, np.maximum(row_N, 0), half_RH)
         ends = [0, *accumulate(map(len, notes))]
         return [self._utility({"first": first_NH[start:end]}) for start, end in pairwise(ends)]
 
@@ -190,6 +190,15 @@ class L1:
     def memo(self) -> RowMemo:
         """What it keeps of the notes."""
         return self._first.memo
+
+    def kept_rows(self, num_rows: int) -> np.ndarray:
+        """int64: of which rows of the catalogue, whose length that is, it keeps something."""
+        return self.memo.kept(np.arange(num_rows))
+
+    def remade(self, notes: Notes, row_M: np.ndarray) -> Callable[[], None]:
+        """Makes anew what it keeps of these rows of the catalogue, of which `notes` are the features; it is kept once what is
+        returned is called."""
+        return self._first.remade(notes, row_M, row_M)
 
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""

@@ -227,6 +227,15 @@ class L2:
         """What it keeps of the notes."""
         return self._scorer.memo
 
+    def kept_rows(self, codes_R: np.ndarray) -> np.ndarray:
+        """int64: of which rows of the catalogue it keeps something; codes_R: the codes of all of them."""
+        return self.memo.kept(codes_R)
+
+    def remade(self, notes: Notes, row_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
+        """Makes anew what it keeps of these rows of the catalogue, of which `notes` are the features; it is kept once what is
+        returned is called."""
+        return self._scorer.remade(notes, row_M, code_M)
+
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""
         self.memo.forget()

@@ -11,7 +11,7 @@ R requests, N candidates of all, n places of a history that hold a known note, D
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
@@ -103,6 +103,10 @@ class L2Scorer:
     def memo(self) -> RowMemo:
         """What it keeps of the notes."""
         return self._first.memo
+
+    def remade(self, notes: Notes, row_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
+        """As `FirstLayer.remade`."""
+        return self._first.remade(notes, row_M, code_M)
 
     def _scores(self, request: Asked, first_NW: np.ndarray) -> np.ndarray:
         known = np.flatnonzero(request.history)

@@ -19,6 +19,7 @@ from warehouse.compiled import compiled, only_read
 NUM_BYTES = 256 << 20
 """What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
 
+_PIECE = 1024
 _HEAD = 3  # numbers of a place before its outputs
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 _ASKED, _TABLES = (_NUMBERS,) * 3, (types.int32[:, ::1],) * 2
@@ -96,6 +97,34 @@ class RowMemo:
             num_new = _keep(since, *asked, *tables, missing_of_N, bits_MB[missing], made_MW.view(np.int32))
             if since == self._since:
                 self._num_kept += num_new
+
+    def kept(self, tag_R: np.ndarray) -> np.ndarray:
+        """int64: which of the numbers below R are kept under these tags, int64 [R]."""
+        held_RH = self._kept_SR[: len(tag_R), :_HEAD]
+        return np.flatnonzero((held_RH[:, 0] == self._since) & (held_RH[:, 1] == tag_R[: len(held_RH)]))
+
+    def remade(
+        self, number_M: np.ndarray, tag_M: np.ndarray, stamp_M: np.ndarray, features: Callable[[np.ndarray], np.ndarray]
+    ) -> Callable[[], None]:
+        """Makes the rows as if nothing were kept, and keeps them once what it returns is called. Arguments as of `fill`, of
+        numbers that are not below 0."""
+        since, made = self._since, []
+        for start in range(0, len(number_M), _PIECE):
+            places = np.arange(start, min(start + _PIECE, len(number_M)))
+            features_PB = features(places)
+            made.append((places, features_PB, self._make(features_PB, tag_M[places])))
+
+        def keep() -> None:
+            for places, features_PB, made_PW in made:
+                asked, bits = (number_M[places], tag_M[places], stamp_M[places]), made_PW.view(np.int32)
+                with self._lock:
+                    num_new = _keep(
+                        since, *asked, self._kept_SR, bits, np.arange(len(places)), features_PB.view(np.int32), bits
+                    )
+                    if since == self._since:
+                        self._num_kept += num_new
+
+        return keep
 
     def forget(self) -> None:
         """Empties all places."""

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import ge
 from typing import Any
 
@@ -26,6 +27,7 @@ from serving.last_pages import LastPages
 from serving.log_table import as_table
 from serving.log_writer import LogWriter
 from serving.models import load_models, missing_models
+from serving.new_tick import prepare
 from serving.page import allowed_notes
 from serving.readers import Readers
 from serving.seat import Seat, take_seat
@@ -304,7 +306,7 @@ class Engine:
             cluster.start(self.settings.features_look_s)
         if self._ticks is not None:
             self._ticks.start()
-        world.assembled.start(store.view)
+        world.assembled.start(store.view, partial(prepare, world))
         if tables.tables:
             tables.start(lambda: store.view().tick_us, TABLES_LOOKED_AT_EVERY_S)
         return world

@@ -4,6 +4,7 @@ Knows nothing of features: it only decides which notes may be shown and whose no
 """
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ class Readers:
         self._histories: dict[str, list[str]] = {}
         self._attributes: dict[str, str] = {}
         self._num_events: dict[str, int] = {}  # since the start
+        self._noted_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -103,6 +105,7 @@ class Readers:
                 if user_id is None:
                     continue
                 user_ids[user_id] = None
+                self._noted_s[user_id] = time.monotonic()
                 self._num_events[user_id] = self._num_events.get(user_id, 0) + 1
                 if note_id is not None and event.get("event_type") != RETRACTION:
                     seen = self._seen.setdefault(user_id, {})
@@ -147,6 +150,10 @@ class Readers:
     def num_events(self, user_id: str) -> int:
         """Of the reader since the server started: what is kept for a reader goes by it."""
         return self._num_events.get(user_id, 0)
+
+    def noted_s(self, user_id: str) -> float:
+        """When the reader's newest event was noted, as `time.monotonic` tells it; 0 if none was since the server started."""
+        return self._noted_s.get(user_id, 0.0)
 
     def attributes(self, user_id: str) -> str | None:
         """JSON of `lake.users.attributes`; None for a reader without any."""

@@ -9,6 +9,7 @@ Shape letters: N keys of a group, C keys asked for, F features.
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -27,6 +28,9 @@ _PIECE = 4096
 _TICKS_KEPT = 2
 _LOOKED_AT_EVERY_S = 0.2
 _STAMPS = count(1)
+Prepare = Callable[[StoreView, "Assembled"], Callable[[], None]]
+"""Makes ready what else hangs from a tick whose features are assembled; what it returns is called as the tick is taken into
+use."""
 
 
 def can_be_assembled(plan: GroupPlan) -> bool:
@@ -53,6 +57,7 @@ class Assembled:
             if keys.get(plan.group.entity_keys) and can_be_assembled(plan)
         }
         self._ticks: tuple[_OfTick, ...] = ()
+        self._prepare: Prepare | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -67,10 +72,33 @@ class Assembled:
 
     def assemble(self, view: StoreView) -> None:
         """Assembles every group at the view's tick, if that is not done."""
-        if any(of_tick.tick_us == view.tick_us for of_tick in self._ticks):
+        if self.holds(view):
             return
         matrices = {name: _in_pieces(view, name, keys) for name, keys in self._keys.items()}
-        self._ticks = (_OfTick(view.tick_us, matrices, next(_STAMPS)), *self._ticks)[:_TICKS_KEPT]
+        of_tick = _OfTick(view.tick_us, matrices, next(_STAMPS))
+        take_into_use = self._prepared(view, of_tick)
+        if take_into_use is not None:
+            take_into_use()
+        self._ticks = (of_tick, *self._ticks)[:_TICKS_KEPT]
+
+    def _prepared(self, view: StoreView, of_tick: _OfTick) -> Callable[[], None] | None:
+        if self._prepare is None:
+            return None
+        try:
+            return self._prepare(view, self._with(of_tick))
+        except Exception:  # requests make it for themselves
+            _LOG.exception("a tick is used unprepared")
+            return None
+
+    def _with(self, of_tick: _OfTick) -> "Assembled":
+        """One that holds this tick alone."""
+        alone = copy(self)
+        alone._ticks = (of_tick,)
+        return alone
+
+    def holds(self, view: StoreView) -> bool:
+        """Whether the view's tick is assembled."""
+        return self._of(view) is not None
 
     def matrix(self, view: StoreView, name: str) -> FeatureMatrix | None:
         """A group's features of all keys that are held, at the view's tick; None where the group or the tick is not held."""
@@ -99,8 +127,9 @@ class Assembled:
         own = view.assemble(name, [key_of(place) for place in missing.tolist()], t_us)
         return FeatureRows(held, place_C, own, of_tick.stamp)
 
-    def start(self, view: Callable[[], StoreView]) -> None:
+    def start(self, view: Callable[[], StoreView], prepare: Prepare | None = None) -> None:
         """Assembles each new tick on a thread of its own, until `stop`."""
+        self._prepare = prepare
         self._thread = threading.Thread(target=self._follow, args=(view,), name="headrace-assemble", daemon=True)
         self._thread.start()
 

@@ -4,6 +4,7 @@ The store moves from tick to tick and keeps two; `view()` is an immutable snapsh
 (T, K). One thread advances it (the runner), any number read.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -69,6 +70,16 @@ class StoreView:
         return state
 
 
+@dataclass(frozen=True)
+class Before:
+    """The last view of the tick before. made_s, replaced_s: when it was made and when the next tick's first one came, as
+    `time.monotonic` tells it."""
+
+    view: StoreView
+    made_s: float
+    replaced_s: float
+
+
 @dataclass
 class Work:
     """What ticks have cost a group since the store was made: only keys with new blocks are touched, and merging is the one
@@ -110,7 +121,8 @@ class OnlineStore:
             name: GroupState(plan, KeyIndex(plan.group.keys), TextCodes(), (), Head()) for name, plan in self.plans.items()
         }
         self._view = StoreView(tick_us, position, states)
-        self._previous = self._view
+        self._made_s = time.monotonic()
+        self._before = Before(self._view, self._made_s, self._made_s)
         self.work = {name: Work() for name in groups}
         self.blocks_through = (0,) * len(position)
         """Records of the log at or after this position are in no block of the store it started as; before it some may be,
@@ -132,7 +144,8 @@ class OnlineStore:
         for state in view.groups.values():
             state.index.find_free()
             state.codes.find_free()
-        store._view = store._previous = replace(view, position=(0,) * len(position))
+        store._view = replace(view, position=(0,) * len(position))
+        store._before = replace(store._before, view=store._view)
         store.blocks_through = position
         return store
 
@@ -141,12 +154,16 @@ class OnlineStore:
 
         Raises HeadraceError if both kept ticks are newer than that.
         """
-        view, previous = self._view, self._previous
+        view, previous = self._view, self._before.view
         if at_us is None or view.tick_us <= newest_tick(at_us):
             return view
         if previous.tick_us <= newest_tick(at_us):
             return previous
         raise HeadraceError(f"the store keeps ticks from {previous.tick_us} us on; a request at {at_us} us needs an older one")
+
+    def before(self) -> Before:
+        """What a tick before the newest view's read last."""
+        return self._before
 
     @property
     def tick_us(self) -> int:
@@ -193,9 +210,10 @@ class OnlineStore:
             withdrawn = view.withdrawn if tick is None else {}
         moved_us = view.tick_us if tick is None else tick.tick_us
         next_view = replace(view, tick_us=moved_us, position=position, groups=states, withdrawn=withdrawn)
+        now_s = time.monotonic()
         if tick is not None:
-            self._previous = view
-        self._view = next_view
+            self._before = Before(view, self._made_s, now_s)
+        self._view, self._made_s = next_view, now_s
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each group (key index, texts of map entries and head not counted)."""

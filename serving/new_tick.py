@@ -1,0 +1,40 @@
+"""What hangs from a tick beside its features, made ready before requests read the tick: the first of them would
+make it each for itself, all at once.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.hydrate import Hydrated, hydrate_candidates
+from serving.world import World
+from streaming_sql.assembled import Assembled
+from streaming_sql.online_store import StoreView
+from warehouse.time_algebra import GRACE_US
+
+_NOBODY = ""
+"""A reader never met: only what notes add by themselves is kept."""
+
+
+def prepare(world: World, view: StoreView, assembled: Assembled) -> Callable[[], None]:
+    """The order of what is trending, and what L1 and L2 keep of the notes that requests asked for. Returns what is to be
+    called as the tick is taken into use. assembled: holds it."""
+    t_us = max(world.clock.now_us(), view.tick_us + GRACE_US)
+    world.trending.rows(world, view, t_us, assembled)
+
+    def features(row_M: np.ndarray) -> Hydrated:
+        return hydrate_candidates(view, world.groups, world.catalogue, _NOBODY, row_M, t_us, world.tables, assembled)
+
+    models, keep = world.models, []
+    if "l1_notes" in models.memos():
+        row_M = models.l1.kept_rows(len(world.catalogue))
+        keep.append(models.l1.remade(features(row_M), row_M))
+    if "l2_notes" in models.memos():
+        row_M = models.l2.kept_rows(models.codes_of_rows)
+        keep.append(models.l2.remade(features(row_M), row_M, models.codes_of_rows[row_M]))
+
+    def take_into_use() -> None:
+        for each in keep:
+            each()
+
+    return take_into_use
