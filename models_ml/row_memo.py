@@ -53,6 +53,11 @@ class RowMemo:
         return self._num_kept
 
     @property
+    def num_places(self) -> int:
+        """How many rows it can keep."""
+        return self._places
+
+    @property
     def num_bytes(self) -> int:
         """Of the places, those never used as well."""
         return self._kept_SR.nbytes
@@ -68,7 +73,8 @@ class RowMemo:
         """Writes the row of each, float32 and contiguous.
 
         number_N: int64, whose row it is; rows of one number, or of two that are a multiple of the places apart, take turns. One
-        below 0 is made each time. tag_N: int64, what else a row is made of, not below 0. stamp_N: int64, above 0 where the
+        below 0 is made each time. tag_N: int64, what else a row is made of, not below 0; two numbers that may take turns have
+        different ones. stamp_N: int64, above 0 where the
         features are those of every row of this number with this stamp. features: those at some places of the N, float32
         [M, B], contiguous.
         """

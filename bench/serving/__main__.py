@@ -1,10 +1,10 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
-    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 20]
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 40]
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 then the latency measured at a share of it. Each step of the search is as long as the measurement: a server may put off what it
-writes for some seconds, and what it sustains is with that. Ends by itself within about eight minutes, the making of the world
+writes for a while, and what it sustains is with that. Ends by itself within about fourteen minutes, the making of the world
 (once per folder) included. Under "again": whether the capacity was still held after the measurement; if not, the machine is
 slower by then.
 """
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
     parser.add_argument("--workers", type=int, default=1, help="processes of either server (default %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement, and of each step of the search")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of the measurement, and of each step of the search")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -55,13 +57,15 @@ class Measured:
 
 
 class Asker:
-    """Runs plans against one port, each in a process of its own; readers go on where the last plan stopped."""
+    """Runs plans against one port, each in a process of its own; readers go on where the last plan stopped. Rows of the forward
+    log that a server drops count as answers that failed: it does not sustain what it cannot log."""
 
     def __init__(self, port: int, load: Load):
         self._port, self._load, self._asked, self._seed = port, load, 0, 0
 
     def ask(self, seconds: float, rate_per_s: float | None = None, clients: int = 1) -> Answers:
         self._seed += 1
+        dropped = dropped_rows(self._port)
         plan = Plan(self._port, self._load.readers, seconds, self._load.notes, rate_per_s, clients, self._asked, self._seed)
         run = subprocess.run(
             [sys.executable, "-m", "bench.serving.arrivals"],
@@ -71,6 +75,7 @@ class Asker:
             check=True,
         )
         answers = Answers(**json.loads(run.stdout))
+        answers.failed += dropped_rows(self._port) - dropped
         self._asked += answers.offered
         return answers
 
@@ -115,6 +120,19 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         holds_after=holds_after,
         stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
     )
+
+
+def dropped_rows(port: int) -> int:
+    """Of the forward log, by all workers so far; 0 of a server that has none."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=20) as answer:
+            status = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return 0
+        raise
+    return sum(worker["forwardLog"]["dropped"] for worker in status.get("workers", [status]))
 
 
 def _sustained(answers: Answers, slowest_ms: float) -> bool:

@@ -11,7 +11,7 @@ import torch
 from models_ml import l1, l2, metrics
 from models_ml.l1 import L1Config
 from models_ml.l2_network import L2Config
-from models_ml.scoring import RankingRequest
+from models_ml.scoring import Given, RankingRequest
 from warehouse.errors import HeadraceError
 
 SMALL_L1 = L1Config(hidden=16, epochs=10, batch_size=256)
@@ -279,3 +279,19 @@ def test_what_l2_keeps_of_the_notes_changes_no_bit(loaded, models):
         assert np.array_equal(_scores_of_many(model, [request])[0], scores)
         model.forget()
         assert np.array_equal(_scores_of_many(model, [request])[0], scores)
+
+
+class _OfOneTick(Given):
+    def stamps(self, names):
+        return np.ones(len(self), dtype=np.int64)
+
+
+def test_notes_that_share_a_place_are_not_taken_for_each_other(loaded, models):
+    model = models["l1"]
+    user, notes = _request(loaded, 2)
+    alone = [model.score(user, notes[[row]]) for row in range(2)]
+    rows = np.array([3, 3 + model.memo.num_places])
+    for _ in range(2):
+        for row in range(2):
+            scores = model.score(user, _OfOneTick(notes[[row]], model.note_features), rows=rows[[row]])
+            assert np.array_equal(scores, alone[row])

@@ -92,6 +92,34 @@ def test_features_whose_stamp_is_known_are_not_looked_at():
     assert asked([6, 7, 6]) == [0, 1, 2]
 
 
+def test_rows_that_are_remade_are_found_by_their_new_stamp_once_they_are_kept():
+    make = _Maker()
+    memo, features, numbers = _memo(make, 4000), _features(3000), np.arange(3000)
+    tags = numbers % 7
+    _filled(memo, numbers[::2], features[::2].copy(), tags[::2], np.full(1500, 5))
+    expected = tags.copy()
+    expected[10] += 1
+    assert memo.kept(expected).tolist() == [number for number in range(0, 3000, 2) if number != 10]
+    assert memo.kept(tags[:8]).tolist() == [0, 2, 4, 6]
+
+    old, new, some, of_some = features[::2].copy(), features[::2] + 1, numbers[::2], tags[::2]
+    keep = memo.remade(some, of_some, np.full(1500, 6), lambda places_M: new[places_M])
+    assert np.array_equal(_filled(memo, some, old, of_some, np.full(1500, 5)), _made(old, of_some))
+    keep()
+    asked = make.asked
+    assert np.array_equal(_filled(memo, some, new, of_some, np.full(1500, 6)), _made(new, of_some))
+    assert (make.asked, len(memo)) == (asked, 1500)
+
+
+def test_what_is_remade_is_not_kept_after_all_was_forgotten():
+    memo, features = _memo(_Maker(), 8), _features(3)
+    keep = memo.remade(np.arange(3), np.zeros(3, dtype=np.int64), np.full(3, 6), lambda places_M: features[places_M])
+    memo.forget()
+    keep()
+    assert memo.kept(np.zeros(3, dtype=np.int64)).tolist() == []
+    assert len(memo) == 0
+
+
 def test_a_row_of_zeros_that_was_never_made_is_not_taken_for_one_that_is_kept():
     make = _Maker()
     features = np.zeros((3, 2), dtype=np.float32)

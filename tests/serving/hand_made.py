@@ -145,9 +145,9 @@ class Server:
         return answer.json()
 
     def wait_for_tick(self, timeout_s=20.0):
-        """Until the server has moved to the newest tick that its clock allows."""
+        """Until requests read the newest tick that the server's clock allows."""
         world, deadline = self.engine.world, time.monotonic() + timeout_s
-        while world.store.view().tick_us < newest_tick(world.clock.now_us()):
+        while world.view_of("nobody")[0].tick_us < newest_tick(world.clock.now_us()):
             assert time.monotonic() < deadline, "the tick does not move"
             time.sleep(0.01)
 
