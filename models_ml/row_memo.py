@@ -74,9 +74,8 @@ class RowMemo:
 
         number_N: int64, whose row it is; rows of one number, or of two that are a multiple of the places apart, take turns. One
         below 0 is made each time. tag_N: int64, what else a row is made of, not below 0; two numbers that may take turns have
-        different ones. stamp_N: int64, above 0 where the
-        features are those of every row of this number with this stamp. features: those at some places of the N, float32
-        [M, B], contiguous.
+        different ones. stamp_N: int64, above 0 where the features are those of every row of this number with this stamp.
+        features: those at some places of the N, float32 [M, B], contiguous.
         """
         asked, tables = (number_N, tag_N, stamp_N), (self._kept_SR, rows_NW.view(np.int32))
         other_N = np.empty(len(rows_NW), dtype=np.int64)

@@ -76,19 +76,12 @@ class Assembled:
             return
         matrices = {name: _in_pieces(view, name, keys) for name, keys in self._keys.items()}
         of_tick = _OfTick(view.tick_us, matrices, next(_STAMPS))
-        take_into_use = self._prepared(view, of_tick)
-        if take_into_use is not None:
-            take_into_use()
+        if self._prepare is not None:
+            try:
+                self._prepare(view, self._with(of_tick))()
+            except Exception:  # requests make it for themselves
+                _LOG.exception("a tick is used unprepared")
         self._ticks = (of_tick, *self._ticks)[:_TICKS_KEPT]
-
-    def _prepared(self, view: StoreView, of_tick: _OfTick) -> Callable[[], None] | None:
-        if self._prepare is None:
-            return None
-        try:
-            return self._prepare(view, self._with(of_tick))
-        except Exception:  # requests make it for themselves
-            _LOG.exception("a tick is used unprepared")
-            return None
 
     def _with(self, of_tick: _OfTick) -> "Assembled":
         """One that holds this tick alone."""
