@@ -79,7 +79,8 @@ class FirstLayer:
             self._of_request.add_to(out_NW, values_NF)
 
     def remade(self, notes: Notes, number_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
-        """`RowMemo.remade` of these notes; number_M, code_M: as of `fill`."""
+        """Makes anew what is kept of these notes; it is kept once what is returned is called. number_M, code_M: as of
+        `fill`."""
         return self.memo.remade(number_M, code_M, notes.stamps(self._note_names), partial(_picked_at, notes, self._note_names))
 
     def _made(self, values_MF: np.ndarray, code_M: np.ndarray) -> np.ndarray:

@@ -138,6 +138,7 @@ class L1:
     """Serving side; safe for threads. What changes after construction is what it keeps of the notes, which changes no score.
 
     user_features, note_features: the names, in order, of what `score` takes. weights_T: of the heads, adding up to 1.
+    first_layer: keeps of a note, by its number, what is tagged with that number.
     """
 
     def __init__(self, network: L1Network, settings: dict):
@@ -152,7 +153,7 @@ class L1:
         of_user, of_surface = first_user.split([network.user_inputs.num_inputs, network.surface.embedding_dim], dim=1)
         self._of_surface_SH = (network.surface.weight.detach() @ of_surface.T + network.first_user.bias.detach()).numpy()
         self._of_user = LinearShare(network.user_inputs, of_user)
-        self._first = FirstLayer(
+        self.first_layer = FirstLayer(
             network.note_inputs,
             len(first_note),
             lambda part, places_I, columns: LinearShare(part, first_note[:, places_I], columns),
@@ -182,23 +183,14 @@ class L1:
         first_NH = np.empty((len(row_N), self.network.second.in_features), dtype=np.float32)
         half_RH = self._of_surface_SH[[self.code_of_surface(request.surface) for request in requests]]
         self._of_user.add_to(half_RH, np.stack([request.user for request in requests]).astype(np.float32))
-        self._first.fill(first_NH, notes, row_N, np.maximum(row_N, 0), half_RH)
+        self.first_layer.fill(first_NH, notes, row_N, np.maximum(row_N, 0), half_RH)
         ends = [0, *accumulate(map(len, notes))]
         return [self._utility({"first": first_NH[start:end]}) for start, end in pairwise(ends)]
 
     @property
     def memo(self) -> RowMemo:
         """What it keeps of the notes."""
-        return self._first.memo
-
-    def kept_rows(self, num_rows: int) -> np.ndarray:
-        """int64: of which rows of the catalogue, whose length that is, it keeps something."""
-        return self.memo.kept(np.arange(num_rows))
-
-    def remade(self, notes: Notes, row_M: np.ndarray) -> Callable[[], None]:
-        """Makes anew what it keeps of these rows of the catalogue, of which `notes` are the features; it is kept once what is
-        returned is called."""
-        return self._first.remade(notes, row_M, row_M)
+        return self.first_layer.memo
 
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models_ml import bundle, ranking_rows, request_rows
 from models_ml.attributes import AttributeInputs
 from models_ml.examples import Examples
+from models_ml.first_layer import FirstLayer
 from models_ml.l2_network import L2Config, L2Network, Shape
 from models_ml.l2_scorer import Asked, L2Scorer
 from models_ml.notes import NoteWords
@@ -223,18 +224,14 @@ class L2:
         return [dict(zip(self.heads, scores_TN, strict=True)) for scores_TN in scores_RTN]
 
     @property
+    def first_layer(self) -> FirstLayer:
+        """Keeps of a note, by its number, what is tagged with its code."""
+        return self._scorer.first_layer
+
+    @property
     def memo(self) -> RowMemo:
         """What it keeps of the notes."""
-        return self._scorer.memo
-
-    def kept_rows(self, codes_R: np.ndarray) -> np.ndarray:
-        """int64: of which rows of the catalogue it keeps something; codes_R: the codes of all of them."""
-        return self.memo.kept(codes_R)
-
-    def remade(self, notes: Notes, row_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
-        """Makes anew what it keeps of these rows of the catalogue, of which `notes` are the features; it is kept once what is
-        returned is called."""
-        return self._scorer.remade(notes, row_M, code_M)
+        return self.first_layer.memo
 
     def forget(self) -> None:
         """Keeps nothing of the requests so far: the next is scored as a first one is."""

@@ -11,7 +11,7 @@ R requests, N candidates of all, n places of a history that hold a known note, D
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
@@ -24,7 +24,6 @@ from models_ml.l2_graph import HistoryWeights, L2Graph, Weights
 from models_ml.l2_network import HistoryLayer, L2Network, MemberLinear
 from models_ml.onnx_graph import Linear
 from models_ml.request_inputs import PiecewiseTable, add_products
-from models_ml.row_memo import RowMemo
 from models_ml.scoring import Notes
 
 
@@ -71,7 +70,7 @@ class L2Scorer:
 
         of_features, of_embedding, of_read, of_likeness = note_KIH.split([num_note, width, 2 * width, 1], dim=1)
         self._of_embedding_DW = _side_by_side(of_embedding).numpy()
-        self._first = FirstLayer(
+        self.first_layer = FirstLayer(
             network.note_inputs,
             self._width,
             lambda part, places_I, columns: PiecewiseTable(part, of_features[:, places_I], columns),
@@ -96,17 +95,8 @@ class L2Scorer:
         ends = [0, *accumulate(len(request.codes) for request in asked)]
         codes_N, row_N = (np.concatenate(parts) for parts in zip(*((one.codes, one.rows) for one in asked), strict=True))
         first_NW = np.empty((ends[-1], self._width), dtype=np.float32)
-        self._first.fill(first_NW, [request.notes for request in asked], row_N, codes_N, self._of_users(asked))
+        self.first_layer.fill(first_NW, [request.notes for request in asked], row_N, codes_N, self._of_users(asked))
         return [self._scores(request, first_NW[start:end]) for request, (start, end) in zip(asked, pairwise(ends), strict=True)]
-
-    @property
-    def memo(self) -> RowMemo:
-        """What it keeps of the notes."""
-        return self._first.memo
-
-    def remade(self, notes: Notes, row_M: np.ndarray, code_M: np.ndarray) -> Callable[[], None]:
-        """As `FirstLayer.remade`."""
-        return self._first.remade(notes, row_M, code_M)
 
     def _scores(self, request: Asked, first_NW: np.ndarray) -> np.ndarray:
         known = np.flatnonzero(request.history)

@@ -20,6 +20,7 @@ NUM_BYTES = 256 << 20
 """What a memo may take; places that were never used cost no memory. With 4 members of 96 units a row takes 1.7 KB."""
 
 _PIECE = 1024
+"""Rows that are made again at once: others wait no longer for the interpreter, or for the lock, than one piece takes."""
 _HEAD = 3  # numbers of a place before its outputs
 _NUMBERS, _BITS = only_read(types.int64, 1), only_read(types.int32, 2)
 _ASKED, _TABLES = (_NUMBERS,) * 3, (types.int32[:, ::1],) * 2
@@ -29,7 +30,7 @@ _ASKED, _TABLES = (_NUMBERS,) * 3, (types.int32[:, ::1],) * 2
 class RowMemo:
     """Safe for threads. make: (features float32 [M, B], tags int64 [M]) -> float32 [M, W], each row from its own alone.
 
-    num_hits, num_misses: rows found and made since the start.
+    num_places: how many rows it can keep. num_hits, num_misses: rows found and made since the start.
     """
 
     def __init__(
@@ -41,21 +42,16 @@ class RowMemo:
     ):
         self._make, self._lock = make, threading.Lock()
         num_numbers = _HEAD + num_features + width
-        self._places = max(1, num_bytes // (4 * num_numbers))
+        self.num_places = max(1, num_bytes // (4 * num_numbers))
         # of a place: since when its row is kept (0: none is), the row's tag and stamp, its outputs' bits, its features' bits:
         # side by side, so that memory is asked once
-        self._kept_SR = _small_pages(self._places * num_numbers).reshape(self._places, num_numbers)
+        self._kept_SR = _small_pages(self.num_places * num_numbers).reshape(self.num_places, num_numbers)
         self._since = 1
         self._num_kept = self.num_hits = self.num_misses = 0
 
     def __len__(self) -> int:
         """The rows that are kept."""
         return self._num_kept
-
-    @property
-    def num_places(self) -> int:
-        """How many rows it can keep."""
-        return self._places
 
     @property
     def num_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from models_ml.first_layer import FirstLayer
 from models_ml.on_device import VectorsOnDevice, device_from_env, moved
 from models_ml.registry import Registry
 from models_ml.row_memo import RowMemo
@@ -54,8 +55,12 @@ class Models:
 
     def memos(self) -> dict[str, RowMemo]:
         """What L1 and L2 keep of notes from request to request; on a device they keep nothing."""
-        named = zip(MEMOS, (self.l1, self.l2), strict=True)
-        return {name: model.memo for name, model in named if hasattr(model, "memo")}
+        return {name: first.memo for name, (first, _) in self.first_layers().items()}
+
+    def first_layers(self) -> dict[str, tuple[FirstLayer, np.ndarray]]:
+        """Those that keep something of notes, each with the tags, int64 [N], under which it keeps the rows of the catalogue."""
+        tagged = zip(MEMOS, (self.l1, self.l2), (np.arange(self.num_notes), self.codes_of_rows), strict=True)
+        return {name: (model.first_layer, tag_N) for name, model, tag_N in tagged if hasattr(model, "first_layer")}
 
     @cached_property
     def vector_of_row(self) -> np.ndarray:

@@ -25,13 +25,10 @@ def prepare(world: World, view: StoreView, assembled: Assembled) -> Callable[[],
     def features(row_M: np.ndarray) -> Hydrated:
         return hydrate_candidates(view, world.groups, world.catalogue, _NOBODY, row_M, t_us, world.tables, assembled)
 
-    models, keep = world.models, []
-    if "l1_notes" in models.memos():
-        row_M = models.l1.kept_rows(len(world.catalogue))
-        keep.append(models.l1.remade(features(row_M), row_M))
-    if "l2_notes" in models.memos():
-        row_M = models.l2.kept_rows(models.codes_of_rows)
-        keep.append(models.l2.remade(features(row_M), row_M, models.codes_of_rows[row_M]))
+    keep = []
+    for first_layer, tag_N in world.models.first_layers().values():
+        row_M = first_layer.memo.kept(tag_N)
+        keep.append(first_layer.remade(features(row_M), row_M, tag_N[row_M]))
 
     def take_into_use() -> None:
         for each in keep:

@@ -20,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.serving.capacity import Load, measure
+from bench.serving.capacity import Load, measure, status_of
 from bench.serving.world import FULL, QUICK, SETTINGS_FILE, clock_setting, furnish, readers_of
 from warehouse.home import Home
 
@@ -120,12 +119,10 @@ def _is_ready(port: int, workers: int) -> bool:
     try:
         with opener.open(f"http://127.0.0.1:{port}/readyz", timeout=5):
             pass
-        with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=5) as answer:
-            there = json.load(answer).get("workers", ())
-            return sum(worker["ready"] for worker in there) == (workers if workers > 1 else 0)
-    except urllib.error.HTTPError as error:
-        return error.code == 404  # the plain service says no more than that it is ready
-    except (OSError, urllib.error.URLError):
+        status = status_of(port)
+        there = () if status is None else status.get("workers", ())
+        return status is None or sum(worker["ready"] for worker in there) == (workers if workers > 1 else 0)
+    except OSError:
         return False
 
 

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,15 +125,20 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
 
 def dropped_rows(port: int) -> int:
     """Of the forward log, by all workers so far; 0 of a server that has none."""
+    status = status_of(port)
+    return 0 if status is None else sum(worker["forwardLog"]["dropped"] for worker in status.get("workers", [status]))
+
+
+def status_of(port: int) -> dict[str, Any] | None:
+    """What a server says of itself; None of the plain one, which says nothing. OSError if it does not answer."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=20) as answer:
-            status = json.load(answer)
+            return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 404:
-            return 0
+            return None
         raise
-    return sum(worker["forwardLog"]["dropped"] for worker in status.get("workers", [status]))
 
 
 def _sustained(answers: Answers, slowest_ms: float) -> bool:

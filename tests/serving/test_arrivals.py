@@ -4,6 +4,7 @@ import asyncio
 import json
 
 from bench.serving.arrivals import Answers, Plan, run_plan
+from bench.serving.capacity import dropped_rows
 
 BODY = json.dumps({"notes": [{"noteId": "n1"}], "degraded": [], "timings": {"total": 1.0}}, separators=(",", ":")).encode()
 
@@ -66,3 +67,10 @@ def test_what_is_no_full_page_has_failed():
         answers = asyncio.run(server.asked(seconds=0.2, rate_per_s=50.0))
         assert answers.failed == answers.offered > 0
         assert answers.latency_ms == []
+
+
+def test_rows_that_the_forward_log_drops_are_counted(server, monkeypatch):
+    port = int(server.base_url.rsplit(":", 1)[1])
+    dropped = dropped_rows(port)
+    monkeypatch.setattr(server.engine.forward_log, "num_dropped", dropped + 3)
+    assert dropped_rows(port) == dropped + 3
