@@ -58,6 +58,7 @@ def furnish(home: Home, size: Size) -> None:
     """Makes the world in this home unless it is there. Raises ValueError if the home holds a world of another size."""
     # nothing is kept of a reader: the faster a server the sooner readers come again
     settings = {"generators": size.limits, "l1_top_k": size.l1_top_k, "deadline_ms": 10_000.0, "cached_readers": 0}
+    home.path.mkdir(parents=True, exist_ok=True)
     (home.path / SETTINGS_FILE).write_text(yaml.safe_dump(settings))
     done = home.path / _DONE
     if done.exists():
