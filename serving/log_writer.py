@@ -1,7 +1,9 @@
 """The process that writes the forward log, and the end of it that a server holds.
 
 Encoding Parquet is a second of work every ten seconds. Beside requests it would hold their interpreter and their core; in a
-process of its own, at a low priority, it takes what they leave, and gives it up at once (`idle_time.py`).
+process of its own, at a low priority, it takes what they leave, and gives it up at once (`idle_time.py`). Rows are encoded some
+at a time, as they come, into one file: all at once they take every core's rest for a second or two, and a machine that is one
+of several guests of a host was halted then, 10 to 35 ms with all its cores, some times over (docs/LOG.md).
 
 What is sent is a stream of Arrow record batches, in which a list of texts goes once however many rows are made of it. Rows go
 as they are made, so that what a write sends is little: tens of megabytes at once would take from requests what the process was
@@ -11,21 +13,23 @@ pipe's end. A batch is written whole or not at all, and one that is sent again u
 
 import contextlib
 import fcntl
-import functools
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
+from pyiceberg.manifest import DataFile
 
-from serving.forward_log import CODED_SCHEMA, commit_once, encoded
+from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, commit_once, decoded
 from serving.idle_time import in_idle_time
+from warehouse.file_writer import FileWriter
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -36,8 +40,11 @@ _FORGET, _WRITE = b"forget", b"write"
 _DONE = b"written\n"
 _NICE = 10
 """Not lower: it holds the catalogue's lock at times, for which others wait."""
-_IDLY_FOR_S = 5.0
-"""What is not encoded by then is as others are: more comes every ten seconds, and the queue has an end."""
+ENCODED_AT_ONCE = 128
+"""Rows; a quarter of a second. Fewer take more in all: with 32 the writers could not keep up at 150 feeds/s."""
+_IDLY_FOR_S = 2.0
+"""These rows may take this long in idle time. Where they took longer the next are not left to it: more come, and the queue has
+an end."""
 _ENDS_WITHIN_S = 30.0
 _PIPE_BYTES = 1 << 20
 
@@ -136,30 +143,77 @@ def main() -> None:
     home, lock = Home(Path(sys.argv[1])), Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a library that prints must not answer
-    lake = Lake.open(home)
     with contextlib.suppress(BrokenPipeError):  # the server was killed; what it had sent is written
-        for batch, table in batches(sys.stdin.buffer):
-            try:
-                files = in_idle_time(functools.partial(encoded, lake, table), _IDLY_FOR_S)
-                commit_once(lake, files, batch, lock)
-                answer = _DONE
-            except Exception as error:
-                answer = " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"
+        for answer in written(sys.stdin.buffer, Lake.open(home), lock):
             answers.write(answer)
-            del table
-            pa.default_memory_pool().release_unused()  # a batch is as large as all else together
 
 
-def batches(source: IO[bytes]) -> Iterator[tuple[uuid.UUID, pa.Table]]:
-    """What is to be written, each batch with its number, until the source ends or, its server killed, breaks off."""
-    parts: list[pa.RecordBatch] = []
-    for part, said in _received(source):
-        if said is None:
-            parts.append(part)
-        elif _FORGET in said:
-            parts.clear()
-        else:
-            yield uuid.UUID(bytes=said[_WRITE]), pa.Table.from_batches(_taken(parts), CODED_SCHEMA)
+def written(source: IO[bytes], lake: Lake, lock: Path) -> Iterator[bytes]:
+    """Writes each batch that comes, and gives the answer to it, until the source ends or, its server killed, breaks off."""
+    batch = _Batch(lake)
+    try:
+        for part, said in _received(source):
+            if said is None:
+                batch.take(part)
+            elif _FORGET in said:
+                batch.forget()
+            else:
+                try:
+                    commit_once(lake, batch.files(), uuid.UUID(bytes=said[_WRITE]), lock)
+                    yield _DONE
+                except Exception as error:
+                    yield " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"
+    finally:
+        batch.forget()
+
+
+class _Batch:
+    """What has come of the next batch, most of it encoded."""
+
+    def __init__(self, lake: Lake):
+        self._lake, self._is_behind = lake, False
+        self._parts: list[pa.RecordBatch] = []
+        self._writer: FileWriter | None = None
+        self._failed: Exception | None = None
+
+    def take(self, part: pa.RecordBatch) -> None:
+        self._parts.append(part)
+        if sum(one.num_rows for one in self._parts) >= ENCODED_AT_ONCE:
+            self._encode()
+
+    def files(self) -> list[DataFile]:
+        """Of all that came, which is forgotten then. Raises what went wrong with any of it: all of it must come again."""
+        try:
+            self._encode()
+            if self._failed is not None:
+                raise self._failed
+            writer, self._writer = self._writer, None
+            return [] if writer is None else writer.close()
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        if self._writer is not None:
+            self._writer.discard()
+        self._writer, self._failed = None, None
+        self._parts.clear()
+
+    def _encode(self) -> None:
+        if not self._parts or self._failed is not None:
+            self._parts.clear()
+            return
+        rows = pa.Table.from_batches(self._parts, CODED_SCHEMA)
+        self._parts.clear()
+        started = time.monotonic()
+        try:
+            writer = self._writer = self._writer or self._lake.file_writer(FORWARD_LOG)
+            if self._is_behind:
+                writer.write(decoded(rows))
+            else:
+                in_idle_time(lambda: writer.write(decoded(rows)), _IDLY_FOR_S)
+        except Exception as error:
+            self._failed = error
+        self._is_behind = not self._is_behind and time.monotonic() - started > _IDLY_FOR_S
 
 
 def _received(source: IO[bytes]) -> Iterator[tuple[pa.RecordBatch, pa.KeyValueMetadata | None]]:
@@ -171,12 +225,6 @@ def _received(source: IO[bytes]) -> Iterator[tuple[pa.RecordBatch, pa.KeyValueMe
         return
     except (pa.ArrowInvalid, OSError) as error:
         log.warning("forward log: what the server sends ended early: %s", error)
-
-
-def _taken(parts: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    taken = list(parts)
-    parts.clear()
-    return taken
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
@@ -27,7 +26,6 @@ from pyiceberg.io.pyarrow import (
     write_file,
 )
 from pyiceberg.manifest import DataFile
-from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
 from pyiceberg.table.metadata import TableMetadata
@@ -38,7 +36,9 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from warehouse.connections import duckdb_connection, plain_connection, prepare_connection
 from warehouse.data_files import DataFiles
 from warehouse.errors import HeadraceError
+from warehouse.file_writer import FileWriter
 from warehouse.home import Home
+from warehouse.partitions import only_partition
 
 CATALOGUE = "headrace"
 CATALOGUE_TABLES = 2
@@ -164,6 +164,11 @@ class Lake:
         table = self.table(name)
         return write_chunks(_Transaction(table), table, [rows])
 
+    def file_writer(self, name: str) -> FileWriter:
+        """`write_files` of rows that come part by part."""
+        table = self.table(name)
+        return FileWriter(table.metadata, table.io)
+
     def add_files(self, name: str, files: Iterable[DataFile], properties: Mapping[str, str] | None = None) -> None:
         """The second half: one commit. If it fails nobody can say whether the files are in the table."""
         with self.transaction(name) as transaction:
@@ -282,28 +287,13 @@ def _written(
 ) -> Iterable[DataFile]:
     """The files of some rows. Rows of one partition are written as they are: pyiceberg would filter them first, and a copy of
     rows that hold lists of structs costs as much as writing them."""
-    key = _only_partition(metadata, rows)
+    key = only_partition(metadata, rows)
     if key is None or rows.nbytes >= TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT:
         return _dataframe_to_data_files(metadata, rows, io, write_uuid, numbers)
     schema = pyarrow_to_schema(rows.schema, name_mapping=metadata.schema().name_mapping, format_version=metadata.format_version)
     batches = rows.combine_chunks().to_batches()
     task = WriteTask(write_uuid, next(numbers), schema, batches, partition_key=key)
     return write_file(io, metadata, iter([task]))
-
-
-def _only_partition(metadata: TableMetadata, rows: pa.Table) -> PartitionKey | None:
-    """The partition that all rows are of; None for several, and for a table without partitions."""
-    schema, spec, values = metadata.schema(), metadata.spec(), []
-    for field in spec.fields:
-        name = schema.find_column_name(field.source_id)
-        if name not in rows.column_names:
-            return None
-        transform = field.transform.pyarrow_transform(schema.find_field(field.source_id).field_type)
-        found = pc.unique(transform(rows[name]))
-        if len(found) != 1:
-            return None
-        values.append(PartitionFieldValue(field, found[0].as_py()))
-    return PartitionKey(values, spec, schema) if values else None
 
 
 def append_files(transaction: Transaction, files: Iterable[DataFile], properties: Mapping[str, str]) -> None:

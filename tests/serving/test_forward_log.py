@@ -9,12 +9,14 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
 from serving.hydrate import CandidateFeatures
 from serving.log_table import as_table, ordered_shares
-from serving.log_writer import LogWriter, batches
+from serving.log_writer import ENCODED_AT_ONCE, LogWriter, written
+from warehouse.file_writer import FileWriter
 from warehouse.home import Home
 from warehouse.lake import Lake
 
@@ -252,22 +254,22 @@ def test_rows_that_were_sent_ahead_are_written_once_whatever_became_of_them(lake
     opened(lake).close()
     writer, tables = LogWriter(Home(tmp_path), tmp_path / "turn.lock"), [table(f"r{number}") for number in range(5)]
 
-    def written() -> list[str]:
+    def in_lake() -> list[str]:
         return sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist())
 
     writer.send_ahead(tables[0])
     writer.write(tables[:2], uuid.uuid4())
-    assert written() == ["r0", "r1"]
+    assert in_lake() == ["r0", "r1"]
     writer.send_ahead(tables[2])
     os.kill(writer.pid, signal.SIGKILL)
     batch = uuid.uuid4()
     with pytest.raises(OSError, match="has ended"):
         writer.write(tables[2:4], batch)
     writer.write(tables[2:4], batch)
-    assert written() == ["r0", "r1", "r2", "r3"]
+    assert in_lake() == ["r0", "r1", "r2", "r3"]
     writer.send_ahead(tables[0])  # rows that no write will name
     writer.write(tables[4:], uuid.uuid4())
-    assert written() == ["r0", "r1", "r2", "r3", "r4"]
+    assert in_lake() == ["r0", "r1", "r2", "r3", "r4"]
     writer.close()
 
 
@@ -280,23 +282,62 @@ def test_a_batch_that_was_written_before_its_writer_died_is_not_written_again(la
     assert len(list((tmp_path / "lake").rglob("forward_log/data/**/*.parquet"))) == 2  # what is not added does not stay
 
 
-def test_what_breaks_off_is_not_written():
-    part, number = table().to_batches()[0], uuid.uuid4()
+def test_what_breaks_off_is_not_written(lake, tmp_path):
+    opened(lake).close()
+    part, numbers = table().to_batches()[0], [uuid.uuid4() for _ in range(9)]
+    many = table().to_batches() * ENCODED_AT_ONCE  # are encoded as they come
 
-    def sent(*said: dict[bytes, bytes] | None) -> bytes:
+    def sent(*said) -> bytes:
         stream = io.BytesIO()
         writer = pa.ipc.new_stream(stream, CODED_SCHEMA)  # not closed, as by a server that was killed
         for one in said:
-            writer.write_batch(part if one is None else part.slice(0, 0), custom_metadata=one)
+            if isinstance(one, dict):
+                writer.write_batch(part.slice(0, 0), custom_metadata=one)
+            else:
+                writer.write_batch(one)
         return stream.getvalue()
 
-    write = {b"write": number.bytes}
-    ((found, rows),) = list(batches(io.BytesIO(sent(None, write, None, write)[:-1])))
-    assert (found, rows.to_pylist()) == (number, table().to_pylist())
-    ((_, rows),) = list(batches(io.BytesIO(sent(None, {b"forget": b""}, None, write))))
-    assert rows.num_rows == 1
-    for broken in (sent(None), sent(None)[:-1], sent(), b""):
-        assert list(batches(io.BytesIO(broken))) == []
+    def after(stream: bytes) -> tuple[list[bytes], int, int]:
+        answers = list(written(io.BytesIO(stream), lake, tmp_path / "turn.lock"))
+        files = list((tmp_path / "lake").rglob("forward_log/data/**/*.parquet"))
+        return answers, lake.scan(FORWARD_LOG).num_rows, len(files)
+
+    def write() -> dict[bytes, bytes]:
+        return {b"write": numbers.pop().bytes}
+
+    done, forget = b"written\n", {b"forget": b""}
+    assert after(sent(part, write(), part, write())[:-1]) == ([done], 1, 1)
+    assert after(sent(part, forget, part, write())) == ([done], 2, 2)
+    assert after(sent(*many, part, forget, part, write())) == ([done], 3, 3)
+    assert after(sent(*many, part, write())) == ([done], 4 + ENCODED_AT_ONCE, 4)
+    for broken in (sent(part), sent(*many, part), sent(*many, part)[:-1], sent(), b""):
+        assert after(broken) == ([], 4 + ENCODED_AT_ONCE, 4)
+    rows = lake.scan(FORWARD_LOG).to_pylist()
+    assert all(one == rows[0] for one in rows)
+    assert rows[0] == rows_to_table([row()]).to_pylist()[0]
+
+
+def test_a_part_that_fails_fails_its_batch_alone(lake, tmp_path, monkeypatch):
+    opened(lake).close()
+    parts, real_write, failures = table().to_batches() * ENCODED_AT_ONCE, FileWriter.write, [OSError("no space left on device")]
+
+    def failing(self, rows):
+        real_write(self, rows)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(FileWriter, "write", failing)
+    stream, number = io.BytesIO(), uuid.uuid4()
+    writer = pa.ipc.new_stream(stream, CODED_SCHEMA)
+    for _ in range(2):  # the second time as it is sent again
+        for part in parts * 2:
+            writer.write_batch(part)
+        writer.write_batch(parts[0].slice(0, 0), custom_metadata={b"write": number.bytes})
+    answers = list(written(io.BytesIO(stream.getvalue()), lake, tmp_path / "turn.lock"))
+    assert answers == [b"OSError: no space left on device\n", b"written\n"]
+    assert lake.scan(FORWARD_LOG).num_rows == 2 * ENCODED_AT_ONCE
+    (file,) = (tmp_path / "lake").rglob("forward_log/data/**/*.parquet")
+    assert pq.ParquetFile(file).num_row_groups == 2
 
 
 def test_generators_are_told_by_what_each_added():

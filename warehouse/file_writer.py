@@ -1,0 +1,101 @@
+"""Data files of a table, of rows that come part by part: each part is a row group, encoded at once, so that none waits in
+memory for the others. No snapshot names the files before they are added (`Lake.add_files`)."""
+
+import contextlib
+import itertools
+import uuid
+
+import pyarrow as pa
+from pyiceberg.io import FileIO, OutputFile
+from pyiceberg.io.fileformat import FileFormatFactory, FileFormatWriter
+from pyiceberg.io.pyarrow import (
+    _check_pyarrow_schema_compatible,
+    _dataframe_to_data_files,
+    _to_requested_schema,
+    pyarrow_to_schema,
+)
+from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.partitioning import PartitionKey
+from pyiceberg.table import WriteTask
+from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table.metadata import TableMetadata
+
+from warehouse.partitions import only_partition
+
+_PARQUET = FileFormatFactory.get(FileFormat.PARQUET)
+
+
+class FileWriter:
+    """Use `close` or `discard` once. Of parts of one partition that follow each other one file is made, however large."""
+
+    def __init__(self, metadata: TableMetadata, io: FileIO):
+        self._metadata, self._io = metadata, io
+        self._write_uuid, self._numbers = uuid.uuid4(), itertools.count()
+        self._done: list[DataFile] = []
+        self._open: _OpenFile | None = None
+
+    def write(self, rows: pa.Table) -> None:
+        """One part. Raises ValueError if its columns are not the table's; what was written before stays."""
+        _check_pyarrow_schema_compatible(self._metadata.schema(), rows.schema, format_version=self._metadata.format_version)
+        key = only_partition(self._metadata, rows)
+        if key is None:  # of several, or of a table without: files of their own
+            self._done += _dataframe_to_data_files(self._metadata, rows, self._io, self._write_uuid, self._numbers)
+            return
+        if self._open is not None and self._open.key != key:
+            self._finish()
+        self._open = self._open or _OpenFile(self._metadata, self._io, key, self._write_uuid, next(self._numbers))
+        self._open.write(rows)
+
+    def close(self) -> list[DataFile]:
+        """The files of all parts."""
+        self._finish()
+        return self._done
+
+    def discard(self) -> None:
+        """Leaves no file."""
+        with contextlib.suppress(Exception):  # what cannot be ended can be deleted
+            self._finish()
+        for path in [*(file.file_path for file in self._done), *([self._open.path] if self._open else [])]:
+            with contextlib.suppress(OSError):
+                self._io.delete(path)
+        self._done, self._open = [], None
+
+    def _finish(self) -> None:
+        if self._open is not None:
+            self._done.append(self._open.finished())
+            self._open = None
+
+
+class _OpenFile:
+    """What pyiceberg's `write_file` does, which wants all rows at once."""
+
+    def __init__(self, metadata: TableMetadata, io: FileIO, key: PartitionKey, write_uuid: uuid.UUID, number: int):
+        self.key, self._metadata = key, metadata
+        name = WriteTask(write_uuid, number, metadata.schema(), []).generate_data_file_filename(_PARQUET.file_extension())
+        self.path = load_location_provider(metadata.location, metadata.properties).new_data_location(name, key)
+        self._output: OutputFile = io.new_output(self.path)
+        self._writer: FileFormatWriter = _PARQUET.create_writer(self._output, metadata.schema(), metadata.properties)
+
+    def write(self, rows: pa.Table) -> None:
+        wanted, version = self._metadata.schema(), self._metadata.format_version
+        schema = pyarrow_to_schema(rows.schema, name_mapping=wanted.name_mapping, format_version=version)
+        batches = [
+            _to_requested_schema(wanted, schema, batch, include_field_ids=True, format_model=_PARQUET)
+            for batch in rows.combine_chunks().to_batches()
+        ]
+        self._writer.write(pa.Table.from_batches(batches))
+
+    def finished(self) -> DataFile:
+        statistics = self._writer.close()
+        return DataFile.from_args(
+            content=DataFileContent.DATA,
+            file_path=self.path,
+            file_format=FileFormat.PARQUET,
+            partition=self.key.partition,
+            file_size_in_bytes=len(self._output),
+            sort_order_id=None,
+            spec_id=self._metadata.default_spec_id,
+            equality_ids=None,
+            key_metadata=None,
+            **statistics.to_serialized_dict(),
+        )
