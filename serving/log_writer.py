@@ -187,8 +187,9 @@ class _Batch:
             self._encode()
             if self._failed is not None:
                 raise self._failed
-            writer, self._writer = self._writer, None
-            return [] if writer is None else writer.close()
+            files = [] if self._writer is None else self._writer.close()
+            self._writer = None
+            return files
         finally:
             self.forget()
 

@@ -16,6 +16,7 @@ from pyiceberg.io.pyarrow import (
 )
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import PartitionKey
+from pyiceberg.schema import sanitize_column_names
 from pyiceberg.table import WriteTask
 from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
@@ -70,17 +71,17 @@ class _OpenFile:
     """What pyiceberg's `write_file` does, which wants all rows at once."""
 
     def __init__(self, metadata: TableMetadata, io: FileIO, key: PartitionKey, write_uuid: uuid.UUID, number: int):
-        self.key, self._metadata = key, metadata
-        name = WriteTask(write_uuid, number, metadata.schema(), []).generate_data_file_filename(_PARQUET.file_extension())
+        self.key, self._metadata, self._schema = key, metadata, sanitize_column_names(metadata.schema())
+        name = WriteTask(write_uuid, number, self._schema, []).generate_data_file_filename(_PARQUET.file_extension())
         self.path = load_location_provider(metadata.location, metadata.properties).new_data_location(name, key)
         self._output: OutputFile = io.new_output(self.path)
-        self._writer: FileFormatWriter = _PARQUET.create_writer(self._output, metadata.schema(), metadata.properties)
+        self._writer: FileFormatWriter = _PARQUET.create_writer(self._output, self._schema, metadata.properties)
 
     def write(self, rows: pa.Table) -> None:
-        wanted, version = self._metadata.schema(), self._metadata.format_version
-        schema = pyarrow_to_schema(rows.schema, name_mapping=wanted.name_mapping, format_version=version)
+        mapping, version = self._metadata.schema().name_mapping, self._metadata.format_version
+        schema = pyarrow_to_schema(rows.schema, name_mapping=mapping, format_version=version)
         batches = [
-            _to_requested_schema(wanted, schema, batch, include_field_ids=True, format_model=_PARQUET)
+            _to_requested_schema(self._schema, schema, batch, include_field_ids=True, format_model=_PARQUET)
             for batch in rows.combine_chunks().to_batches()
         ]
         self._writer.write(pa.Table.from_batches(batches))

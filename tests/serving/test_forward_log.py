@@ -317,16 +317,21 @@ def test_what_breaks_off_is_not_written(lake, tmp_path):
     assert rows[0] == rows_to_table([row()]).to_pylist()[0]
 
 
-def test_a_part_that_fails_fails_its_batch_alone(lake, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["write", "_finish"])
+def test_what_fails_fails_its_batch_alone_and_leaves_no_file(step, lake, tmp_path, monkeypatch):
     opened(lake).close()
-    parts, real_write, failures = table().to_batches() * ENCODED_AT_ONCE, FileWriter.write, [OSError("no space left on device")]
+    parts, real_step = table().to_batches() * ENCODED_AT_ONCE, getattr(FileWriter, step)
+    failures = [OSError("no space left on device")]
 
-    def failing(self, rows):
-        real_write(self, rows)
+    def failing(self, *rows):
+        if step == "write":
+            real_step(self, *rows)
         if failures:
             raise failures.pop()
+        if step != "write":
+            real_step(self, *rows)
 
-    monkeypatch.setattr(FileWriter, "write", failing)
+    monkeypatch.setattr(FileWriter, step, failing)
     stream, number = io.BytesIO(), uuid.uuid4()
     writer = pa.ipc.new_stream(stream, CODED_SCHEMA)
     for _ in range(2):  # the second time as it is sent again
