@@ -6,6 +6,7 @@ import itertools
 import uuid
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyiceberg.io import FileIO, OutputFile
 from pyiceberg.io.fileformat import FileFormatFactory, FileFormatWriter
 from pyiceberg.io.pyarrow import (
@@ -15,19 +16,19 @@ from pyiceberg.io.pyarrow import (
     pyarrow_to_schema,
 )
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
-from pyiceberg.partitioning import PartitionKey
+from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.schema import sanitize_column_names
-from pyiceberg.table import WriteTask
+from pyiceberg.table import TableProperties, WriteTask
 from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
 
-from warehouse.partitions import only_partition
-
 _PARQUET = FileFormatFactory.get(FileFormat.PARQUET)
+_LARGE = TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT
+"""Bytes of rows in memory; a file has fewer."""
 
 
 class FileWriter:
-    """Use `close` or `discard` once. Of parts of one partition that follow each other one file is made, however large."""
+    """Use `close` or `discard` once. Parts of one partition that follow each other share a file until it is large."""
 
     def __init__(self, metadata: TableMetadata, io: FileIO):
         self._metadata, self._io = metadata, io
@@ -38,11 +39,13 @@ class FileWriter:
     def write(self, rows: pa.Table) -> None:
         """One part. Raises ValueError if its columns are not the table's; what was written before stays."""
         _check_pyarrow_schema_compatible(self._metadata.schema(), rows.schema, format_version=self._metadata.format_version)
-        key = only_partition(self._metadata, rows)
-        if key is None:  # of several, or of a table without: files of their own
+        if rows.num_rows == 0:
+            return
+        key = _only_partition(self._metadata, rows)
+        if key is None or rows.nbytes >= _LARGE:  # of several partitions, or of a table without: files of their own
             self._done += _dataframe_to_data_files(self._metadata, rows, self._io, self._write_uuid, self._numbers)
             return
-        if self._open is not None and self._open.key != key:
+        if self._open is not None and (self._open.key != key or self._open.num_bytes >= _LARGE):
             self._finish()
         self._open = self._open or _OpenFile(self._metadata, self._io, key, self._write_uuid, next(self._numbers))
         self._open.write(rows)
@@ -68,12 +71,14 @@ class FileWriter:
 
 
 class _OpenFile:
-    """What pyiceberg's `write_file` does, which wants all rows at once."""
+    """What pyiceberg's `write_file` does, which wants all rows at once, of rows of one partition: its way to them would filter
+    them first, and a copy of rows that hold lists of structs costs as much as writing them."""
 
     def __init__(self, metadata: TableMetadata, io: FileIO, key: PartitionKey, write_uuid: uuid.UUID, number: int):
         self.key, self._metadata, self._schema = key, metadata, sanitize_column_names(metadata.schema())
         name = WriteTask(write_uuid, number, self._schema, []).generate_data_file_filename(_PARQUET.file_extension())
         self.path = load_location_provider(metadata.location, metadata.properties).new_data_location(name, key)
+        self.num_bytes = 0
         self._output: OutputFile = io.new_output(self.path)
         self._writer: FileFormatWriter = _PARQUET.create_writer(self._output, self._schema, metadata.properties)
 
@@ -85,6 +90,7 @@ class _OpenFile:
             for batch in rows.combine_chunks().to_batches()
         ]
         self._writer.write(pa.Table.from_batches(batches))
+        self.num_bytes += rows.nbytes
 
     def finished(self) -> DataFile:
         statistics = self._writer.close()
@@ -100,3 +106,18 @@ class _OpenFile:
             key_metadata=None,
             **statistics.to_serialized_dict(),
         )
+
+
+def _only_partition(metadata: TableMetadata, rows: pa.Table) -> PartitionKey | None:
+    """The partition that all rows are of; None for several, and for a table without partitions."""
+    schema, spec, values = metadata.schema(), metadata.spec(), []
+    for field in spec.fields:
+        name = schema.find_column_name(field.source_id)
+        if name not in rows.column_names:
+            return None
+        transform = field.transform.pyarrow_transform(schema.find_field(field.source_id).field_type)
+        found = pc.unique(transform(rows[name]))
+        if len(found) != 1:
+            return None
+        values.append(PartitionFieldValue(field, found[0].as_py()))
+    return PartitionKey(values, spec, schema) if values else None

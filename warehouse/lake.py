@@ -5,9 +5,7 @@ described by its metadata file (docs/decisions/0002-reading-the-lake.md).
 """
 
 import contextlib
-import itertools
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,9 @@ import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationError
 from pyiceberg.expressions import AlwaysTrue, BooleanExpression
-from pyiceberg.io import FileIO
-from pyiceberg.io.pyarrow import (
-    _check_pyarrow_schema_compatible,
-    _dataframe_to_data_files,
-    pyarrow_to_schema,
-    write_file,
-)
 from pyiceberg.manifest import DataFile
 from pyiceberg.schema import Schema
-from pyiceberg.table import Table, TableProperties, Transaction, WriteTask
+from pyiceberg.table import Table, Transaction
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import TableUpdate
 from pyiceberg.transforms import parse_transform
@@ -38,7 +29,6 @@ from warehouse.data_files import DataFiles
 from warehouse.errors import HeadraceError
 from warehouse.file_writer import FileWriter
 from warehouse.home import Home
-from warehouse.partitions import only_partition
 
 CATALOGUE = "headrace"
 CATALOGUE_TABLES = 2
@@ -273,27 +263,10 @@ def write_chunks(transaction: Transaction, table: Table, chunks: Iterable[pa.Tab
 
     (pyiceberg appends a stream to unpartitioned tables only: apache/iceberg-python#2152.)
     """
-    metadata, numbers, write_uuid = transaction.table_metadata, itertools.count(), uuid.uuid4()
-    files: list[DataFile] = []
+    writer = FileWriter(transaction.table_metadata, table.io)
     for chunk in chunks:
-        _check_pyarrow_schema_compatible(metadata.schema(), chunk.schema, format_version=metadata.format_version)
-        if chunk.num_rows:
-            files += _written(metadata, chunk, table.io, write_uuid, numbers)
-    return files
-
-
-def _written(
-    metadata: TableMetadata, rows: pa.Table, io: FileIO, write_uuid: uuid.UUID, numbers: "itertools.count[int]"
-) -> Iterable[DataFile]:
-    """The files of some rows. Rows of one partition are written as they are: pyiceberg would filter them first, and a copy of
-    rows that hold lists of structs costs as much as writing them."""
-    key = only_partition(metadata, rows)
-    if key is None or rows.nbytes >= TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT:
-        return _dataframe_to_data_files(metadata, rows, io, write_uuid, numbers)
-    schema = pyarrow_to_schema(rows.schema, name_mapping=metadata.schema().name_mapping, format_version=metadata.format_version)
-    batches = rows.combine_chunks().to_batches()
-    task = WriteTask(write_uuid, next(numbers), schema, batches, partition_key=key)
-    return write_file(io, metadata, iter([task]))
+        writer.write(chunk)
+    return writer.close()
 
 
 def append_files(transaction: Transaction, files: Iterable[DataFile], properties: Mapping[str, str]) -> None:

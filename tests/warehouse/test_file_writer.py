@@ -56,6 +56,16 @@ def test_another_partition_is_another_file_also_where_a_part_is_of_both(lake):
     assert numbers(lake, "at >= '2022-04-09T00:00:00+00:00'") == [2, 4, 5]
 
 
+def test_a_file_is_ended_once_it_is_large(lake, monkeypatch):
+    monkeypatch.setattr("warehouse.file_writer._LARGE", rows(1, 2, 3).nbytes)
+    writer = lake.file_writer("lake.parts")
+    for part in (rows(1, 2), rows(3), rows(4), rows(), rows(5, 6, 7, 8)):
+        writer.write(part)
+    lake.add_files("lake.parts", writer.close())
+    assert sorted(pq.read_metadata(file).num_rows for file in files(lake)) == [1, 3, 4]
+    assert numbers(lake) == [*range(1, 9)]
+
+
 def test_what_is_discarded_leaves_no_file(lake):
     writer = lake.file_writer("lake.parts")
     writer.write(rows(1))
