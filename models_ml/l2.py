@@ -4,6 +4,7 @@ B requests, C candidates of each (1 in training), R rows, L places of a history 
 members, T heads (tasks), U and I inputs of the reader and of a candidate.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -182,7 +183,7 @@ class L2:
         self.heads: tuple[str, ...] = tuple(settings["config"]["heads"])
         self.history_length: int = settings["config"]["history_length"]
         self.shape = shape
-        self._code_of = {note_id: row + 1 for row, note_id in enumerate(shape.words.note_ids)}
+        self._code_of = {note_id: row + 1 for row, note_id in enumerate(map(sys.intern, shape.words.note_ids))}
         self._surface_of = {surface: row + 1 for row, surface in enumerate(shape.surfaces)}
         self._default_surface = self._surface_of.get(settings["default_surface"] or "", 0)
         self._attributes = AttributeInputs(shape.attributes)

@@ -9,6 +9,7 @@ a reader (features, then attributes), P places of a note's content, D width, N n
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -282,7 +283,7 @@ class TwoTower:
         self.words, self.reader, self.content = inputs_of(settings)
         self.user_features = self.reader.features
         self.note_ids: list[str] = self.words.note_ids
-        self._code_of = {note_id: row + 1 for row, note_id in enumerate(self.note_ids)}
+        self._code_of = {note_id: row + 1 for row, note_id in enumerate(map(sys.intern, self.note_ids))}
         self._attributes = AttributeInputs(self.reader.attributes)
         with torch.inference_mode():
             self._table_ND = network.note_table()

@@ -65,7 +65,8 @@ def create_app(
         take_short_turns()  # the event loop's thread, at each step of an answer
         chosen = settings or Settings.from_env()
         server = own_server()
-        engine = Engine(home or Home.from_env(), clock or Clock.from_env(), chosen, on_failure, kinds, server)
+        the_home, the_clock = home or Home.from_env(), clock or Clock.from_env()
+        engine = Engine(the_home, the_clock, chosen, on_failure, kinds, server, lambda: app.state.in_flight == 0)
         app.state.engine, app.state.peers, app.state.sharing, app.state.in_flight = engine, None, None, 0
         # beside other workers one thread computes: more would take turns at the interpreter and at the cores of the others
         threads = chosen.inference_threads if server is None else 1

@@ -3,6 +3,7 @@
 Request-time features of a note come from here and nowhere else. Knows nothing of users or engagement.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,8 @@ class Catalogue:
     @classmethod
     def from_tables(cls, notes: pa.Table, first_seen_us: dict[str, int]) -> "Catalogue":
         """notes: columns of `lake.notes`. first_seen_us: note_id -> microseconds of its first event."""
-        note_ids = notes["note_id"].to_pylist()
+        # one text for a note wherever it is named: a history's look-ups then read no second one, and it is in memory once
+        note_ids = list(map(sys.intern, notes["note_id"].to_pylist()))
         author_ids = notes["author_id"].to_pylist()
         created = pc.fill_null(notes["created_at"].cast(pa.int64()), UNKNOWN_US).to_numpy()
         rows_of_author: dict[str, list[int]] = {}

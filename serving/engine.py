@@ -91,8 +91,10 @@ class Engine:
         on_failure: Callable[[list[str]], None] | None = None,
         kinds: Kinds | None = None,
         server: str | None = None,
+        is_resting: Callable[[], bool] = lambda: True,
     ):
-        """server: which one this process is a worker of, as `seat.own_server` says; None for a server of one process."""
+        """server: which one this process is a worker of, as `seat.own_server` says; None for a server of one process.
+        is_resting: whether no request is under way."""
         self.home, self.clock, self.settings, self._on_failure, self._kinds = home, clock, settings, on_failure, kinds
         self.world: World | None = None
         self.lake: Lake | None = None
@@ -103,7 +105,7 @@ class Engine:
         self.recent = Recent(settings.recent_requests)
         self._missing: list[str] = ["not started"]
         self._loader: threading.Thread | None = None
-        self._server, self._stopping = server, threading.Event()
+        self._server, self._is_resting, self._stopping = server, is_resting, threading.Event()
         self.told_position: tuple[int, ...] = ()
         """After the newest event that was answered here."""
         self._told_lock = threading.Lock()
@@ -294,6 +296,7 @@ class Engine:
             as_table,
             lock,
             self._log_writer,
+            self._is_resting,
         )
         self.forward_log.start()
 

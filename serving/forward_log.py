@@ -36,8 +36,12 @@ _FILES = {
 }
 """Encoding takes two thirds of what it does by default, for a fiftieth more bytes: scores and ids are rarely the same twice."""
 RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
-_MADE_AT_ONCE, _MADE_WITHIN_S = 16, 1.0
+_WANTED_AT_ONCE, _MADE_AT_ONCE, _MADE_WITHIN_S = 8, 16, 1.0
 """Rows that are made together cost a third each; more of them would hold the interpreter that requests share for long."""
+_LOOKS_EVERY_S, _WAITS_FOR_REST_S = 0.002, 0.1
+"""Rows are made while no request is under way, if there is such a moment within this time: one that is computed beside them
+waits for the interpreter, up to twice as long as it takes alone. Not before the first look: the answer to the request that was
+just offered is on its way."""
 _MADE_EVERY_S = 0.03
 """Of what waited for a write; without a rest requests would find the interpreter busy for a tenth of a second."""
 _FEATURES = pa.map_(pa.string(), pa.float64())
@@ -189,11 +193,13 @@ class ForwardLog(Generic[Item]):
         make: Callable[[Sequence[Item]], pa.Table],
         lock: Path | None = None,
         elsewhere: Elsewhere | None = None,
+        is_resting: Callable[[], bool] = lambda: True,
     ):
         """make: rows in CODED_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`.
-        Without `elsewhere` a batch is written here, and so is the last one, as nothing is disturbed then."""
+        Without `elsewhere` a batch is written here, and so is the last one, as nothing is disturbed then. is_resting: whether
+        nobody is disturbed by rows that are made now."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
-        self._make_table, self._lock, self._elsewhere = make, lock, elsewhere
+        self._make_table, self._lock, self._elsewhere, self._is_resting = make, lock, elsewhere, is_resting
         self._waiting: deque[tuple[float, Item]] = deque()
         self._made: list[tuple[float, pa.Table]] = []
         self._changed = threading.Condition()
@@ -217,7 +223,7 @@ class ForwardLog(Generic[Item]):
                 self.num_dropped += 1
                 return False
             self._waiting.append((time.monotonic(), item))
-            if self._num_unwritten == 1 or len(self._waiting) >= _MADE_AT_ONCE:
+            if self._num_unwritten == 1 or len(self._waiting) in (_WANTED_AT_ONCE, _MADE_AT_ONCE):
                 self._changed.notify_all()
         return True
 
@@ -258,6 +264,7 @@ class ForwardLog(Generic[Item]):
                 if turn is _Turn.END:
                     return
                 if turn is _Turn.MAKE:
+                    self._wait_for_rest()
                     some = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MADE_AT_ONCE))]
                     self._in_flight = len(some)
                 else:
@@ -275,7 +282,7 @@ class ForwardLog(Generic[Item]):
                 if made is not None:
                     self._made.append((some[0][0], made))
                 if turn is _Turn.MAKE and self._waiting:
-                    self._changed.wait_for(lambda: self._closing or self._flush_asked, _MADE_EVERY_S)
+                    self._changed.wait_for(lambda: self._is_asked, _MADE_EVERY_S)
                 if not self._num_unwritten:
                     self._flush_asked = False
                 self._changed.notify_all()
@@ -283,13 +290,24 @@ class ForwardLog(Generic[Item]):
     def _turn(self) -> _Turn:
         if not self._num_unwritten:
             return _Turn.END if self._closing else _Turn.REST
-        is_asked = self._closing or self._flush_asked
-        is_due = is_asked or self._num_unwritten >= self._max_rows or self._age_s(self._oldest()) >= self._max_age_s
+        is_due = self._is_asked or self._num_unwritten >= self._max_rows or self._age_s(self._oldest()) >= self._max_age_s
         if self._waiting and self._num_made < self._max_rows:
             has_waited = self._age_s(self._waiting[0][0]) >= _MADE_WITHIN_S
-            if is_due or len(self._waiting) >= _MADE_AT_ONCE or has_waited:
+            if is_due or len(self._waiting) >= _WANTED_AT_ONCE or has_waited:
                 return _Turn.MAKE
         return _Turn.WRITE if is_due else _Turn.REST
+
+    def _wait_for_rest(self) -> None:
+        """Within `_changed`, which is free meanwhile. Not for long, and not once as many wait as are made at once."""
+        until_s = time.monotonic() + _WAITS_FOR_REST_S
+        while not self._is_asked and len(self._waiting) < _MADE_AT_ONCE and time.monotonic() < until_s:
+            self._changed.wait(_LOOKS_EVERY_S)
+            if self._is_resting():
+                return
+
+    @property
+    def _is_asked(self) -> bool:
+        return self._closing or self._flush_asked
 
     def _seconds_of_rest(self) -> float | None:
         """Until what waits has waited long enough; None for as long as nothing does."""

@@ -3,6 +3,7 @@
 Knows nothing of features: it only decides which notes may be shown and whose notes are wanted. Bounded per reader.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -78,14 +79,14 @@ class Readers:
             ).fetchall()
         for user_id, event_id, note_id in hidden:
             readers._hidden.setdefault(user_id, {})[event_id] = note_id
-        readers._seen = {user_id: dict.fromkeys(note_ids) for user_id, note_ids in seen}
+        readers._seen = {user_id: dict.fromkeys(map(sys.intern, note_ids)) for user_id, note_ids in seen}
         for user_id, author_id, event_ids in follows:
             readers._follows.setdefault(user_id, {})[author_id] = set(event_ids)
         columns = ("user_id", "history_note_ids", "attributes")
         users = lake.scan("lake.users", columns=columns)
         for user_id, history, attributes in zip(*(users[name].to_pylist() for name in columns), strict=True):
             if history:
-                readers._histories[user_id] = history
+                readers._histories[user_id] = [sys.intern(note_id) for note_id in history if note_id is not None]
             if attributes:
                 readers._attributes[user_id] = attributes
         return readers

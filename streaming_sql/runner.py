@@ -204,6 +204,11 @@ class Runner:
             self._tell_waiting()
         return records.num_rows, taken
 
+    def _feed_events(self) -> int:
+        """How many came that are no heartbeats: those come all the time, and are no sign of others."""
+        _, taken = self._feed_once(self._settings.read_limit)
+        return taken.num_events + taken.num_duplicates + taken.num_dead + taken.num_retractions
+
     def _tell_waiting(self) -> None:
         with self._moved:
             self._moved.notify_all()
@@ -228,7 +233,7 @@ class Runner:
         self._stopping.clear()
         self._hear = hear
         rounds: dict[str, tuple[Callable[[], int], Callable[[float], object]]]
-        rounds = {"feed": (lambda: self._feed_once(self._settings.read_limit)[0], self._rest_of_feed)}
+        rounds = {"feed": (self._feed_events, self._rest_of_feed)}
         if not self._only_reads:
             rounds["lander"] = (self._land_once, lambda idle_s: self._stopping.wait(_LANDER_RESTS_S))
         if self._publisher is not None:
