@@ -205,7 +205,7 @@ class Runner:
         return records.num_rows, taken
 
     def _feed_events(self) -> int:
-        """How many came that are no heartbeats: those come all the time, and are no sign of others."""
+        """How many events came. Heartbeats come all the time, and are no sign of more."""
         _, taken = self._feed_once(self._settings.read_limit)
         return taken.num_events + taken.num_duplicates + taken.num_dead + taken.num_retractions
 

@@ -22,8 +22,10 @@ SLOWDOWN = 8.0
 _SEARCHED = (0.5, 1.5)
 """Of what a closed loop reaches: where the capacity is looked for."""
 _STEPS = 5
-_REST_S = 12.0
-"""Between the search, whose last steps ask more than there is, and the measurement: what they left to write is not its load."""
+_REST_S, _LONGEST_REST_S = 2.0, 60.0
+"""After each step, until all that it left to log is written: that is not the next one's load."""
+_LONGER = 2
+"""How many steps long the capacity is asked for again: the log's queue, which hides what a server owes, has the same end."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class Asker:
         self._asked += answers.offered
         return answers
 
+    def rest(self) -> None:
+        """Until the server has written its forward log, so that no step is charged for the one before it."""
+        until_s = time.monotonic() + _LONGEST_REST_S
+        time.sleep(_REST_S)
+        while time.monotonic() < until_s and _in_log(self._port, "waiting"):
+            time.sleep(0.5)
+
 
 def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Measured:
     """Warms up, searches the capacity by halving, then measures at `share` of it. Raises RuntimeError if the server gives no
@@ -92,19 +101,21 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     unloaded_p50_ms = float(np.median(unloaded.latency_ms))
     slowest_ms = max(SLOWEST_P99_MS, SLOWDOWN * unloaded_p50_ms)
     closed = asker.ask(load.seconds / 4, clients=4)
+    asker.rest()
     closed_per_s = len(closed.latency_ms) / closed.elapsed_s
     tell(f"one at a time {unloaded_p50_ms:.1f} ms; four at once {closed_per_s:.1f} feeds/s")
     low, high = (closed_per_s * edge for edge in _SEARCHED)
     for _ in range(_STEPS):
         rate = (low + high) / 2
         answers = asker.ask(load.seconds, rate)
+        asker.rest()
         holds = _sustained(answers, slowest_ms)
         p99_ms = _percentile(answers.latency_ms, 99)
         tell(f"{rate:.1f}/s: p99 {p99_ms:.1f} ms, {answers.failed} failed: {'held' if holds else 'lost'}")
         low, high = (rate, high) if holds else (low, rate)
-    time.sleep(min(_REST_S, load.seconds))
     answers = asker.ask(load.seconds, low * share)
-    holds_after = _sustained(asker.ask(load.seconds, low), slowest_ms)
+    asker.rest()
+    holds_after = _sustained(asker.ask(_LONGER * load.seconds, low), slowest_ms)
     tell(f"{low:.1f}/s again: {'held' if holds_after else 'lost, the machine is slower now'}")
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(
@@ -125,8 +136,13 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
 
 def dropped_rows(port: int) -> int:
     """Of the forward log, by all workers so far; 0 of a server that has none."""
+    return _in_log(port, "dropped")
+
+
+def _in_log(port: int, what: str) -> int:
+    """Rows of the forward log that are `waiting`, or that were `dropped`, of all workers; 0 of a server that has none."""
     status = status_of(port)
-    return 0 if status is None else sum(worker["forwardLog"]["dropped"] for worker in status.get("workers", [status]))
+    return 0 if status is None else sum(worker["forwardLog"][what] for worker in status.get("workers", [status]))
 
 
 def status_of(port: int) -> dict[str, Any] | None:

@@ -165,6 +165,40 @@ def test_rows_are_written_by_number_and_by_age_without_being_asked(lake, max_row
     forward_log.close()
 
 
+def test_rows_are_made_while_nothing_is_under_way_but_wait_for_that_no_longer_than_said(lake, monkeypatch):
+    monkeypatch.setattr("serving.forward_log._WAITS_FOR_REST_S", 60.0)
+    is_resting, sizes, made_some = threading.Event(), [], threading.Event()
+
+    def make(makers):
+        sizes.append(len(makers))
+        made_some.set()
+        return made(makers)
+
+    forward_log = ForwardLog(lake, 100, 50, 60.0, make, is_resting=is_resting.is_set)
+    forward_log.start()
+    for number in range(8):
+        forward_log.offer(lambda n=number: table(f"r{n}"))
+    assert not made_some.wait(0.3)
+    is_resting.set()
+    assert made_some.wait(10)
+    assert sizes == [8]
+    is_resting.clear()
+    made_some.clear()
+    for number in range(8, 24):  # as many as are made at once: the queue has an end
+        forward_log.offer(lambda n=number: table(f"r{n}"))
+    assert made_some.wait(10)
+    assert sum(sizes) == 24
+    forward_log.offer(lambda: table("r24"))
+    assert forward_log.flush(10)  # whoever asks for it does not wait for a rest
+    made_some.clear()
+    monkeypatch.setattr("serving.forward_log._WAITS_FOR_REST_S", 0.05)
+    for number in range(25, 33):
+        forward_log.offer(lambda n=number: table(f"r{n}"))
+    assert made_some.wait(10)
+    forward_log.close()
+    assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == sorted(f"r{n}" for n in range(33))
+
+
 def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):
     stuck = threading.Event()
     real_write = Lake.write_files

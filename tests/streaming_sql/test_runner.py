@@ -382,6 +382,18 @@ def test_a_runner_that_looks_seldom_looks_at_once_for_whoever_waits(tmp_path):
     world.crash()
 
 
+def test_heartbeats_are_no_sign_that_events_come(tmp_path):
+    world = World(Home(tmp_path), ManualClock(START_US)).open()
+    world.runner.catch_up()
+    assert world.log.heartbeat(0) > 0
+    before = sum(world.runner.store.position)
+    assert world.runner._feed_events() == 0
+    assert sum(world.runner.store.position) > before  # they were read
+    world.post(click("c1"))
+    assert world.runner._feed_events() == 1
+    world.crash()
+
+
 def test_a_runner_that_has_not_caught_up_refuses_to_run(tmp_path):
     world = World(Home(tmp_path), ManualClock(START_US)).open()
     with pytest.raises(HeadraceError, match="call catch_up"):
