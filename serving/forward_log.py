@@ -146,12 +146,7 @@ def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None 
 
 def encoded(lake: Lake, table: pa.Table) -> list[DataFile]:
     """The rows as files that are not in the lake's table yet: nearly all of the work."""
-    return lake.write_files(FORWARD_LOG, decoded(table))
-
-
-def decoded(table: pa.Table) -> pa.Table:
-    """Rows in CODED_SCHEMA as they are written: in FORWARD_LOG_SCHEMA."""
-    return table.cast(FORWARD_LOG_SCHEMA)
+    return lake.write_files(FORWARD_LOG, table.cast(FORWARD_LOG_SCHEMA))
 
 
 def commit_once(lake: Lake, files: Sequence[DataFile], batch: uuid.UUID, lock: Path | None = None) -> None:

@@ -27,7 +27,7 @@ from typing import IO
 import pyarrow as pa
 from pyiceberg.manifest import DataFile
 
-from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, commit_once, decoded
+from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, commit_once
 from serving.idle_time import in_idle_time
 from warehouse.file_writer import FileWriter
 from warehouse.home import Home
@@ -209,9 +209,9 @@ class _Batch:
         try:
             writer = self._writer = self._writer or self._lake.file_writer(FORWARD_LOG)
             if self._is_behind:
-                writer.write(decoded(rows))
+                writer.write(rows)
             else:
-                in_idle_time(lambda: writer.write(decoded(rows)), _IDLY_FOR_S)
+                in_idle_time(lambda: writer.write(rows), _IDLY_FOR_S)
         except Exception as error:
             self._failed = error
         self._is_behind = not self._is_behind and time.monotonic() - started > _IDLY_FOR_S

@@ -1,5 +1,9 @@
 """Data files of a table, of rows that come part by part: each part is a row group, encoded at once, so that none waits in
-memory for the others. No snapshot names the files before they are added (`Lake.add_files`)."""
+memory for the others. No snapshot names the files before they are added (`Lake.add_files`).
+
+Texts may come as Arrow's dictionaries, at any depth: they are written as they are, as Parquet's, which takes a quarter less
+time than texts do. Who reads the file sees texts.
+"""
 
 import contextlib
 import itertools
@@ -10,6 +14,7 @@ import pyarrow.compute as pc
 from pyiceberg.io import FileIO, OutputFile
 from pyiceberg.io.fileformat import FileFormatFactory, FileFormatWriter
 from pyiceberg.io.pyarrow import (
+    PYARROW_PARQUET_FIELD_ID_KEY,
     _check_pyarrow_schema_compatible,
     _dataframe_to_data_files,
     _to_requested_schema,
@@ -17,10 +22,11 @@ from pyiceberg.io.pyarrow import (
 )
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
-from pyiceberg.schema import sanitize_column_names
+from pyiceberg.schema import Schema, sanitize_column_names
 from pyiceberg.table import TableProperties, WriteTask
 from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.types import IcebergType, ListType, MapType, NestedField, StructType
 
 _PARQUET = FileFormatFactory.get(FileFormat.PARQUET)
 _LARGE = TableProperties.WRITE_TARGET_FILE_SIZE_BYTES_DEFAULT
@@ -38,16 +44,19 @@ class FileWriter:
 
     def write(self, rows: pa.Table) -> None:
         """One part. Raises ValueError if its columns are not the table's; what was written before stays."""
-        _check_pyarrow_schema_compatible(self._metadata.schema(), rows.schema, format_version=self._metadata.format_version)
+        plain = _without_dictionaries(rows.schema)
+        _check_pyarrow_schema_compatible(self._metadata.schema(), plain, format_version=self._metadata.format_version)
         if rows.num_rows == 0:
             return
         key = _only_partition(self._metadata, rows)
         if key is None or rows.nbytes >= _LARGE:  # of several partitions, or of a table without: files of their own
+            rows = rows.cast(plain)
             self._done += _dataframe_to_data_files(self._metadata, rows, self._io, self._write_uuid, self._numbers)
             return
-        if self._open is not None and (self._open.key != key or self._open.num_bytes >= _LARGE):
+        if self._open is not None and (not self._open.takes(key, rows.schema) or self._open.num_bytes >= _LARGE):
             self._finish()
-        self._open = self._open or _OpenFile(self._metadata, self._io, key, self._write_uuid, next(self._numbers))
+        if self._open is None:
+            self._open = _OpenFile(self._metadata, self._io, key, self._write_uuid, next(self._numbers), rows.schema)
         self._open.write(rows)
 
     def close(self) -> list[DataFile]:
@@ -74,22 +83,35 @@ class _OpenFile:
     """What pyiceberg's `write_file` does, which wants all rows at once, of rows of one partition: its way to them would filter
     them first, and a copy of rows that hold lists of structs costs as much as writing them."""
 
-    def __init__(self, metadata: TableMetadata, io: FileIO, key: PartitionKey, write_uuid: uuid.UUID, number: int):
-        self.key, self._metadata, self._schema = key, metadata, sanitize_column_names(metadata.schema())
+    def __init__(
+        self, metadata: TableMetadata, io: FileIO, key: PartitionKey, write_uuid: uuid.UUID, number: int, of_rows: pa.Schema
+    ):
+        """of_rows: of all rows that will be written."""
+        self._key, self._metadata, self._schema = key, metadata, sanitize_column_names(metadata.schema())
         name = WriteTask(write_uuid, number, self._schema, []).generate_data_file_filename(_PARQUET.file_extension())
         self.path = load_location_provider(metadata.location, metadata.properties).new_data_location(name, key)
         self.num_bytes = 0
         self._output: OutputFile = io.new_output(self.path)
         self._writer: FileFormatWriter = _PARQUET.create_writer(self._output, self._schema, metadata.properties)
+        self._of_rows, self._of_file = of_rows, None
+        if _without_dictionaries(of_rows) != of_rows:
+            self._of_file = _with_ids(of_rows, metadata.schema())
+            # else the file says that its texts are dictionaries, which pyiceberg does not read
+            self._writer._parquet_writer_kwargs["store_schema"] = False  # type: ignore[attr-defined]
+
+    def takes(self, key: PartitionKey, of_rows: pa.Schema) -> bool:
+        return key == self._key and of_rows == self._of_rows
 
     def write(self, rows: pa.Table) -> None:
-        mapping, version = self._metadata.schema().name_mapping, self._metadata.format_version
-        schema = pyarrow_to_schema(rows.schema, name_mapping=mapping, format_version=version)
-        batches = [
-            _to_requested_schema(self._schema, schema, batch, include_field_ids=True, format_model=_PARQUET)
-            for batch in rows.combine_chunks().to_batches()
-        ]
-        self._writer.write(pa.Table.from_batches(batches))
+        batches = rows.combine_chunks().to_batches()
+        if self._of_file is None:
+            mapping, version = self._metadata.schema().name_mapping, self._metadata.format_version
+            schema = pyarrow_to_schema(rows.schema, name_mapping=mapping, format_version=version)
+            batches = [
+                _to_requested_schema(self._schema, schema, batch, include_field_ids=True, format_model=_PARQUET)
+                for batch in batches
+            ]
+        self._writer.write(pa.Table.from_batches(batches, self._of_file))
         self.num_bytes += rows.nbytes
 
     def finished(self) -> DataFile:
@@ -98,7 +120,7 @@ class _OpenFile:
             content=DataFileContent.DATA,
             file_path=self.path,
             file_format=FileFormat.PARQUET,
-            partition=self.key.partition,
+            partition=self._key.partition,
             file_size_in_bytes=len(self._output),
             sort_order_id=None,
             spec_id=self._metadata.default_spec_id,
@@ -121,3 +143,41 @@ def _only_partition(metadata: TableMetadata, rows: pa.Table) -> PartitionKey | N
             return None
         values.append(PartitionFieldValue(field, found[0].as_py()))
     return PartitionKey(values, spec, schema) if values else None
+
+
+def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
+    """With texts where there are dictionaries of texts."""
+    return pa.schema([field.with_type(_plain(field.type)) for field in schema], schema.metadata)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(*(field.with_type(_plain(field.type)) for field in (kind.key_field, kind.item_field)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
+
+
+def _with_ids(schema: pa.Schema, of_table: Schema) -> pa.Schema:
+    """With the number of each field, by which readers know it."""
+    return pa.schema([_with_id(field, of_table.find_field(field.name)) for field in schema])
+
+
+def _with_id(field: pa.Field, told: NestedField) -> pa.Field:
+    kind = _with_ids_within(field.type, told.field_type)
+    return field.with_type(kind).with_metadata({PYARROW_PARQUET_FIELD_ID_KEY: str(told.field_id)})
+
+
+def _with_ids_within(kind: pa.DataType, told: IcebergType) -> pa.DataType:
+    if isinstance(told, StructType):
+        of_name = {field.name: field for field in told.fields}
+        return pa.struct([_with_id(field, of_name[field.name]) for field in kind])
+    if isinstance(told, MapType):
+        return pa.map_(_with_id(kind.key_field, told.key_field), _with_id(kind.item_field, told.value_field))
+    if isinstance(told, ListType):
+        return pa.list_(_with_id(kind.value_field, told.element_field))
+    return kind

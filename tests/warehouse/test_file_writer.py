@@ -83,3 +83,66 @@ def test_columns_that_the_table_lacks_are_refused_and_what_was_written_stays(lak
         writer.write(pa.table({"at": [DAYS[0]], "n": ["one"]}))
     lake.add_files("lake.parts", writer.close())
     assert numbers(lake) == [1]
+
+
+WORDS = pa.dictionary(pa.int32(), pa.string())
+NESTED = pa.list_(
+    pa.struct([("note", pa.string()), ("share", pa.map_(pa.string(), pa.float64())), ("by", pa.list_(pa.string()))])
+)
+CODED = pa.list_(pa.struct([("by", pa.list_(WORDS)), ("note", WORDS), ("share", pa.map_(WORDS, pa.float64()))]))
+"""The same in another order, as a table has it to which columns were added."""
+
+
+@pytest.fixture
+def coded_lake(tmp_path):
+    lake = Lake.open(Home(tmp_path))
+    lake.create("lake.parts", SCHEMA.append(pa.field("of", NESTED)), {"at": "day"})
+    return lake
+
+
+def coded(*numbers, kind=CODED, day=0):
+    one = [{"note": "a", "share": [("x", 0.5), ("y", None)], "by": ["u", None]}, {"note": None, "share": None, "by": []}]
+    other = [{"note": "b", "share": [("x", 1.0)], "by": ["u"]}]
+    of = [(one, other, [])[number % 3] for number in numbers]  # no list is NULL: pyiceberg reads those as empty ones
+    return rows(*numbers, day=day).append_column(pa.field("of", kind), pa.array(of, NESTED).cast(kind))
+
+
+def test_dictionaries_are_read_as_the_texts_that_they_stand_for(coded_lake, caplog):
+    as_texts = NESTED.field(0).type
+    plain = pa.list_(pa.struct([as_texts.field(name) for name in ("by", "note", "share")]))
+    for kind in (CODED, plain, CODED):
+        writer = coded_lake.file_writer("lake.parts")
+        writer.write(coded(0, 1, 2, kind=kind))
+        writer.write(coded(3, 4, 5, kind=kind))
+        coded_lake.add_files("lake.parts", writer.close())
+    for file in files(coded_lake):
+        assert pq.read_schema(file).field("of").type.value_type.field("note").type == pa.string()
+    expected = coded(0, 1, 2, 3, 4, 5, kind=NESTED).to_pylist(maps_as_pydicts="strict")
+    assert coded_lake.scan("lake.parts").to_pylist(maps_as_pydicts="strict") == 3 * expected
+    with coded_lake.duckdb() as connection:
+        query = "select n, unnest(of).note, unnest(of).share['x'], unnest(of).by from lake.parts order by all"
+        found = connection.execute(query).fetchall()
+    per_row = {0: [("a", 0.5, ["u", None]), (None, None, [])], 1: [("b", 1.0, ["u"])]}
+    assert sorted(found, key=str) == sorted(((n, *one) for n in (0, 1, 3, 4) for one in per_row[n % 3] * 3), key=str)
+    assert not caplog.records  # nothing for an operator to read
+
+
+def test_dictionaries_and_texts_do_not_share_a_file(coded_lake):
+    writer = coded_lake.file_writer("lake.parts")
+    writer.write(coded(1))
+    writer.write(coded(2, kind=NESTED))
+    writer.write(pa.concat_tables([coded(3), coded(4, day=1)]))
+    coded_lake.add_files("lake.parts", writer.close())
+    assert len(files(coded_lake)) == 4  # rows of two partitions have files of their own
+    expected = [coded(n, kind=NESTED, day=n == 4).to_pylist(maps_as_pydicts="strict") for n in (1, 2, 3, 4)]
+    found = coded_lake.scan("lake.parts").to_pylist(maps_as_pydicts="strict")
+    assert sorted(found, key=lambda row: row["n"]) == [row for some in expected for row in some]
+
+
+def test_dictionaries_of_another_kind_than_the_column_are_refused(coded_lake):
+    writer = coded_lake.file_writer("lake.parts")
+    wrong = rows(1).append_column(pa.field("of", pa.dictionary(pa.int32(), pa.string())), pa.array(["a"]).dictionary_encode())
+    with pytest.raises(ValueError, match="of"):
+        writer.write(wrong)
+    writer.discard()
+    assert not files(coded_lake)
