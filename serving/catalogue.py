@@ -67,7 +67,7 @@ class Catalogue:
     @classmethod
     def from_tables(cls, notes: pa.Table, first_seen_us: dict[str, int]) -> "Catalogue":
         """notes: columns of `lake.notes`. first_seen_us: note_id -> microseconds of its first event."""
-        # one text for a note wherever it is named: a history's look-ups then read no second one, and it is in memory once
+        # one text for a note wherever it is named, in readers' histories and models: in memory once, and found by its address
         note_ids = list(map(sys.intern, notes["note_id"].to_pylist()))
         author_ids = notes["author_id"].to_pylist()
         created = pc.fill_null(notes["created_at"].cast(pa.int64()), UNKNOWN_US).to_numpy()
