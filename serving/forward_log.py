@@ -141,12 +141,7 @@ def _pairs_of_pairs(maps: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[
 
 def write_once(lake: Lake, table: pa.Table, batch: uuid.UUID, lock: Path | None = None) -> None:
     """Appends the rows, unless a batch of this number was. table: in CODED_SCHEMA or FORWARD_LOG_SCHEMA."""
-    commit_once(lake, encoded(lake, table), batch, lock)
-
-
-def encoded(lake: Lake, table: pa.Table) -> list[DataFile]:
-    """The rows as files that are not in the lake's table yet: nearly all of the work."""
-    return lake.write_files(FORWARD_LOG, table.cast(FORWARD_LOG_SCHEMA))
+    commit_once(lake, lake.write_files(FORWARD_LOG, table), batch, lock)
 
 
 def commit_once(lake: Lake, files: Sequence[DataFile], batch: uuid.UUID, lock: Path | None = None) -> None:

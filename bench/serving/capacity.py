@@ -39,8 +39,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """unloaded_p50_ms: of one request at a time. holds_after: whether the capacity was still there after the measurement; where
-    it was not, the machine became slower meanwhile, and was asked for a larger share than is said."""
+    """unloaded_p50_ms: of one request at a time. holds_after: whether the capacity was still there after the measurement, for
+    twice as long. Where it was not, the machine became slower meanwhile or a step hid what the server owed; it was then asked
+    for a larger share than is said."""
 
     unloaded_p50_ms: float
     closed_loop_per_s: float
@@ -116,7 +117,7 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     answers = asker.ask(load.seconds, low * share)
     asker.rest()
     holds_after = _sustained(asker.ask(_LONGER * load.seconds, low), slowest_ms)
-    tell(f"{low:.1f}/s again: {'held' if holds_after else 'lost, the machine is slower now'}")
+    tell(f"{low:.1f}/s again: {'held' if holds_after else 'lost: the machine is slower now, or a step hid what was owed'}")
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(
         unloaded_p50_ms=unloaded_p50_ms,

@@ -127,6 +127,16 @@ def test_dictionaries_are_read_as_the_texts_that_they_stand_for(coded_lake, capl
     assert not caplog.records  # nothing for an operator to read
 
 
+def test_each_batch_of_a_part_may_have_dictionaries_of_its_own(coded_lake):
+    lists = [[{"note": f"a{n}", "share": [(f"b{n}", 0.5)], "by": ["a0", f"b{n}"]}] for n in range(4)]
+    batches = [rows(n).append_column(pa.field("of", CODED), pa.array([of], NESTED).cast(CODED)) for n, of in enumerate(lists)]
+    writer = coded_lake.file_writer("lake.parts")
+    writer.write(pa.concat_tables(batches))
+    coded_lake.add_files("lake.parts", writer.close())
+    found = coded_lake.scan("lake.parts")["of"].to_pylist(maps_as_pydicts="strict")
+    assert found == [[{**one, "share": dict(one["share"])} for one in of] for of in lists]
+
+
 def test_dictionaries_and_texts_do_not_share_a_file(coded_lake):
     writer = coded_lake.file_writer("lake.parts")
     writer.write(coded(1))
