@@ -137,9 +137,9 @@ class Catalogue:
         return pa.array(self.note_ids, pa.string())
 
     @cached_property
-    def author_id_column(self) -> pa.Array:
-        """Text of Arrow [N]: `author_ids`."""
-        return pa.array(self.author_ids, pa.string())
+    def author_column(self) -> pa.Array:
+        """Text of Arrow: `authors`."""
+        return pa.array(self.authors, pa.string())
 
     def author_rows(self, row_C: np.ndarray) -> np.ndarray:
         """int64 [C]: the authors' places in `rows_of_author`, -1 for none."""

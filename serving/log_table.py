@@ -55,7 +55,7 @@ def _candidates(requests: list[Served], start_R: np.ndarray) -> pa.StructArray:
     columns = {
         **_of_page(requests, start_R),
         "note_id": _coded(row_C, catalogue.note_id_column),
-        "author_id": _coded(row_C, catalogue.author_id_column),
+        "author_id": _coded(catalogue.author_rows(row_C), catalogue.author_column),
         "sources": _sources(first.candidates.generators, np.concatenate([one.candidates.share_CG for one in requests])),
         "recall_score": _nullable(np.concatenate([served.candidates.recall_score_C for served in requests])),
         "l1_score": _nullable(np.concatenate([served.l1_score_C for served in requests])),
@@ -180,7 +180,10 @@ def _repeated(names: Sequence[str], times: int) -> pa.DictionaryArray:
 
 
 def _coded(codes: np.ndarray, texts: pa.Array) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32, copy=False)), texts)
+    """codes: places among the texts, -1 for NULL. Each text has one place: Parquet's writer makes texts of others."""
+    is_there = codes >= 0
+    indices = pa.Array.from_buffers(pa.int32(), len(codes), [_bits(is_there), pa.py_buffer(codes.astype(np.int32, copy=False))])
+    return pa.DictionaryArray.from_arrays(indices, texts)
 
 
 @lru_cache(maxsize=32)

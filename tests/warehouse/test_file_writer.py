@@ -127,6 +127,19 @@ def test_dictionaries_are_read_as_the_texts_that_they_stand_for(coded_lake, capl
     assert not caplog.records  # nothing for an operator to read
 
 
+def test_texts_of_a_file_of_dictionaries_are_dictionaries_in_it_and_numbers_are_not(coded_lake):
+    writer = coded_lake.file_writer("lake.parts")
+    writer.write(coded(0, 1, 2))
+    coded_lake.add_files("lake.parts", writer.close())
+    (file,) = files(coded_lake)
+    group = pq.read_metadata(file).row_group(0)
+    columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
+    has_dictionary = {path: column.has_dictionary_page for path, column in columns.items()}
+    assert has_dictionary == {path: column.physical_type == "BYTE_ARRAY" for path, column in columns.items()}
+    assert has_dictionary["of.list.element.share.key_value.key"]
+    assert not has_dictionary["of.list.element.share.key_value.value"]
+
+
 def test_each_batch_of_a_part_may_have_dictionaries_of_its_own(coded_lake):
     lists = [[{"note": f"a{n}", "share": [(f"b{n}", 0.5)], "by": ["a0", f"b{n}"]}] for n in range(4)]
     batches = [rows(n).append_column(pa.field("of", CODED), pa.array([of], NESTED).cast(CODED)) for n, of in enumerate(lists)]
