@@ -86,7 +86,8 @@ def main() -> int:
 
 @contextlib.contextmanager
 def _serving(command: list[str], home: Home, workers: int) -> Iterator[int]:
-    """A server in processes of its own, once all are ready; stopped at the end. RuntimeError if it does not become ready."""
+    """A server in processes of its own, once all are ready; stopped at the end. RuntimeError if it ends early or does not
+    become ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home)}
@@ -100,8 +101,10 @@ def _serving(command: list[str], home: Home, workers: int) -> Iterator[int]:
     try:
         deadline = time.monotonic() + READY_WITHIN_S
         while not _is_ready(port, workers):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{' '.join(command[-2:])} did not become ready in {READY_WITHIN_S:.0f} s")
+            if (status := process.poll()) is not None:
+                raise RuntimeError(f"the server ended with status {status} before it was ready; what it logged above says why")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not become ready in {READY_WITHIN_S:.0f} s")
             time.sleep(0.1)
         yield port
     finally:
