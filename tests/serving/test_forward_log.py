@@ -14,7 +14,7 @@ import pytest
 
 from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
 from serving.hydrate import CandidateFeatures
-from serving.log_table import _coded, as_table, ordered_shares
+from serving.log_table import as_table, ordered_shares
 from serving.log_writer import ENCODED_AT_ONCE, LogWriter, written
 from warehouse.file_writer import FileWriter
 from warehouse.home import Home
@@ -409,17 +409,22 @@ def test_requests_by_columns_are_the_requests_by_rows(server, readers):
             parts[1], page=[], logged_features=CandidateFeatures((), np.empty((0, 0))), logged=parts[1].logged[:0]
         )
     )
+    parts.append(dataclasses.replace(parts[0], candidates=with_an_author_less(parts[0].candidates)))
     by_columns = as_table(parts)
     by_columns.validate(full=True)
     assert by_columns.schema == CODED_SCHEMA
     assert by_columns.to_pylist() == rows_to_table([part.as_row() for part in parts]).to_pylist()
-    candidates = by_columns["candidates"].chunk(0).values
-    for name in ("note_id", "author_id"):  # a text that has two places is written out each time
-        texts = candidates.field(name).dictionary
-        assert len(texts.unique()) == len(texts)
+    for candidates in by_columns["candidates"].chunks:
+        for name in ("note_id", "author_id"):  # a text that has two places is written out each time
+            texts = candidates.values.field(name).dictionary
+            assert len(texts.unique()) == len(texts)
 
 
-def test_a_code_below_zero_stands_for_no_text():
-    coded = _coded(np.array([1, -1, 0, 1]), pa.array(["a", "b"]))
-    coded.validate(full=True)
-    assert coded.to_pylist() == ["b", None, "a", "b"]
+def with_an_author_less(candidates):
+    """The same where the first of them has no author."""
+    row, catalogue = candidates.row_C[0], candidates.catalogue
+    author_ids, author_row_N = list(catalogue.author_ids), catalogue.author_row_N.copy()
+    author_ids[row], author_row_N[row] = None, -1
+    assert catalogue.author_ids[row] is not None
+    catalogue = dataclasses.replace(catalogue, author_ids=author_ids, author_row_N=author_row_N)
+    return dataclasses.replace(candidates, catalogue=catalogue)
