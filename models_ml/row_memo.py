@@ -3,7 +3,7 @@
 Between two ticks a note's block features never change: the same rows of features come again and again. Nothing here knows of
 ticks: a row has its place by its number. It is used where its stamp says that nothing changed, which needs no look at the
 features; and where the features that it was made of are the same bit for bit, whatever the stamp.
-N rows asked for, M of them whose stamp is another, S places, B features that a row is made of, W outputs.
+N rows asked for, M of them whose stamp is another, K not kept with it, S places, B features that a row is made of, W outputs.
 """
 
 import contextlib
@@ -107,11 +107,13 @@ class RowMemo:
     def remade(
         self, number_M: np.ndarray, tag_M: np.ndarray, stamp_M: np.ndarray, features: Callable[[np.ndarray], np.ndarray]
     ) -> Callable[[], None]:
-        """Makes the rows as if nothing were kept, and keeps them once what it returns is called. Arguments as of `fill`, of
-        numbers that are not below 0."""
+        """Makes the rows that are not kept with their stamp, and keeps them once what it returns is called. Arguments as of
+        `fill`, of numbers that are not below 0."""
         since, made = self._since, []
-        for start in range(0, len(number_M), _PIECE):
-            places = np.arange(start, min(start + _PIECE, len(number_M)))
+        held_MH = self._kept_SR[number_M % self.num_places, :_HEAD]
+        places_K = np.flatnonzero((held_MH[:, 0] != since) | (held_MH[:, 1] != tag_M) | (held_MH[:, 2] != stamp_M))
+        for start in range(0, len(places_K), _PIECE):
+            places = places_K[start : start + _PIECE]
             features_PB = features(places)
             made.append((places, features_PB, self._make(features_PB, tag_M[places])))
 

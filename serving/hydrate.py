@@ -109,17 +109,20 @@ class Hydrated:
 
     def stamps(self, names: Sequence[str]) -> np.ndarray:
         """int64 [C]: above 0 where these features are those of the row of the catalogue wherever the number comes again: held
-        for one tick, all of them, and of the request itself no more than what stands once a note is created."""
+        until they change, all of them, and of the request itself no more than what stands once a note is created."""
         of_request = len(self.parts) - 1
         held = [self.parts[part] for part, _, _ in _columns_of_parts(self.names, tuple(names)) if part != of_request]
-        stamps = {part.stamp for part in held}
-        stamp = stamps.pop() if len(stamps) == 1 and _AGE not in names else 0
+        if not held or _AGE in names:
+            return np.zeros(len(self.row_C), dtype=np.int64)
         age_C = self.parts[of_request].held.values[self.n_C, REQUEST_FEATURES.index(_AGE)]
-        stamp_C = np.where(np.isnan(age_C), 0, stamp)
-        for part in held:
-            if part.own is not None:
-                stamp_C[part.place_N[self.n_C] < 0] = 0
-        return stamp_C
+        is_unknown_C = np.isnan(age_C)
+        newest_C = np.zeros(len(self.row_C), dtype=np.int64)
+        for part in held:  # later changes have higher stamps: the highest says that no part has changed since
+            stamp_C = part.stamps(self.n_C)
+            is_unknown_C |= stamp_C == 0
+            np.maximum(newest_C, stamp_C, out=newest_C)
+        newest_C[is_unknown_C] = 0
+        return newest_C
 
     def take(self, order: np.ndarray) -> "Hydrated":
         return Hydrated(self.row_C[order], self.parts, self.names, self.n_C[order])

@@ -17,8 +17,8 @@ _NOBODY = ""
 
 
 def prepare(world: World, view: StoreView, assembled: Assembled) -> Callable[[], None]:
-    """The order of what is trending, and what L1 and L2 keep of the notes that requests asked for. Returns what is to be
-    called as the tick is taken into use. assembled: holds it."""
+    """The order of what is trending, and what L1 and L2 keep of the notes that requests asked for, where those changed. Returns
+    what is to be called as the tick is taken into use. assembled: holds it."""
     t_us = max(world.clock.now_us(), view.tick_us + GRACE_US)
     world.trending.rows(world, view, t_us, assembled)
 

@@ -22,8 +22,8 @@ class FeatureRows:
     held: FeatureMatrix
     place_N: np.ndarray
     own: FeatureMatrix | None = None
-    stamp: int = 0
-    """Above 0 where a row of `held` has the same values wherever this number comes again."""
+    stamp_R: np.ndarray | None = None
+    """int64, of the rows of `held`: above 0, and wherever a row has the same one again its values are the same."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -33,6 +33,14 @@ class FeatureRows:
         """Copies columns of rows n_C to columns of out_CW, float64 or float32, contiguous. n_C and columns: int64."""
         own = self.held if self.own is None else self.own
         _write(self.held.values, own.values, self.place_N, n_C, from_columns, to_columns, out_CW)
+
+    def stamps(self, n_C: np.ndarray) -> np.ndarray:
+        """int64 [C]: those of rows n_C, 0 where there is none."""
+        place_C = self.place_N[n_C]
+        if self.stamp_R is None:
+            return np.zeros(len(place_C), dtype=np.int64)
+        stamp_C = self.stamp_R[place_C]
+        return stamp_C if self.own is None else np.where(place_C < 0, 0, stamp_C)
 
     def matrix(self, n_C: np.ndarray | None = None) -> FeatureMatrix:
         """A copy of rows n_C, by default of all."""

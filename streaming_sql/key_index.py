@@ -50,6 +50,15 @@ class KeyIndex:
         """int64: their rows."""
         return np.array(self._given[start:], dtype=np.int64)
 
+    def keys_of(self, rows: np.ndarray) -> list[Key]:
+        """The keys of these rows, none of which is free."""
+        return [self._key_at(row) for row in rows.tolist()]
+
+    def _key_at(self, row: int) -> Key:
+        key = self._key_of[row]
+        assert key is not None
+        return key
+
     def extend(self, keys: Iterable[Key], rows: Iterable[int]) -> None:
         """Gives keys that are not here yet the rows that they have elsewhere. Not for an index that adds."""
         for key, row in zip(keys, rows, strict=True):
@@ -61,9 +70,7 @@ class KeyIndex:
         index = KeyIndex(self._columns)
         index._key_of = [None] * len(self._key_of)
         for row in rows.tolist():
-            key = self._key_of[row]
-            assert key is not None
-            index._assign(key, row)
+            index._assign(self._key_at(row), row)
         index.find_free()
         return index
 
@@ -130,6 +137,9 @@ class KeysBeside(KeyIndex):
         keys = list(keys)
         own = super().find(keys)
         return np.where(own >= 0, own + _BESIDE, self._other.find(keys))
+
+    def _key_at(self, row: int) -> Key:
+        return super()._key_at(row - _BESIDE) if row >= _BESIDE else self._other._key_at(row)
 
     def under(self, first: str) -> list[tuple[Key, int]]:
         own = {key: row + _BESIDE for key, row in super().under(first)}

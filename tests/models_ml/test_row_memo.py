@@ -111,6 +111,19 @@ def test_rows_that_are_remade_are_found_by_their_new_stamp_once_they_are_kept():
     assert (make.asked, len(memo)) == (asked, 1500)
 
 
+def test_rows_that_have_their_stamp_are_not_made_again():
+    make = _Maker()
+    memo, features, tags = _memo(make, 100), _features(20), np.zeros(20, dtype=np.int64)
+    _filled(memo, np.arange(20), features, tags, np.full(20, 5))
+    changed, stamps = np.array([3, 11]), np.full(20, 5)
+    features[changed], stamps[changed] = features[changed] + 1, 6
+    asked = make.asked
+    memo.remade(np.arange(20), tags, stamps, lambda places_K: features[places_K])()
+    assert make.asked == asked + 2
+    assert np.array_equal(_filled(memo, np.arange(20), features, tags, stamps), _made(features, tags))
+    assert make.asked == asked + 2
+
+
 def test_what_is_remade_is_not_kept_after_all_was_forgotten():
     memo, features = _memo(_Maker(), 8), _features(3)
     keep = memo.remade(np.arange(3), np.zeros(3, dtype=np.int64), np.full(3, 6), lambda places_M: features[places_M])

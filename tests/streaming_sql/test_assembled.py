@@ -1,19 +1,32 @@
 """Gathered rows are what assembling gives, whatever was asked; only groups that stand still between ticks are held."""
 
+import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from streaming_sql.assembled import Assembled, can_be_assembled
 from streaming_sql.feed import Feed
 from streaming_sql.online_store import OnlineStore
-from streaming_sql.plan import GroupPlan
+from streaming_sql.plan import GroupPlan, family_of
+from streaming_sql.published import Publisher, Reading, newest_published
+from streaming_sql.published_ticks import PublishedTick
 from tests.streaming_sql.generated import GROUPS, ListHistory, as_table
-from tests.streaming_sql.test_live_store import VALUES_OF
+from tests.streaming_sql.test_live_store import VALUES_OF, begun, deliveries
 from warehouse.features.declarations import load_groups
 from warehouse.time_algebra import DAY_US, FIVE_MINUTES_US, MINUTE_US
 
 START_US = 1_651_766_400_000_000  # 2022-05-05T16:00:00Z
 NOTES = [("n1",), ("n2",), ("never",)]
+
+
+STRANGERS = [f"stranger{n}" for n in range(30)]
+"""Of whom nothing ever changes: else more keys would have changed than not, and all be assembled."""
 
 
 def record(number, landed_at, **given):
@@ -22,6 +35,10 @@ def record(number, landed_at, **given):
         "request_id": None, "impression_id": None, "event_ts": landed_at, "landed_at": landed_at, "log_partition": number % 2,
         "log_offset": number // 2, "landing": "log", "retracts": None, "properties": '{"watch_ms": 7}', **given,
     }  # fmt: skip
+
+
+def beat(offset, landed_at, partition):
+    return record(0, landed_at, event_id=f"b{offset}", event_type="heartbeat", log_partition=partition, log_offset=offset)
 
 
 @pytest.fixture
@@ -82,6 +99,129 @@ def test_a_view_is_answered_from_its_own_tick_and_others_are_assembled_by_the_re
         found = assembled.gather(view, "note_engagement", np.arange(3), NOTES.__getitem__, t_us)
         assert np.array_equal(found.matrix().values, view.assemble("note_engagement", NOTES, t_us).values, equal_nan=True)
     assert assembled.gather(views[-1], "user_activity", np.arange(1), NOTES.__getitem__, t_us) is None
+
+
+def keys_held(groups):
+    """Of each tuple of key columns that a group is keyed by, the keys that logs have and some that none has."""
+    of_columns = {group.entity_keys for group in groups.values()}
+    met = {columns: itertools.product(*([one for one in VALUES_OF[name] if one] for name in columns)) for columns in of_columns}
+    return {columns: [*some, *((one,) * len(columns) for one in STRANGERS)] for columns, some in met.items()}
+
+
+class Moved:
+    """Assembled from tick to tick, and looked at beside what assembling all gives."""
+
+    def __init__(self, plans, keys):
+        self.assembled, self.keys, self.num_kept = Assembled(plans, keys), keys, 0
+        self.before = {}
+
+    def move(self, view):
+        self.assembled.assemble(view)
+        for name in self.assembled.groups:
+            keys = self.keys[view.groups[name].plan.group.entity_keys]
+            rows = self.assembled.gather(view, name, np.arange(len(keys)), keys.__getitem__, view.tick_us)
+            moved, whole, stamp_N = rows.matrix(), view.assemble(name, keys, view.tick_us), rows.stamps(np.arange(len(keys)))
+            assert moved.values.tobytes() == whole.values.tobytes(), name
+            assert (moved.sequences, moved.maps) == (whole.sequences, whole.maps), name
+            if name in self.before:
+                values_NF, stamp_before_N = self.before[name]
+                same = stamp_N == stamp_before_N
+                assert moved.values[same].tobytes() == values_NF[same].tobytes(), name
+                assert (stamp_N >= stamp_before_N).all()
+                self.num_kept += int(same.sum())
+            self.before[name] = moved.values, stamp_N
+
+
+def held_part(group):
+    """The group with those of its measures that stand still between ticks: lists, maps and sessions among them."""
+    still = tuple(measure for measure in group.measures if family_of(measure) == "tick")
+    return dataclasses.replace(group, measures=still, derived=group.derived if still == group.measures else ())
+
+
+STILL = {name: held_part(group) for name, group in GROUPS.items() if not group.calendar}
+STILL = {name: group for name, group in STILL.items() if group.measures}
+SOME_GROUPS = st.lists(st.sampled_from(list(STILL)), min_size=1, max_size=3, unique=True)
+
+
+@settings(max_examples=40)
+@given(deliveries(), SOME_GROUPS, st.data())
+def test_moving_from_tick_to_tick_gives_what_assembling_all_gives(delivery, some, data):
+    groups = {name: STILL[name] for name in some}
+    _, pieces, store, history, feed = begun(delivery, groups)
+    moved = Moved(store.plans, keys_held(groups))
+    for piece in pieces:
+        history.records += piece
+        feed.take(as_table(piece))
+        if data.draw(st.booleans()):  # else some ticks are never assembled
+            moved.move(store.view())
+
+
+@settings(max_examples=15)
+@given(deliveries(), SOME_GROUPS, st.data())
+def test_a_worker_moves_by_published_ticks_as_the_leader_does(delivery, some, data):
+    groups = {name: STILL[name] for name in some}
+    _, pieces, store, history, feed = begun(delivery, groups)
+    with tempfile.TemporaryDirectory() as folder:
+        publisher, reading, worker = Publisher(Path(folder), groups), Reading(groups), OnlineStore(groups)
+        moved = Moved(worker.plans, keys_held(groups))
+        for piece in pieces:
+            history.records += piece
+            feed.take(as_table(piece))
+            publisher.publish(store.view(), {})
+            published = newest_published(Path(folder), worker.tick_us)
+            if published is not None and data.draw(st.booleans()):
+                worker.advance(worker.position, {}, tick=PublishedTick(reading.view(published)))
+                moved.move(worker.view())
+
+
+def test_every_shape_of_feature_is_moved():
+    measures = [measure for group in STILL.values() for measure in group.measures]
+    assert {measure.shape for measure in measures} == {"number", "list", "map"}
+    assert any(window.session_gap_us is not None for measure in measures for window in measure.windows)
+    assert all(can_be_assembled(GroupPlan.of(group)) for group in STILL.values())
+
+
+def test_a_tick_that_nothing_came_to_or_left_keeps_every_row(fed):
+    store = fed(4)
+    keys = {("note_id",): [*NOTES, *((one,) for one in STRANGERS)]}
+    moved = Moved({"note_engagement": store.plans["note_engagement"]}, keys)
+    moved.move(store.view())
+    for _ in range(3):
+        moved.move(fed(2).view())
+    assert moved.num_kept >= 3 * len(STRANGERS)
+
+
+def test_what_leaves_the_longest_window_is_seen_though_a_merge_left_it_out_at_the_same_tick():
+    group = GROUPS["note_engagement"]
+    longest_us = max(window.length_us for measure in group.measures for window in measure.windows)
+    store, moved = OnlineStore({group.name: group}), None
+    feed = Feed(store, {group.name: group}, (0, 0), ListHistory())
+    late_us = START_US + longest_us + FIVE_MINUTES_US
+    for number, (landed_us, note) in enumerate([(START_US, "n1"), (START_US + 10 * MINUTE_US, "n2"), (late_us, "n2")]):
+        feed.take(as_table([record(2 * number + part, landed_us + part, note_id=note) for part in range(2)]))
+        feed.take(as_table([beat(2 * number + part + 100, landed_us + 6 * MINUTE_US, part) for part in range(2)]))
+        moved = moved or Moved(store.plans, keys_held({group.name: group}))
+        moved.move(store.view())
+    (merged,) = store.view().groups[group.name].layers
+    assert merged.block_start.min() > START_US + FIVE_MINUTES_US
+
+
+def test_a_session_ends_though_no_block_leaves_a_window():
+    group = STILL["sessions"]
+    store = OnlineStore({group.name: group})
+    feed, moved = Feed(store, {group.name: group}, (0, 0), ListHistory()), Moved(store.plans, keys_held({group.name: group}))
+    feed.take(as_table([record(number, START_US) for number in range(2)]))
+    values = []
+    for round_, minutes in enumerate((6, 50)):
+        feed.take(as_table([beat(2 * round_ + part + 100, START_US + minutes * MINUTE_US, part) for part in range(2)]))
+        moved.move(store.view())
+        values.append(moved.before[group.name][0])
+    assert (np.nan_to_num(values[0]) > np.nan_to_num(values[1])).any()
+
+
+def test_a_key_that_comes_twice_is_refused():
+    with pytest.raises(ValueError, match="1 keys of note_id come twice"):
+        Assembled({}, {("note_id",): [("n1",), ("n2",), ("n1",)]})
 
 
 def test_no_keys_are_a_matrix_without_rows():
