@@ -32,6 +32,8 @@ TOLERANCE = 1e-9
 SMALLEST = 1e-12
 """Doubles this near to each other are equal: a variance of equal numbers may be anything that rounds to 0."""
 FIRST_DIFFERENCES = 10
+_COMPARED = ("note_id", "author_id", "features", "sequences", "maps")
+"""What is read of a candidate."""
 RETRACTIONS = "staging.stg_retractions"
 _SPINE_TIMES = pa.schema(
     [
@@ -132,7 +134,7 @@ def check_parity(
             "nothing was served yet: lake.forward_log is empty; ask for a feed, or wait some seconds for the writer"
         )
     parity = Parity(num_requests=rows.num_rows)
-    requests = rows.to_pylist(maps_as_pydicts="strict")
+    requests = _as_python(rows)
     here = _Here(declarations_hash(dict(groups)), landed_position(lake), _built_until(lake, groups))
     for group in groups.values():
         comparable = []
@@ -152,9 +154,23 @@ def check_parity(
     return parity
 
 
+def _as_python(rows: pa.Table) -> list[dict[str, Any]]:
+    """The rows; of the candidates, which are thousands, those that were logged with features."""
+    requests: list[dict[str, Any]] = rows.drop_columns(["candidates"]).to_pylist(maps_as_pydicts="strict")
+    lists = rows["candidates"].combine_chunks()
+    is_logged = pc.is_valid(pc.struct_field(lists.flatten(), "features"))
+    columns = {name: pc.struct_field(lists.flatten(), name).filter(is_logged) for name in _COMPARED}
+    candidates = pa.table(columns).to_pylist(maps_as_pydicts="strict")
+    for request in requests:
+        request["candidates"] = []
+    for place, candidate in zip(pc.list_parent_indices(lists).filter(is_logged).to_pylist(), candidates, strict=True):
+        requests[place]["candidates"].append(candidate)
+    return requests
+
+
 def _was_logged(table: TableFeatures, request: Mapping[str, Any]) -> bool:
     """Whether the request's log holds the table's features; a log from before the declaration does not."""
-    maps = [request["user_features"], *(candidate["features"] or {} for candidate in request["candidates"])]
+    maps = [request["user_features"], *(candidate["features"] for candidate in request["candidates"])]
     return any(table.feature_names[0] in features for features in maps)
 
 
@@ -205,8 +221,6 @@ def _vectors(group: FeatureGroup | TableFeatures, requests: Iterable[Mapping[str
             continue
         told = set()
         for candidate in request["candidates"]:
-            if candidate["features"] is None:
-                continue
             columns = {
                 "user_id": request["user_id"],
                 "note_id": candidate["note_id"],

@@ -115,7 +115,7 @@ class GroupState:
         if self.plan.fresh and len(self.head):
             heads = [self.head.visible(key, at.position, at.t_us) for key in block_keys]
         group = self.plan.group
-        names = self.plan.feature_names
+        names = self.plan.group.feature_names
         matrix = np.empty((len(keys), len(names)))
         sequences: dict[str, list[list[str]]] = {}
         maps: dict[str, list[dict[str, float]]] = {}

@@ -108,8 +108,6 @@ class GroupPlan:
     fresh_texts: tuple[int, ...]
     """Which of them, counted from 0, are maps whose entries are texts."""
     derived: tuple[Compiled, ...]
-    feature_names: tuple[str, ...]
-    """The group's, which works them out anew each time."""
     keep_us: int
     """Blocks that start earlier than this before a tick are out of every window; LIFETIME_US: none ever is."""
 
@@ -161,7 +159,6 @@ class GroupPlan:
             fresh,
             tuple(place for place, m in enumerate(fresh) if m.name in maps and maps[m.name].has_texts),
             derived,
-            group.feature_names,
             max(window.length_us for measure in group.measures for window in measure.windows),
         )
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -84,7 +85,7 @@ class FeatureGroup:
     attributes: tuple[Attributes, ...] = ()
     """What tables of the lake add to its events."""
 
-    @property
+    @cached_property
     def entity_keys(self) -> tuple[str, ...]:
         """The key columns that a reader gives; calendar keys are parts of its t."""
         return self.keys[: len(self.keys) - len(self.calendar)]
@@ -93,22 +94,22 @@ class FeatureGroup:
         """The key of the blocks that a reader with this entity key reads at t."""
         return (*key, *(part.of(request_us) for part in self.calendar))
 
-    @property
+    @cached_property
     def feature_names(self) -> tuple[str, ...]:
         """Features that are numbers: every measure and window in order, then the derived ones."""
         return (*self._names("number"), *(f"{self.entity}_{derived.name}" for derived in self.derived))
 
-    @property
+    @cached_property
     def sequence_names(self) -> tuple[str, ...]:
         """Features that are lists of text."""
         return self._names("list")
 
-    @property
+    @cached_property
     def map_names(self) -> tuple[str, ...]:
         """Features that are maps of text to numbers."""
         return self._names("map")
 
-    @property
+    @cached_property
     def all_names(self) -> tuple[str, ...]:
         """Numbers, lists and maps."""
         return (*self.feature_names, *self.sequence_names, *self.map_names)
