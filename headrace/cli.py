@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"headrace: no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     from warehouse.errors import HeadraceError
+    from warehouse.loading import loading
 
-    room = importlib.import_module(COMMANDS[command][0])
+    with loading():
+        room = importlib.import_module(COMMANDS[command][0])
     try:
         return _verify(words[2:]) if words[:2] == ["features", "verify"] else room.main(words)
     except HeadraceError as error:

@@ -12,6 +12,7 @@ from serving.logs import FORMATS, configure
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
+from warehouse.loading import loading
 
 DIFFERS, DONE = 1, 0
 GRACEFUL_SHUTDOWN_S = 10
@@ -41,11 +42,12 @@ def _serve(words: list[str]) -> int:
         raise HeadraceError(f"--workers must be between 1 and {MOST_WORKERS}, got {arguments.workers}")
     _check_port(arguments.host, arguments.port)
 
-    import uvicorn
+    with loading():
+        import uvicorn
 
-    from serving.app import create_app
-    from serving.engine import missing_parts
-    from serving.settings import Settings
+        from serving.app import create_app
+        from serving.engine import missing_parts
+        from serving.settings import Settings
 
     home, settings = Home.from_env(), Settings.from_env()
     if missing := missing_parts(home):
@@ -126,8 +128,9 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def app_of_worker() -> Any:
     """The app of one of several processes, which logs as its parent was told to."""
-    from serving.app import create_app
-    from serving.settings import Settings
+    with loading():
+        from serving.app import create_app
+        from serving.settings import Settings
 
     configure(os.environ.get(LOG_FORMAT, FORMATS[0]), bool(os.environ.get(ACCESS_LOG)))
     return create_app(settings=Settings.from_env())
