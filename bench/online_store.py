@@ -5,7 +5,8 @@
 1. assembly: 1 reader and 500 notes, 50 windowed features each, in two calls on one thread; beside it, in the same run and over
    the same numbers, Redis `MGET` of the 501 finished vectors, and DuckDB summing the same windows from the same blocks. All
    three must give the same numbers.
-2. a tick: 50 features of all notes, assembled once; then 2,000 candidates gathered.
+2. a tick: 50 features of all notes, assembled once, and again at the next tick with blocks of one note in a hundred, from what
+   there is; then 2,000 candidates gathered.
 3. state: for growing numbers of keys the bytes of blocks, the seconds to publish them and to restore a store from the files,
    checked and unchecked (another process maps them).
 """
@@ -29,6 +30,7 @@ import torch
 from bench.features.plot import Line, draw
 from bench.redis import start_redis
 from streaming_sql.assembled import Assembled
+from streaming_sql.changed_keys import changed_keys
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import AddedBlocks, OnlineStore, StoreView
 from streaming_sql.pauses import settle
@@ -84,6 +86,27 @@ def loaded(num_notes: int, num_users: int, blocks_per_key: int = BLOCKS_PER_KEY)
     return store, rows
 
 
+def next_tick(store: OnlineStore, assembled: Assembled, num_notes: int) -> dict[str, Any]:
+    """What a tick costs that brings a block of one note in a hundred, from what is assembled and from nothing."""
+    before, started_us = store.view(), store.tick_us
+    rows = blocks("note", num_notes // 100, 1, 9)
+    for name, instant_us in (("block_start", started_us), ("known_at", started_us + FIVE_MINUTES_US)):
+        instants = pa.array(np.full(rows.num_rows, instant_us), pa.timestamp("us", tz="UTC"))
+        rows = rows.set_column(rows.column_names.index(name), name, instants)
+    store.advance(store.position, {}, tick=AddedBlocks(started_us + FIVE_MINUTES_US, {"note_bench": rows}))
+    view, whole = store.view(), Assembled(store.plans, {("note_id",): [(f"n{note}",) for note in range(num_notes)]})
+    seconds = {}
+    for name, one in (("moved_s", assembled), ("whole_s", whole)):
+        started = time.perf_counter()
+        one.assemble(view)
+        seconds[name] = time.perf_counter() - started
+    found, expected = assembled.matrix(view, "note_bench"), whole.matrix(view, "note_bench")
+    assert found is not None
+    assert expected is not None
+    _same("moving to the next tick", found.values, expected.values)
+    return {**seconds, "num_changed": len(changed_keys(before, view, "note_bench") or ())}
+
+
 def timings_ms(work: Callable[[int], Any], times: int) -> dict[str, float]:
     """p50 and p99 of calls with growing numbers; the first tenth warms up."""
     spent = []
@@ -125,6 +148,7 @@ def assembly(num_notes: int, folder: Path) -> dict[str, Any]:
     keys = [(f"n{note}",) for note in candidates[0]]
     _same("gathering", gather(0), view.assemble("note_bench", keys, TICK_US).values)
     result["gather"] = timings_ms(gather, 2_000)
+    result["next_tick"] = next_tick(store, assembled, num_notes)
 
     with contextlib.ExitStack() as stack:
         redis = start_redis(folder, stack)
@@ -213,6 +237,11 @@ def as_text(result: dict[str, Any]) -> str:
         if name in one:
             lines.append(f"            {name:<32} p50 {one[name]['p50_ms']:.2f} ms, p99 {one[name]['p99_ms']:.2f} ms")
     lines.append(f"tick        {one['num_notes']:,} notes × 50 features assembled in {one['tick_s']:.2f} s")
+    moved = one["next_tick"]
+    lines.append(
+        f"next tick   {moved['num_changed']:,} of them changed: {moved['moved_s'] * 1000:.1f} ms, "
+        f"{moved['whole_s'] / moved['moved_s']:.1f} times less than all anew ({moved['whole_s'] * 1000:.0f} ms)"
+    )
     gather = one["gather"]
     lines.append(f"gather      {GATHERED:,} candidates: p50 {gather['p50_ms']:.3f} ms, p99 {gather['p99_ms']:.3f} ms")
     for size in result["state"]:
