@@ -231,10 +231,16 @@ class BlockLayer:
         _find_runs(self.rows, row, run)
         return run
 
-    def rows_with(self, spans_S2: np.ndarray, known_after_us: int) -> np.ndarray:
-        """int64, ascending: row ids with a block that starts in one of the spans [from, until), or that was known later."""
+    def rows_known_after(self, instant_us: int) -> np.ndarray:
+        """int64, ascending: row ids with a block that was known later than this."""
         is_found = np.empty(len(self.rows), dtype=np.bool_)
-        _find_blocks(self.run_offsets, self.block_start, self.known_at, spans_S2, known_after_us, is_found)
+        _find_known_after(self.run_offsets, self.known_at, instant_us, is_found)
+        return self.rows[is_found]
+
+    def rows_within(self, spans_S2: np.ndarray) -> np.ndarray:
+        """int64, ascending: row ids with a block that starts in one of the spans [from, until), int64."""
+        is_found = np.empty(len(self.rows), dtype=np.bool_)
+        _find_within(self.run_offsets, self.block_start, spans_S2, is_found)
         return self.rows[is_found]
 
     def add_sums(self, family: str, run: np.ndarray, lower: np.ndarray, upper_us: int, out: np.ndarray) -> None:
@@ -348,21 +354,22 @@ def _find_runs(rows: np.ndarray, wanted: np.ndarray, run: np.ndarray) -> None:
         run[n] = at if at < len(rows) and rows[at] == wanted[n] else -1
 
 
-@compiled(types.void(_NUMBERS, _NUMBERS, _NUMBERS, only_read(types.int64, 2), types.int64, types.boolean[::1]))
-def _find_blocks(
-    run_offsets: np.ndarray,
-    block_start: np.ndarray,
-    known_at: np.ndarray,
-    spans_S2: np.ndarray,
-    known_after: int,
-    is_found: np.ndarray,
-) -> None:
+@compiled(types.void(_NUMBERS, _NUMBERS, types.int64, types.boolean[::1]))
+def _find_known_after(run_offsets: np.ndarray, known_at: np.ndarray, instant: int, is_found: np.ndarray) -> None:
     for k in range(len(is_found)):
         is_found[k] = False
         for b in range(run_offsets[k], run_offsets[k + 1]):
-            is_found[k] |= known_at[b] > known_after
-            for s in range(len(spans_S2)):
-                is_found[k] |= spans_S2[s, 0] <= block_start[b] < spans_S2[s, 1]
+            is_found[k] |= known_at[b] > instant
+
+
+@compiled(types.void(_NUMBERS, _NUMBERS, only_read(types.int64, 2), types.boolean[::1]))
+def _find_within(run_offsets: np.ndarray, block_start: np.ndarray, spans_S2: np.ndarray, is_found: np.ndarray) -> None:
+    for k in range(len(is_found)):
+        is_found[k] = False
+        begin, end = run_offsets[k], run_offsets[k + 1]
+        for s in range(len(spans_S2)):
+            at = begin + np.searchsorted(block_start[begin:end], spans_S2[s, 0])
+            is_found[k] |= at < end and block_start[at] < spans_S2[s, 1]
 
 
 @compiled(types.void(only_read(types.float64), *(_NUMBERS,) * 4, *(types.int64,) * 3, types.boolean, types.float64[::1]))

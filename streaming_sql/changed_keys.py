@@ -8,8 +8,6 @@ from streaming_sql.group_state import GroupState
 from streaming_sql.key_index import Key
 from streaming_sql.online_store import StoreView
 
-_NEVER_US = np.iinfo(np.int64).max
-
 
 def changed_keys(before: StoreView, after: StoreView, name: str) -> set[Key] | None:
     """The keys of a group whose windows all hang from the tick (`assembled.can_be_assembled`); None where all may have changed.
@@ -23,10 +21,10 @@ def changed_keys(before: StoreView, after: StoreView, name: str) -> set[Key] | N
         return None  # a session ends by itself
     lengths_us = sorted({window.length_us for measure in group.measures for window in measure.windows})
     lost = np.array([(before.tick_us - length_us, after.tick_us - length_us) for length_us in lengths_us], dtype=np.int64)
-    return _keys_with(before.groups[name], lost, _NEVER_US) | _keys_with(after.groups[name], lost[:0], before.tick_us)
+    left = [layer.rows_within(lost) for layer in before.groups[name].layers]
+    came = [layer.rows_known_after(before.tick_us) for layer in after.groups[name].layers]
+    return _keys_of(before.groups[name], left) | _keys_of(after.groups[name], came)
 
 
-def _keys_with(state: GroupState, spans_S2: np.ndarray, known_after_us: int) -> set[Key]:
-    """Those with a block that starts in one of the spans [from, until), or that was known later than this."""
-    found = [layer.rows_with(spans_S2, known_after_us) for layer in state.layers]
-    return set(state.index.keys_of(np.unique(np.concatenate(found)))) if found else set()
+def _keys_of(state: GroupState, rows: list[np.ndarray]) -> set[Key]:
+    return set(state.index.keys_of(np.unique(np.concatenate(rows)))) if rows else set()
