@@ -39,8 +39,9 @@ class FeatureRows:
         place_C = self.place_N[n_C]
         if self.stamp_R is None:
             return np.zeros(len(place_C), dtype=np.int64)
-        stamp_C = self.stamp_R[place_C]
-        return stamp_C if self.own is None else np.where(place_C < 0, 0, stamp_C)
+        if self.own is None:
+            return self.stamp_R[place_C]
+        return np.where(place_C < 0, 0, self.stamp_R[np.maximum(place_C, 0)])
 
     def matrix(self, n_C: np.ndarray | None = None) -> FeatureMatrix:
         """A copy of rows n_C, by default of all."""

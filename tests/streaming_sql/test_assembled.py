@@ -85,6 +85,15 @@ def test_gathering_equals_assembling_for_every_group_that_is_held(fed):
     assert assembled.num_bytes > 0
 
 
+def test_rows_that_are_not_held_have_no_stamp_however_many_they_are(fed):
+    view = fed(4).view()
+    assembled = Assembled({"note_engagement": view.groups["note_engagement"].plan}, {("note_id",): NOTES})
+    assembled.assemble(view)
+    place_C = np.array([1, *[-1] * 10, 2, 0])
+    rows = assembled.gather(view, "note_engagement", place_C, lambda place: (f"stranger{place}",), view.tick_us)
+    assert (rows.stamps(np.arange(len(place_C))) > 0).tolist() == (place_C >= 0).tolist()
+
+
 def test_a_view_is_answered_from_its_own_tick_and_others_are_assembled_by_the_request(fed):
     store = fed(4)
     assembled = Assembled(store.plans, {("note_id",): NOTES})
