@@ -1,6 +1,7 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
     python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 40]
+    python -m bench.serving --only ours --workers 2 --at 85 --seconds 61 --tick-every 30   # a steady rate, with two ticks
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 then the latency measured at a share of it. Each step of the search is as long as the measurement: a server may put off what it
@@ -24,9 +25,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.serving.capacity import Load, measure, status_of
+from bench.serving.capacity import Load, measure, status_of, steady
 from bench.serving.world import FULL, QUICK, SETTINGS_FILE, clock_setting, furnish, readers_of
 from warehouse.home import Home
+from warehouse.time_algebra import FIVE_MINUTES_US, SECOND_US
 
 PAGE = 20
 READY_WITHIN_S = 150.0
@@ -44,14 +46,24 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes of either server (default %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
     parser.add_argument("--seconds", type=float, default=40.0, help="of the measurement, and of each step of the search")
+    parser.add_argument("--at", type=float, help="feeds a second: latency at this rate alone, no capacity is looked for")
+    parser.add_argument(
+        "--tick-every", type=float, help="seconds between two ticks: the clock runs so much faster; for a world of its own"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
         parser.error(f"--share must be above 0 and at most 1, got {arguments.share}")
     if not 1 <= arguments.workers <= 64:
         parser.error(f"--workers must be 1 to 64, got {arguments.workers}")
-    if not 1 <= arguments.seconds <= 60:
-        parser.error(f"--seconds must be 1 to 60, got {arguments.seconds}")
+    if not 1 <= arguments.seconds <= 120:
+        parser.error(f"--seconds must be 1 to 120, got {arguments.seconds}")
+    if arguments.at is not None and not 0 < arguments.at <= 10_000:
+        parser.error(f"--at must be above 0 and at most 10000, got {arguments.at}")
+    if arguments.tick_every is not None and not 1 <= arguments.tick_every <= 300:
+        parser.error(f"--tick-every must be 1 to 300, got {arguments.tick_every}")
+    if arguments.tick_every is not None and arguments.world is not None:
+        parser.error("--tick-every takes the world's log ahead of the clock that it is served by later: leave --world out")
     size = QUICK if arguments.quick else FULL
     with contextlib.ExitStack() as stack:
         folder = arguments.world or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
@@ -72,11 +84,15 @@ def main() -> int:
         }
         for name in COMMANDS:
             if arguments.only in (None, name):
-                with _serving([*COMMANDS[name], "--workers", str(arguments.workers)], home, arguments.workers) as port:
+                command = [*COMMANDS[name], "--workers", str(arguments.workers)]
+                with _serving(command, home, arguments.workers, arguments.tick_every) as port:
+                    if arguments.at is not None:
+                        result[name] = steady(port, load, arguments.at)
+                        continue
                     result[name] = measure(
                         port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")
                     ).as_dict()
-    if arguments.only is None:
+    if arguments.only is None and arguments.at is None:
         result["ratio"] = result["ours"]["capacity_per_s"] / result["peer"]["capacity_per_s"]
     print(as_text(result))
     if arguments.json:
@@ -85,12 +101,13 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], home: Home, workers: int) -> Iterator[int]:
+def _serving(command: list[str], home: Home, workers: int, tick_every_s: float | None) -> Iterator[int]:
     """A server in processes of its own, once all are ready; stopped at the end. RuntimeError if it ends early or does not
     become ready."""
+    speed = "" if tick_every_s is None else f"@{FIVE_MINUTES_US / SECOND_US / tick_every_s:g}"
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home)}
+    settings = {"HEADRACE_HOME": str(home.path), "HEADRACE_CLOCK": clock_setting(home) + speed}
     settings["HEADRACE_SERVING"] = str(home.path / SETTINGS_FILE)
     process = subprocess.Popen(
         [sys.executable, *command, "--port", str(port)],
@@ -138,6 +155,15 @@ def as_text(result: dict) -> str:
         f"{result['machine']}, load average {result['load_average']:.1f} at the start; {result['notes']:,} notes, "
         f"{result['workers']} workers, L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
         "",
+    ]
+    if at_one_rate := [(name, result[name]) for name in COMMANDS if "p100_ms" in result.get(name, ())]:
+        for name, one in at_one_rate:
+            told = ", ".join(f"{percent} {one[f'p{percent}_ms']:.1f}" for percent in (50, 90, 99, 99.9, 100))
+            lines.append(
+                f"{name}: {one['rate_per_s']:.1f} feeds/s, {one['failed']} of {one['requests']} failed; percentiles, ms: {told}"
+            )
+        return "\n".join(lines)
+    lines += [
         f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}{'again':>7}  medians per stage",
     ]
     for name in COMMANDS:

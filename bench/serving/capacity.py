@@ -24,6 +24,8 @@ _SEARCHED = (0.5, 1.5)
 _STEPS = 5
 _REST_S, _LONGEST_REST_S = 2.0, 60.0
 """After each step, until all that it left to log is written: that is not the next one's load."""
+_WARM_UP = 0.7
+"""Of a steady rate, before it is measured."""
 _LONGER = 2
 """How many steps long the capacity is asked for again: the log's queue, which hides what a server owes, has the same end."""
 
@@ -133,6 +135,18 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         holds_after=holds_after,
         stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
     )
+
+
+def steady(port: int, load: Load, rate_per_s: float) -> dict[str, float]:
+    """Latency at one rate, after a warm-up; milliseconds. Raises RuntimeError if no full answer comes."""
+    asker = Asker(port, load)
+    asker.ask(load.seconds / 4, rate_per_s * _WARM_UP)
+    asker.rest()
+    answers = asker.ask(load.seconds, rate_per_s)
+    if not answers.latency_ms:
+        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.seconds} s")
+    percentiles = {f"p{percent}_ms": _percentile(answers.latency_ms, percent) for percent in (50, 90, 99, 99.9, 100)}
+    return {"rate_per_s": rate_per_s, "requests": answers.offered, "failed": answers.failed, **percentiles}
 
 
 def dropped_rows(port: int) -> int:
