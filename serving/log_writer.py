@@ -21,6 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,7 @@ from pyiceberg.manifest import DataFile
 
 from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, commit_once
 from serving.idle_time import in_idle_time
+from streaming_sql.pauses import settle
 from warehouse.file_writer import FileWriter
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -43,8 +45,8 @@ _NICE = 10
 ENCODED_AT_ONCE = 128
 """Rows; a quarter of a second. Fewer take more in all: with 32 the writers could not keep up at 150 feeds/s."""
 _IDLY_FOR_S = 2.0
-"""These rows may take this long in idle time. Where they took longer the next are not left to it: more come, and the queue has
-an end."""
+"""These rows may take this long in idle time, the end of a file and its commit as long again. Where rows took longer the next
+are not left to it: more come, and the queue has an end."""
 _ENDS_WITHIN_S = 30.0
 _PIPE_BYTES = 1 << 20
 
@@ -141,6 +143,7 @@ def main() -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal sends it to all; the server ends this by closing the pipe
         signal.signal(stop, signal.SIG_IGN)
     home, lock = Home(Path(sys.argv[1])), Path(sys.argv[2])
+    settle()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a library that prints must not answer
     with contextlib.suppress(BrokenPipeError):  # the server was killed; what it had sent is written
@@ -159,7 +162,8 @@ def written(source: IO[bytes], lake: Lake, lock: Path) -> Iterator[bytes]:
                 batch.forget()
             else:
                 try:
-                    commit_once(lake, batch.files(), uuid.UUID(bytes=said[_WRITE]), lock)
+                    commit = partial(commit_once, lake, batch.files(), uuid.UUID(bytes=said[_WRITE]), lock)
+                    in_idle_time(commit, _IDLY_FOR_S)
                     yield _DONE
                 except Exception as error:
                     yield " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"
@@ -187,7 +191,7 @@ class _Batch:
             self._encode()
             if self._failed is not None:
                 raise self._failed
-            files = [] if self._writer is None else self._writer.close()
+            files = [] if self._writer is None else in_idle_time(self._writer.close, _IDLY_FOR_S)
             self._writer = None
             return files
         finally:

@@ -12,8 +12,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, FORWARD_LOG_SCHEMA, ForwardLog, rows_to_table, write_once
+from serving.forward_log import (
+    CODED_SCHEMA,
+    FORWARD_LOG,
+    FORWARD_LOG_SCHEMA,
+    ForwardLog,
+    commit_once,
+    rows_to_table,
+    write_once,
+)
 from serving.hydrate import CandidateFeatures
+from serving.idle_time import can_return_from_idle
 from serving.log_table import as_table, ordered_shares
 from serving.log_writer import ENCODED_AT_ONCE, LogWriter, written
 from warehouse.file_writer import FileWriter
@@ -349,6 +358,33 @@ def test_what_breaks_off_is_not_written(lake, tmp_path):
     rows = lake.scan(FORWARD_LOG).to_pylist()
     assert all(one == rows[0] for one in rows)
     assert rows[0] == rows_to_table([row()]).to_pylist()[0]
+
+
+@pytest.mark.skipif(not can_return_from_idle(), reason="needs Linux and the right to raise a priority")
+def test_rows_are_encoded_and_committed_in_time_that_nobody_wants(lake, tmp_path, monkeypatch):
+    opened(lake).close()
+    seen = {}
+
+    def watched(name, real):
+        def step(*given):
+            until = time.monotonic() + 1.5
+            while os.sched_getscheduler(0) != os.SCHED_IDLE and time.monotonic() < until:
+                time.sleep(0.002)
+            seen[name] = os.sched_getscheduler(0) == os.SCHED_IDLE
+            return real(*given)
+
+        return step
+
+    for name in ("write", "close"):
+        monkeypatch.setattr(FileWriter, name, watched(name, getattr(FileWriter, name)))
+    monkeypatch.setattr("serving.log_writer.commit_once", watched("commit", commit_once))
+    stream, part = io.BytesIO(), table().to_batches()[0]
+    writer = pa.ipc.new_stream(stream, CODED_SCHEMA)
+    writer.write_batch(part)
+    writer.write_batch(part.slice(0, 0), custom_metadata={b"write": uuid.uuid4().bytes})
+    assert list(written(io.BytesIO(stream.getvalue()), lake, tmp_path / "turn.lock")) == [b"written\n"]
+    assert seen == {"write": True, "close": True, "commit": True}
+    assert lake.scan(FORWARD_LOG).num_rows == 1
 
 
 @pytest.mark.parametrize("step", ["write", "_finish"])
