@@ -87,6 +87,12 @@ def test_a_stamp_stands_for_what_is_held_of_a_note_that_exists(request_of):
     of_notes = [name for name in world.models.l2.note_features if not name.startswith("user_") and name != "note_age_min"]
     stamp_C = hydrate(request, rows).stamps(of_notes)
     assert (stamp_C > 0).all()
+    notes, authors = world.catalogue.note_ids, world.catalogue.rows_of_author
+    keys = {("note_id",): [(note_id,) for note_id in notes], ("author_id",): [(author_id,) for author_id in authors]}
+    at_once = Assembled(world.store.plans, keys)
+    at_once.assemble(request.view)
+    of_one_tick = dataclasses.replace(request, world=dataclasses.replace(world, assembled=at_once))
+    assert len(set(hydrate(of_one_tick, rows).stamps(of_notes).tolist())) == 1
     assert np.array_equal(hydrate(request, rows[::-1]).take(np.arange(7)).stamps(of_notes), stamp_C[::-1][:7])
     for names in ([*of_notes, "note_age_min"], [*of_notes, "user_author_ctr_30d"]):
         assert (hydrate(request, rows).stamps(names) == 0).all()

@@ -190,7 +190,7 @@ def test_every_shape_of_feature_is_moved():
     assert all(can_be_assembled(GroupPlan.of(group)) for group in STILL.values())
 
 
-def test_a_tick_that_nothing_came_to_or_left_keeps_every_row(fed):
+def test_keys_that_ticks_do_not_change_keep_their_stamps(fed):
     store = fed(4)
     keys = {("note_id",): [*NOTES, *((one,) for one in STRANGERS)]}
     moved = Moved({"note_engagement": store.plans["note_engagement"]}, keys)
