@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -29,7 +29,7 @@ import pyarrow as pa
 from pyiceberg.manifest import DataFile
 
 from serving.forward_log import CODED_SCHEMA, FORWARD_LOG, commit_once
-from serving.idle_time import in_idle_time
+from serving.idle_time import Result, in_idle_time
 from streaming_sql.pauses import settle
 from warehouse.file_writer import FileWriter
 from warehouse.home import Home
@@ -163,7 +163,7 @@ def written(source: IO[bytes], lake: Lake, lock: Path) -> Iterator[bytes]:
             else:
                 try:
                     commit = partial(commit_once, lake, batch.files(), uuid.UUID(bytes=said[_WRITE]), lock)
-                    in_idle_time(commit, _IDLY_FOR_S)
+                    batch.idly(commit)
                     yield _DONE
                 except Exception as error:
                     yield " ".join(f"{type(error).__name__}: {error}".split()).encode() + b"\n"
@@ -191,7 +191,7 @@ class _Batch:
             self._encode()
             if self._failed is not None:
                 raise self._failed
-            files = [] if self._writer is None else in_idle_time(self._writer.close, _IDLY_FOR_S)
+            files = [] if self._writer is None else self.idly(self._writer.close)
             self._writer = None
             return files
         finally:
@@ -203,6 +203,10 @@ class _Batch:
         self._writer, self._failed = None, None
         self._parts.clear()
 
+    def idly(self, work: Callable[[], Result]) -> Result:
+        """What the work gives, in time that nobody else wants unless rows are behind."""
+        return work() if self._is_behind else in_idle_time(work, _IDLY_FOR_S)
+
     def _encode(self) -> None:
         if not self._parts or self._failed is not None:
             self._parts.clear()
@@ -212,10 +216,7 @@ class _Batch:
         started = time.monotonic()
         try:
             writer = self._writer = self._writer or self._lake.file_writer(FORWARD_LOG)
-            if self._is_behind:
-                writer.write(rows)
-            else:
-                in_idle_time(lambda: writer.write(rows), _IDLY_FOR_S)
+            self.idly(lambda: writer.write(rows))
         except Exception as error:
             self._failed = error
         self._is_behind = not self._is_behind and time.monotonic() - started > _IDLY_FOR_S
