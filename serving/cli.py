@@ -5,9 +5,11 @@ import json
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from serving.awake import cores_awake
 from serving.logs import FORMATS, configure
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -35,13 +37,22 @@ def _serve(words: list[str]) -> int:
     parser.add_argument(
         "--access-log", action="store_true", help="also a line per answer: request id, route, status, milliseconds"
     )
+    parser.add_argument(
+        "--awake",
+        action="store_true",
+        help="the machine's cores do not sleep between requests: a tenth less latency, more power (Linux, root)",
+    )
     arguments = parser.parse_args(words)
     if not 1 <= arguments.port <= 65535:
         raise HeadraceError(f"--port must be between 1 and 65535, got {arguments.port}")
     if not 1 <= arguments.workers <= MOST_WORKERS:
         raise HeadraceError(f"--workers must be between 1 and {MOST_WORKERS}, got {arguments.workers}")
     _check_port(arguments.host, arguments.port)
+    with cores_awake() if arguments.awake else nullcontext():
+        return _serve_until_stopped(arguments)
 
+
+def _serve_until_stopped(arguments: argparse.Namespace) -> int:
     with loading():
         import uvicorn
 

@@ -1,6 +1,6 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
-    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 40]
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 40] [--awake]
     python -m bench.serving --only ours --workers 2 --at 85 --seconds 61 --tick-every 30   # a steady rate, with two ticks
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
@@ -27,6 +27,8 @@ from pathlib import Path
 
 from bench.serving.capacity import Load, measure, status_of, steady
 from bench.serving.world import FULL, QUICK, SETTINGS_FILE, clock_setting, furnish, readers_of
+from serving.awake import cores_awake
+from warehouse.errors import HeadraceError
 from warehouse.home import Home
 from warehouse.time_algebra import FIVE_MINUTES_US, SECOND_US
 
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument(
         "--tick-every", type=float, help="seconds between two ticks: the clock runs so much faster; for a world of its own"
     )
+    parser.add_argument("--awake", action="store_true", help="keep the cores from sleeping, for either server (Linux, root)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
@@ -69,8 +72,10 @@ def main() -> int:
         folder = arguments.world or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
         home = Home(folder)
         try:
+            if arguments.awake:
+                stack.enter_context(cores_awake())
             furnish(home, size)
-        except ValueError as error:
+        except (HeadraceError, ValueError) as error:
             parser.exit(2, f"{error}\n")
         seconds = min(arguments.seconds, 3.0) if arguments.quick else arguments.seconds
         load = Load(readers_of(size), PAGE, seconds)
@@ -78,6 +83,7 @@ def main() -> int:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load_average": os.getloadavg()[0],
             "workers": arguments.workers,
+            "awake": arguments.awake,
             "notes": size.notes,
             "l1_top_k": size.l1_top_k,
             "history": size.history,
@@ -151,9 +157,10 @@ def _say(line: str) -> None:
 
 
 def as_text(result: dict) -> str:
+    awake = ", cores kept awake" if result["awake"] else ""
     lines = [
         f"{result['machine']}, load average {result['load_average']:.1f} at the start; {result['notes']:,} notes, "
-        f"{result['workers']} workers, L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
+        f"{result['workers']} workers{awake}, L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
         "",
     ]
     if at_one_rate := [(name, result[name]) for name in COMMANDS if "p100_ms" in result.get(name, ())]:
