@@ -40,7 +40,7 @@ def _serve(words: list[str]) -> int:
     parser.add_argument(
         "--awake",
         action="store_true",
-        help="the machine's cores do not sleep between requests: a tenth less latency, more power (Linux, root)",
+        help="the machine's cores do not sleep between requests: shorter waits, more power (Linux, root)",
     )
     arguments = parser.parse_args(words)
     if not 1 <= arguments.port <= 65535:
