@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from threadpoolctl import threadpool_limits
 
 from serving import telemetry, wire
+from serving.cores import keep_to_own
 from serving.engine import Engine
 from serving.http import Edge, install_error_bodies
 from serving.intake import Intake
@@ -80,6 +81,8 @@ def create_app(
         try:
             if server is not None:
                 app.state.peers = await seated(engine, metrics)
+                assert engine.seat is not None
+                keep_to_own(engine.seat.number)  # from here on: loading uses all
                 app.state.sharing = await shared(app, metrics)
             yield
         finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.awake import cores_awake
+from serving.cores import WORKERS
 from serving.logs import FORMATS, configure
 from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
@@ -33,6 +34,11 @@ def _serve(words: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, one per core at most (default %(default)s)")
+    parser.add_argument(
+        "--any-core",
+        action="store_true",
+        help="workers run on any core; by default each keeps to its share of them, as is best on a machine of their own",
+    )
     parser.add_argument("--log-format", choices=FORMATS, default="text", help="of the lines on stderr (default %(default)s)")
     parser.add_argument(
         "--access-log", action="store_true", help="also a line per answer: request id, route, status, milliseconds"
@@ -96,6 +102,9 @@ def _serve_with_workers(arguments: argparse.Namespace) -> int:
     from uvicorn.supervisors import Multiprocess
 
     Clock.share()
+    os.environ.pop(WORKERS, None)
+    if not arguments.any_core:
+        os.environ[WORKERS] = str(arguments.workers)
     os.environ[LOG_FORMAT], os.environ[ACCESS_LOG] = arguments.log_format, "1" if arguments.access_log else ""
     config = uvicorn.Config(
         "serving.cli:app_of_worker",

@@ -39,7 +39,7 @@ RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 _WANTED_AT_ONCE, _MADE_AT_ONCE, _MADE_WITHIN_S = 8, 16, 1.0
 """Rows that are made together cost a third each; more of them would hold the interpreter that requests share for long."""
 _LOOKS_EVERY_S, _WAITS_FOR_REST_S = 0.002, 0.1
-"""Rows are made while no request is under way, if there is such a moment within this time: one that is computed beside them
+"""Rows are made while no request is under way, if there are such moments within this time: one that is computed beside them
 waits for the interpreter, up to twice as long as it takes alone. Not before the first look: the answer to the request that was
 just offered is on its way."""
 _MADE_EVERY_S = 0.03
@@ -180,14 +180,14 @@ class ForwardLog(Generic[Item]):
         max_waiting: int,
         max_rows: int,
         max_age_s: float,
-        make: Callable[[Sequence[Item]], pa.Table],
+        make: Callable[[Sequence[Item], Callable[[], None]], pa.Table],
         lock: Path | None = None,
         elsewhere: Elsewhere | None = None,
         is_resting: Callable[[], bool] = lambda: True,
     ):
-        """make: rows in CODED_SCHEMA of what was offered, called on the writer's thread. lock: as of `write_once`.
-        Without `elsewhere` a batch is written here, and so is the last one, as nothing is disturbed then. is_resting: whether
-        nobody is disturbed by rows that are made now."""
+        """make: rows in CODED_SCHEMA of what was offered, on the writer's thread; it calls its second argument between parts of
+        the work. lock: as of `write_once`. Without `elsewhere` a batch is written here, and so is the last one, as nothing is
+        disturbed then. is_resting: whether nobody is disturbed by rows that are made now."""
         self._lake, self._max_waiting, self._max_rows, self._max_age_s = lake, max_waiting, max_rows, max_age_s
         self._make_table, self._lock, self._elsewhere, self._is_resting = make, lock, elsewhere, is_resting
         self._waiting: deque[tuple[float, Item]] = deque()
@@ -195,6 +195,7 @@ class ForwardLog(Generic[Item]):
         self._changed = threading.Condition()
         self._flush_asked = self._closing = False
         self._in_flight = 0
+        self._waits_until_s = 0.0
         self._thread: threading.Thread | None = None
         self.num_written = self.num_dropped = self.num_failed_writes = 0
 
@@ -288,12 +289,21 @@ class ForwardLog(Generic[Item]):
         return _Turn.WRITE if is_due else _Turn.REST
 
     def _wait_for_rest(self) -> None:
-        """Within `_changed`, which is free meanwhile. Not for long, and not once as many wait as are made at once."""
-        until_s = time.monotonic() + _WAITS_FOR_REST_S
-        while not self._is_asked and len(self._waiting) < _MADE_AT_ONCE and time.monotonic() < until_s:
+        """Within `_changed`, which is free meanwhile."""
+        self._waits_until_s = time.monotonic() + _WAITS_FOR_REST_S
+        while self._may_wait():
             self._changed.wait(_LOOKS_EVERY_S)
             if self._is_resting():
                 return
+
+    def _pause(self) -> None:
+        """While rows are made, if a request has come meanwhile."""
+        while not self._is_resting() and self._may_wait():
+            time.sleep(_LOOKS_EVERY_S)
+
+    def _may_wait(self) -> bool:
+        """Not for long, and not once as many wait as are made at once."""
+        return not self._is_asked and len(self._waiting) < _MADE_AT_ONCE and time.monotonic() < self._waits_until_s
 
     @property
     def _is_asked(self) -> bool:
@@ -338,7 +348,7 @@ class ForwardLog(Generic[Item]):
 
     def _make(self, items: list[Item]) -> pa.Table | None:
         try:
-            return self._make_table(items)
+            return self._make_table(items, self._pause)
         except Exception:  # one row that does not fit the schema must not take the writer down, nor the others with it
             if len(items) > 1:
                 tables = [table for item in items if (table := self._make([item])) is not None]

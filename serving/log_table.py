@@ -5,7 +5,7 @@ written.
 Shape letters: R requests, C candidates of all of them, L of those logged with features, F features, G generators, T heads.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, groupby
 from typing import Any
@@ -20,9 +20,9 @@ from warehouse.compiled import compiled
 _CANDIDATES = CODED_SCHEMA.get_field_index("candidates")
 
 
-def as_table(requests: Sequence[Served]) -> pa.Table:
-    """Their rows in CODED_SCHEMA, in this order."""
-    return pa.concat_tables([_of_alike(list(some)) for _, some in groupby(requests, _kind)])
+def as_table(requests: Sequence[Served], pause: Callable[[], None] = lambda: None) -> pa.Table:
+    """Their rows in CODED_SCHEMA, in this order. pause: called between parts of the work, some fifteen times."""
+    return pa.concat_tables([_of_alike(list(some), pause) for _, some in groupby(requests, _kind)])
 
 
 def _kind(served: Served) -> Hashable:
@@ -38,33 +38,38 @@ def _kind(served: Served) -> Hashable:
     )
 
 
-def _of_alike(requests: list[Served]) -> pa.Table:
+def _of_alike(requests: list[Served], pause: Callable[[], None]) -> pa.Table:
     head = rows_to_table([{**served.head(), "candidates": []} for served in requests])
     start_R = np.concatenate([[0], np.cumsum([len(served.candidates) for served in requests])])
-    candidates = pa.ListArray.from_arrays(pa.array(start_R, pa.int32()), _candidates(requests, start_R))
+    candidates = pa.ListArray.from_arrays(pa.array(start_R, pa.int32()), _candidates(requests, start_R, pause))
     return head.set_column(_CANDIDATES, CODED_SCHEMA.field(_CANDIDATES), candidates)
 
 
-def _candidates(requests: list[Served], start_R: np.ndarray) -> pa.StructArray:
+def _candidates(requests: list[Served], start_R: np.ndarray, pause: Callable[[], None]) -> pa.StructArray:
     """[C], each as `Served.as_row` tells it."""
+    pause()
     first, C = requests[0], int(start_R[-1])
     row_C, catalogue = np.concatenate([served.candidates.row_C for served in requests]), first.candidates.catalogue
     logged_L = np.concatenate([start + served.logged for start, served in zip(start_R, requests, strict=False)])
     is_logged_C = np.zeros(C, dtype=bool)
     is_logged_C[logged_L] = True
-    columns = {
-        **_of_page(requests, start_R),
-        "note_id": _coded(row_C, catalogue.note_id_column),
-        "author_id": _coded(catalogue.author_rows(row_C), catalogue.author_column),
-        "sources": _sources(first.candidates.generators, np.concatenate([one.candidates.share_CG for one in requests])),
-        "recall_score": _nullable(np.concatenate([served.candidates.recall_score_C for served in requests])),
-        "l1_score": _nullable(np.concatenate([served.l1_score_C for served in requests])),
-        "final_score": _nullable(np.concatenate([served.final_score_C for served in requests])),
-        "features": _features(requests, is_logged_C),
-        "predictions": _predictions(requests, C),
-        "sequences": _of_logged(requests, "sequences", logged_L, is_logged_C),
-        "maps": _of_logged(requests, "maps", logged_L, is_logged_C),
+    made_by: dict[str, Callable[[], pa.Array]] = {
+        "note_id": lambda: _coded(row_C, catalogue.note_id_column),
+        "author_id": lambda: _coded(catalogue.author_rows(row_C), catalogue.author_column),
+        "sources": lambda: _sources(first.candidates.generators, np.concatenate([one.candidates.share_CG for one in requests])),
+        "recall_score": lambda: _nullable(np.concatenate([served.candidates.recall_score_C for served in requests])),
+        "l1_score": lambda: _nullable(np.concatenate([served.l1_score_C for served in requests])),
+        "final_score": lambda: _nullable(np.concatenate([served.final_score_C for served in requests])),
+        "features": lambda: _features(requests, is_logged_C),
+        "predictions": lambda: _predictions(requests, C),
+        "sequences": lambda: _of_logged(requests, "sequences", logged_L, is_logged_C),
+        "maps": lambda: _of_logged(requests, "maps", logged_L, is_logged_C),
     }
+    columns = _of_page(requests, start_R)
+    for name, make in made_by.items():
+        pause()
+        columns[name] = make()
+    pause()
     return pa.StructArray.from_arrays([columns[field.name] for field in CODED_CANDIDATE], fields=list(CODED_CANDIDATE))
 
 

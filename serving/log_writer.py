@@ -52,10 +52,12 @@ _PIPE_BYTES = 1 << 20
 
 
 class LogWriter:
-    """Starts the process at the first rows, and again at the next ones after it died. For one thread."""
+    """Starts the process at the first rows, and again at the next ones after it died; it may run on the cores that were allowed
+    when this was made. For one thread."""
 
     def __init__(self, home: Home, lock: Path):
         self._command = [sys.executable, "-m", "serving.log_writer", str(home.path), str(lock)]
+        self._cores: set[int] = os.sched_getaffinity(0) if sys.platform == "linux" else set()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: pa.RecordBatchStreamWriter | None = None
         self._sent: list[pa.Table] = []
@@ -133,6 +135,7 @@ class LogWriter:
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         with contextlib.suppress(OSError, AttributeError):  # more than the system lets one have, or not Linux
+            os.sched_setaffinity(process.pid, self._cores)
             fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return process
 

@@ -5,9 +5,8 @@
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 then the latency measured at a share of it. Each step of the search is as long as the measurement: a server may put off what it
-writes for a while, and what it sustains is with that. Ends by itself within about fourteen minutes, the making of the world
-(once per folder) included. Under "again": whether the capacity was still held after the measurement; if not, the machine is
-slower by then.
+writes for a while, and what it sustains is with that. What the search finds is asked for once more for twice as long, less
+until it is held: that is the capacity. Ends by itself within half an hour, the making of the world (once per folder) included.
 """
 
 import argparse
@@ -171,14 +170,14 @@ def as_text(result: dict) -> str:
             )
         return "\n".join(lines)
     lines += [
-        f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}{'again':>7}  medians per stage",
+        f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}  medians per stage",
     ]
     for name in COMMANDS:
         if (one := result.get(name)) is not None:
             stages = ", ".join(f"{stage} {value:.1f}" for stage, value in one["stage_p50_ms"].items())
             lines.append(
                 f"{name:6}{one['capacity_per_s']:9.1f}{one['rate_per_s']:8.1f}{one['p50_ms']:8.1f}{one['p99_ms']:8.1f}"
-                f"{one['unloaded_p50_ms']:10.1f}{one['failed']:8}{'yes' if one['holds_after'] else 'no':>7}  {stages}"
+                f"{one['unloaded_p50_ms']:10.1f}{one['failed']:8}  {stages}"
             )
     if "ratio" in result:
         lines.append(f"\ncapacity: {result['ratio']:.1f} times that of the plain service")

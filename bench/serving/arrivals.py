@@ -46,11 +46,13 @@ class Plan:
 
 @dataclass
 class Answers:
-    """latency_ms: of full answers, in order of their end. late_ms: of the sending, behind the due instants."""
+    """latency_ms: of full answers, in order of their end. late_ms: of the sending, behind the due instants. owed_s: what waited
+    to be logged at the end, in seconds of arrivals (`capacity.Asker` asks the server)."""
 
     offered: int = 0
     failed: int = 0
     elapsed_s: float = 0.0
+    owed_s: float = 0.0
     latency_ms: list[float] = field(default_factory=list)
     late_ms: list[float] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)

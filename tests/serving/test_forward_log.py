@@ -93,7 +93,7 @@ def table(request_id="r1", **changes):
     return rows_to_table([row(request_id) | changes]).cast(CODED_SCHEMA)
 
 
-def made(makers):
+def made(makers, pause=lambda: None):
     return pa.concat_tables([make() for make in makers])
 
 
@@ -178,7 +178,7 @@ def test_rows_are_made_while_nothing_is_under_way_but_wait_for_that_no_longer_th
     monkeypatch.setattr("serving.forward_log._WAITS_FOR_REST_S", 60.0)
     is_resting, sizes, made_some = threading.Event(), [], threading.Event()
 
-    def make(makers):
+    def make(makers, pause):
         sizes.append(len(makers))
         made_some.set()
         return made(makers)
@@ -206,6 +206,35 @@ def test_rows_are_made_while_nothing_is_under_way_but_wait_for_that_no_longer_th
     assert made_some.wait(10)
     forward_log.close()
     assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == sorted(f"r{n}" for n in range(33))
+
+
+def test_a_request_that_comes_while_rows_are_made_is_waited_for(lake, monkeypatch):
+    monkeypatch.setattr("serving.forward_log._WAITS_FOR_REST_S", 60.0)
+    is_resting, is_making, ends = threading.Event(), threading.Event(), threading.Event()
+    is_resting.set()
+
+    def make(makers, pause):
+        is_making.set()
+        while is_resting.is_set():
+            time.sleep(0.001)
+        pause()
+        ends.set()
+        return made(makers)
+
+    forward_log = ForwardLog(lake, 100, 50, 60.0, make, is_resting=is_resting.is_set)
+    forward_log.start()
+    for number in range(8):
+        forward_log.offer(lambda n=number: table(f"r{n}"))
+    assert is_making.wait(10)
+    is_resting.clear()
+    assert not ends.wait(0.3)
+    is_resting.set()
+    assert ends.wait(10)
+    is_resting.clear()
+    for number in range(8, 12):
+        forward_log.offer(lambda n=number: table(f"r{n}"))
+    forward_log.close()  # does not wait for a rest
+    assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == sorted(f"r{n}" for n in range(12))
 
 
 def test_a_full_queue_drops_and_counts_and_never_blocks(lake, monkeypatch):

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from serving.budget import Budget
+from serving.cores import share_of
 from serving.metrics import Metrics, of_workers
 from serving.peers import Peers
 from serving.seat import take_seat
@@ -94,6 +95,29 @@ def test_one_leads_and_both_stand_at_the_same_tick(two):
     assert len({one["tick"] for one in workers}) == 1
     mapped = {one["leads"]: Path(f"/proc/{one['pid']}/maps").read_text().count("/online/store/layer-") for one in workers}
     assert mapped[False] > mapped[True]  # what follows reads the very files that the leader made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are kept to cores on Linux only")
+def test_each_keeps_to_its_own_cores_and_what_it_logs_is_written_on_any(two):
+    _, port = two
+    workers = until_all_ready(port)
+    for _ in range(40):  # each answers some, and starts its log's writer
+        post(port, "/v1/feed", {"userId": "u1"})
+    allowed = os.sched_getaffinity(0)
+    for one in workers:
+        threads = [int(name) for name in os.listdir(f"/proc/{one['pid']}/task")]
+        assert {frozenset(os.sched_getaffinity(thread)) for thread in threads} == {
+            frozenset(share_of(one["worker"], 2, allowed))
+        }
+    deadline = time.monotonic() + 60
+    while len(writers := [pid for one in workers for pid in children_of(one["pid"])]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert [os.sched_getaffinity(pid) for pid in writers] == [allowed, allowed]
+
+
+def children_of(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def test_what_one_worker_is_told_counts_in_both(two):
