@@ -29,7 +29,7 @@ _WARM_UP = 0.7
 _OWED_S = 15.0
 """What came in so many seconds may wait to be logged at the end of a step: a batch is written once its first row is ten
 seconds old. A server that owes more falls behind, and would drop rows once its queue is full."""
-_LONGER, _LOWER, _TRIES = 2, 0.95, 6
+_LONGER, _LOWER, _TRIES = 2, 0.93, 10
 """How many steps long the rate that the search found is asked for again, as what a server owes shows late; how much less is
 asked for where that is lost, and how often."""
 
@@ -131,6 +131,8 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     if capacity is None:
         raise RuntimeError(f"{low * _LOWER ** (_TRIES - 1):.1f} requests a second were not held for {held_s:.0f} s")
     answers = asker.ask(load.seconds, capacity * share)
+    p50_ms, p99_ms = (_percentile(answers.latency_ms, percent) for percent in (50, 99))
+    tell(f"{capacity * share:.1f}/s, {share:.0%} of it: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, {answers.failed} failed")
     stages = sorted({stage for timings in answers.timings for stage in timings})
     return Measured(
         unloaded_p50_ms=unloaded_p50_ms,
@@ -141,8 +143,8 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
         rate_per_s=capacity * share,
         requests=answers.offered,
         failed=answers.failed,
-        p50_ms=_percentile(answers.latency_ms, 50),
-        p99_ms=_percentile(answers.latency_ms, 99),
+        p50_ms=p50_ms,
+        p99_ms=p99_ms,
         late_p99_ms=_percentile(answers.late_ms, 99),
         stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
     )
