@@ -7,8 +7,11 @@ it gains is in `docs/LOG.md`.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Collection
+
+log = logging.getLogger(__name__)
 
 WORKERS = "WEB_CONCURRENCY"
 """Variable of the environment: how many workers the server has, as uvicorn reads it too. Without it none keeps to its own."""
@@ -22,12 +25,16 @@ def share_of(worker: int, workers: int, cores: Collection[int]) -> set[int]:
 
 def keep_to_own(worker: int) -> set[int]:
     """All threads of this process, and those that they start, on its share of the cores that it may use. The share; nothing
-    where the environment does not say how many workers there are, or threads cannot be kept to cores (no Linux)."""
+    where the environment does not say how many workers there are, or threads cannot be kept to cores (no Linux, a sandbox)."""
     told = os.environ.get(WORKERS, "")
     if not told.isdigit() or int(told) < 2 or not hasattr(os, "sched_setaffinity"):
         return set()
     share = share_of(worker, int(told), os.sched_getaffinity(0))
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), share)
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), share)
+    except OSError as error:
+        log.warning("workers run on any core, as threads cannot be kept to some: %s", error.strerror)
+        return set()
     return share

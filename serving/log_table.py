@@ -21,7 +21,7 @@ _CANDIDATES = CODED_SCHEMA.get_field_index("candidates")
 
 
 def as_table(requests: Sequence[Served], pause: Callable[[], None] = lambda: None) -> pa.Table:
-    """Their rows in CODED_SCHEMA, in this order. pause: called between parts of the work, some fifteen times."""
+    """Their rows in CODED_SCHEMA, in this order. pause: called between parts of the work, a dozen times."""
     return pa.concat_tables([_of_alike(list(some), pause) for _, some in groupby(requests, _kind)])
 
 

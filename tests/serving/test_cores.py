@@ -61,6 +61,18 @@ def test_they_run_on_any_where_nobody_says_how_many_workers_there_are(workers):
     assert kept_by(0, workers) == [[], [allowed] * 3]
 
 
+def test_a_sandbox_that_forbids_it_is_told_and_endured(monkeypatch, caplog):
+    def forbidden(thread, cores):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setenv(WORKERS, "2")
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "listdir", lambda folder: ["1"])
+    assert keep_to_own(0) == set()
+    assert "any core" in caplog.text
+
+
 def test_elsewhere_nothing_is_asked(monkeypatch):
     monkeypatch.setenv(WORKERS, "2")
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
