@@ -97,10 +97,15 @@ def made(makers, pause=lambda: None):
     return pa.concat_tables([make() for make in makers])
 
 
-def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0, **more):
-    forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s, made, **more)
+def opened(lake, max_waiting=100, max_rows=50, max_age_s=60.0, make=made, **more):
+    forward_log = ForwardLog(lake, max_waiting, max_rows, max_age_s, make, **more)
     forward_log.start()
     return forward_log
+
+
+def offer(forward_log, numbers):
+    for number in numbers:
+        forward_log.offer(lambda n=number: table(f"r{n}"))
 
 
 def test_a_table_of_an_older_version_gets_the_columns_that_it_lacks(lake):
@@ -183,26 +188,22 @@ def test_rows_are_made_while_nothing_is_under_way_but_wait_for_that_no_longer_th
         made_some.set()
         return made(makers)
 
-    forward_log = ForwardLog(lake, 100, 50, 60.0, make, is_resting=is_resting.is_set)
-    forward_log.start()
-    for number in range(8):
-        forward_log.offer(lambda n=number: table(f"r{n}"))
+    forward_log = opened(lake, make=make, is_resting=is_resting.is_set)
+    offer(forward_log, range(8))
     assert not made_some.wait(0.3)
     is_resting.set()
     assert made_some.wait(10)
     assert sizes == [8]
     is_resting.clear()
     made_some.clear()
-    for number in range(8, 24):  # as many as are made at once: the queue has an end
-        forward_log.offer(lambda n=number: table(f"r{n}"))
+    offer(forward_log, range(8, 24))  # as many as are made at once: the queue has an end
     assert made_some.wait(10)
     assert sum(sizes) == 24
     forward_log.offer(lambda: table("r24"))
     assert forward_log.flush(10)  # whoever asks for it does not wait for a rest
     made_some.clear()
     monkeypatch.setattr("serving.forward_log._WAITS_FOR_REST_S", 0.05)
-    for number in range(25, 33):
-        forward_log.offer(lambda n=number: table(f"r{n}"))
+    offer(forward_log, range(25, 33))
     assert made_some.wait(10)
     forward_log.close()
     assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == sorted(f"r{n}" for n in range(33))
@@ -221,18 +222,15 @@ def test_a_request_that_comes_while_rows_are_made_is_waited_for(lake, monkeypatc
         ends.set()
         return made(makers)
 
-    forward_log = ForwardLog(lake, 100, 50, 60.0, make, is_resting=is_resting.is_set)
-    forward_log.start()
-    for number in range(8):
-        forward_log.offer(lambda n=number: table(f"r{n}"))
+    forward_log = opened(lake, make=make, is_resting=is_resting.is_set)
+    offer(forward_log, range(8))
     assert is_making.wait(10)
     is_resting.clear()
     assert not ends.wait(0.3)
     is_resting.set()
     assert ends.wait(10)
     is_resting.clear()
-    for number in range(8, 12):
-        forward_log.offer(lambda n=number: table(f"r{n}"))
+    offer(forward_log, range(8, 12))
     forward_log.close()  # does not wait for a rest
     assert sorted(lake.scan(FORWARD_LOG)["request_id"].to_pylist()) == sorted(f"r{n}" for n in range(12))
 
@@ -475,7 +473,9 @@ def test_requests_by_columns_are_the_requests_by_rows(server, readers):
         )
     )
     parts.append(dataclasses.replace(parts[0], candidates=with_an_author_less(parts[0].candidates)))
-    by_columns = as_table(parts)
+    pauses = []
+    by_columns = as_table(parts, lambda: pauses.append(len(pauses)))
+    assert len(pauses) > 10  # the interpreter is not held for long
     by_columns.validate(full=True)
     assert by_columns.schema == CODED_SCHEMA
     assert by_columns.to_pylist() == rows_to_table([part.as_row() for part in parts]).to_pylist()
