@@ -123,7 +123,7 @@ class Engine:
         """True once ready; False if loading failed or took longer."""
         if self._loader is not None:
             self._loader.join(timeout_s)
-        return self.world is not None
+        return not self._missing
 
     @property
     def is_loading(self) -> bool:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 
@@ -137,6 +138,24 @@ def test_a_second_server_on_the_same_home_is_refused(server):
         assert not second.engine.wait(60)
         assert "another server runs on" in second.get("/readyz").json()["missing"][0]
     assert server.get("/readyz").status_code == 200
+
+
+def test_nobody_is_told_that_it_is_ready_before_it_answers(small_home, monkeypatch):
+    last, goes_on = threading.Event(), threading.Event()
+
+    def held() -> int:
+        last.set()
+        goes_on.wait(60)
+        return 0
+
+    monkeypatch.setattr("serving.engine.collapse", held)
+    with running(create_app(small_home, Clock(), Settings.load())) as server:
+        assert last.wait(60)
+        waited = server.engine.wait(0.05)
+        assert (waited, server.get("/readyz").status_code) == (False, 503)
+        goes_on.set()
+        waited = server.engine.wait(60)
+        assert (waited, server.get("/readyz").status_code) == (True, 200)
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(small_home):
