@@ -1,16 +1,18 @@
 """Feeds a second and how late they are: `headrace serve` beside a plain FastAPI service, on a synthetic world over loopback.
 
-    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 40] [--awake]
+    python -m bench.serving [--quick] [--world FOLDER] [--only ours|peer] [--workers 2] [--share 0.6] [--seconds 300] [--awake]
     python -m bench.serving --only ours --workers 2 --at 85 --seconds 61 --tick-every 30   # a steady rate, with two ticks
 
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
-then the latency measured at a share of it. Each step of the search is as long as the measurement: a server may put off what it
-writes for a while, and what it sustains is with that. What the search finds is asked for once more for twice as long, less
-until it is held: that is the capacity. Ends by itself within half an hour, the making of the world (once per folder) included.
+in steps of 40 s, as a server may put off what it writes for a while, and what it sustains is with that. What the search finds
+is asked for once more for twice as long, less until it is held: that is the capacity. Then the latency is measured at a share
+of it, for the five minutes from one tick to the next, so that each run has one tick in it. Ends by itself, usually within 25
+minutes for each server, the making of the world (once per folder) included.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -22,9 +24,10 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from bench.serving.capacity import Load, measure, status_of, steady
+from bench.serving.capacity import Latency, Load, measure, status_of, steady
 from bench.serving.world import FULL, QUICK, SETTINGS_FILE, clock_setting, furnish, readers_of
 from serving.awake import cores_awake
 from warehouse.errors import HeadraceError
@@ -32,6 +35,7 @@ from warehouse.home import Home
 from warehouse.time_algebra import FIVE_MINUTES_US, SECOND_US
 
 PAGE = 20
+STEP_S, QUICK_S = 40.0, 3.0
 READY_WITHIN_S = 150.0
 COMMANDS = {
     "ours": ["-c", "import sys; from headrace.cli import main; sys.exit(main())", "serve"],
@@ -46,7 +50,9 @@ def main() -> int:
     parser.add_argument("--only", choices=COMMANDS, help="one of the two servers")
     parser.add_argument("--workers", type=int, default=1, help="processes of either server (default %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of its capacity at which latency is measured")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of the measurement, and of each step of the search")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="of the measurement (default %(default)g: one tick falls into it)"
+    )
     parser.add_argument("--at", type=float, help="feeds a second: latency at this rate alone, no capacity is looked for")
     parser.add_argument(
         "--tick-every", type=float, help="seconds between two ticks: the clock runs so much faster; for a world of its own"
@@ -58,8 +64,8 @@ def main() -> int:
         parser.error(f"--share must be above 0 and at most 1, got {arguments.share}")
     if not 1 <= arguments.workers <= 64:
         parser.error(f"--workers must be 1 to 64, got {arguments.workers}")
-    if not 1 <= arguments.seconds <= 120:
-        parser.error(f"--seconds must be 1 to 120, got {arguments.seconds}")
+    if not 1 <= arguments.seconds <= 600:
+        parser.error(f"--seconds must be 1 to 600, got {arguments.seconds}")
     if arguments.at is not None and not 0 < arguments.at <= 10_000:
         parser.error(f"--at must be above 0 and at most 10000, got {arguments.at}")
     if arguments.tick_every is not None and not 1 <= arguments.tick_every <= 300:
@@ -76,8 +82,8 @@ def main() -> int:
             furnish(home, size)
         except (HeadraceError, ValueError) as error:
             parser.exit(2, f"{error}\n")
-        seconds = min(arguments.seconds, 3.0) if arguments.quick else arguments.seconds
-        load = Load(readers_of(size), PAGE, seconds)
+        step_s, measured_s = (QUICK_S, QUICK_S) if arguments.quick else (STEP_S, arguments.seconds)
+        load = Load(readers_of(size), PAGE, step_s, measured_s)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load_average": os.getloadavg()[0],
@@ -92,16 +98,15 @@ def main() -> int:
                 command = [*COMMANDS[name], "--workers", str(arguments.workers)]
                 with _serving(command, home, arguments.workers, arguments.tick_every) as port:
                     if arguments.at is not None:
-                        result[name] = steady(port, load, arguments.at)
-                        continue
-                    result[name] = measure(
-                        port, load, arguments.share, lambda line, name=name: _say(f"{name}: {line}")
-                    ).as_dict()
+                        result[name] = asdict(steady(port, load, arguments.at))
+                    else:
+                        tell = functools.partial(_say, name)
+                        result[name] = asdict(measure(port, load, arguments.share, tell))
+                _write(arguments.json, result)
     if arguments.only is None and arguments.at is None:
         result["ratio"] = result["ours"]["capacity_per_s"] / result["peer"]["capacity_per_s"]
     print(as_text(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    _write(arguments.json, result)
     return 0
 
 
@@ -151,8 +156,14 @@ def _is_ready(port: int, workers: int) -> bool:
         return False
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _write(path: Path | None, result: dict) -> None:
+    """After each server, so that an error of the next one takes nothing away."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _say(name: str, line: str) -> None:
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 def as_text(result: dict) -> str:
@@ -162,23 +173,17 @@ def as_text(result: dict) -> str:
         f"{result['workers']} workers{awake}, L1 keeps {result['l1_top_k']}, pages of {PAGE}, histories of {result['history']}",
         "",
     ]
-    if at_one_rate := [(name, result[name]) for name in COMMANDS if "p100_ms" in result.get(name, ())]:
-        for name, one in at_one_rate:
-            told = ", ".join(f"{percent} {one[f'p{percent}_ms']:.1f}" for percent in (50, 90, 99, 99.9, 100))
-            lines.append(
-                f"{name}: {one['rate_per_s']:.1f} feeds/s, {one['failed']} of {one['requests']} failed; percentiles, ms: {told}"
-            )
-        return "\n".join(lines)
-    lines += [
-        f"{'':6}{'feeds/s':>9}{'at':>8}{'p50 ms':>8}{'p99 ms':>8}{'alone ms':>10}{'failed':>8}  medians per stage",
-    ]
+    table = [f"{'':6}{'feeds/s':>9}{'alone ms':>10}  medians per stage"]
     for name in COMMANDS:
-        if (one := result.get(name)) is not None:
-            stages = ", ".join(f"{stage} {value:.1f}" for stage, value in one["stage_p50_ms"].items())
-            lines.append(
-                f"{name:6}{one['capacity_per_s']:9.1f}{one['rate_per_s']:8.1f}{one['p50_ms']:8.1f}{one['p99_ms']:8.1f}"
-                f"{one['unloaded_p50_ms']:10.1f}{one['failed']:8}  {stages}"
-            )
+        if (one := result.get(name)) is None:
+            continue
+        latency = Latency(**one.get("latency", one))
+        lines.append(f"{name}: {latency.as_text()}")
+        if "capacity_per_s" in one:
+            stages = ", ".join(f"{stage} {value:.1f}" for stage, value in latency.stage_p50_ms.items())
+            table.append(f"{name:6}{one['capacity_per_s']:9.1f}{one['unloaded_p50_ms']:10.1f}  {stages}")
+    if len(table) > 1:
+        lines += ["", *table]
     if "ratio" in result:
         lines.append(f"\ncapacity: {result['ratio']:.1f} times that of the plain service")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ _SEARCHED = (0.5, 1.5)
 _STEPS = 5
 _REST_S, _LONGEST_REST_S = 2.0, 60.0
 """After each step, until all that it left to log is written: that is not the next one's load."""
+_ANSWERS_WITHIN_S = 120.0
 _WARM_UP = 0.7
 """Of a steady rate, before it is measured."""
 _OWED_S = 15.0
@@ -32,37 +34,52 @@ seconds old. A server that owes more falls behind, and would drop rows once its 
 _LONGER, _LOWER, _TRIES = 2, 0.93, 10
 """How many steps long the rate that the search found is asked for again, as what a server owes shows late; how much less is
 asked for where that is lost, and how often."""
+_PERCENTILES = (50, 90, 99, 99.9, 100)
+_PROC_STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one server is asked, and for how long: seconds of each step of the search, and of the measurement."""
+    """What one server is asked, and for how long: step_s in each step of the search, measured_s for the latency."""
 
     readers: list[str]
     notes: int
+    step_s: float
+    measured_s: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """At one rate. percentiles_ms: by their names, "99.9" and the like, of full answers. stolen: of the processors' time
+    meanwhile, what the host of a virtual machine took; None where the system does not say. late_p99_ms: of the sending."""
+
+    rate_per_s: float
     seconds: float
+    requests: int
+    failed: int
+    percentiles_ms: dict[str, float]
+    stolen: float | None
+    late_p99_ms: float
+    stage_p50_ms: dict[str, float]
+
+    def as_text(self) -> str:
+        told = ", ".join(f"{percent} {value:.1f}" for percent, value in self.percentiles_ms.items())
+        stolen = "" if self.stolen is None else f"; {self.stolen:.1%} of the processors' time taken by the host"
+        seconds = f"{self.rate_per_s:.1f} feeds/s for {self.seconds:.0f} s, {self.failed} of {self.requests} failed"
+        return f"{seconds}; percentiles, ms: {told}{stolen}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """unloaded_p50_ms: of one request at a time. capacity_per_s: held for held_s, the writing of its log included. rate_per_s:
-    the share of it, at which latency was measured."""
+    """unloaded_p50_ms: of one request at a time. capacity_per_s: held for held_s, the writing of its log included. latency: at
+    a share of it."""
 
     unloaded_p50_ms: float
     closed_loop_per_s: float
     capacity_per_s: float
     held_s: float
     share: float
-    rate_per_s: float
-    requests: int
-    failed: int
-    p50_ms: float
-    p99_ms: float
-    late_p99_ms: float
-    stage_p50_ms: dict[str, float]
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+    latency: Latency
 
 
 class Asker:
@@ -102,13 +119,13 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     """Warms up, searches the capacity by halving, asks for it longer, then measures at `share` of it. Raises RuntimeError if
     the server gives no full answer at all, or holds no rate near what a closed loop reaches."""
     asker = Asker(port, load)
-    asker.ask(load.seconds / 4, clients=2)
-    unloaded = asker.ask(load.seconds / 4)
+    asker.ask(load.step_s / 4, clients=2)
+    unloaded = asker.ask(load.step_s / 4)
     if not unloaded.latency_ms:
-        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.seconds / 4} s")
+        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.step_s / 4} s")
     unloaded_p50_ms = float(np.median(unloaded.latency_ms))
     slowest_ms = max(SLOWEST_P99_MS, SLOWDOWN * unloaded_p50_ms)
-    closed = asker.ask(load.seconds / 4, clients=4)
+    closed = asker.ask(load.step_s / 4, clients=4)
     asker.rest()
     closed_per_s = len(closed.latency_ms) / closed.elapsed_s
     tell(f"one at a time {unloaded_p50_ms:.1f} ms; four at once {closed_per_s:.1f} feeds/s")
@@ -125,41 +142,50 @@ def measure(port: int, load: Load, share: float, tell=lambda line: None) -> Meas
     low, high = (closed_per_s * edge for edge in _SEARCHED)
     for _ in range(_STEPS):
         rate = (low + high) / 2
-        low, high = (rate, high) if holds(rate, load.seconds) else (low, rate)
-    held_s = _LONGER * load.seconds
+        low, high = (rate, high) if holds(rate, load.step_s) else (low, rate)
+    held_s = _LONGER * load.step_s
     capacity = next((rate for rate in (low * _LOWER**tried for tried in range(_TRIES)) if holds(rate, held_s)), None)
     if capacity is None:
         raise RuntimeError(f"{low * _LOWER ** (_TRIES - 1):.1f} requests a second were not held for {held_s:.0f} s")
-    answers = asker.ask(load.seconds, capacity * share)
-    p50_ms, p99_ms = (_percentile(answers.latency_ms, percent) for percent in (50, 99))
-    tell(f"{capacity * share:.1f}/s, {share:.0%} of it: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, {answers.failed} failed")
+    latency = _latency(asker, load, capacity * share)
+    tell(f"{share:.0%} of it: {latency.as_text()}")
+    return Measured(unloaded_p50_ms, closed_per_s, capacity, held_s, share, latency)
+
+
+def steady(port: int, load: Load, rate_per_s: float) -> Latency:
+    """Latency at one rate, after a warm-up. Raises RuntimeError if no full answer comes."""
+    asker = Asker(port, load)
+    asker.ask(load.step_s / 4, rate_per_s * _WARM_UP)
+    asker.rest()
+    return _latency(asker, load, rate_per_s)
+
+
+def _latency(asker: Asker, load: Load, rate_per_s: float) -> Latency:
+    before = _processor_time()
+    answers = asker.ask(load.measured_s, rate_per_s)
+    after = _processor_time()
+    if not answers.latency_ms:
+        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.measured_s} s")
     stages = sorted({stage for timings in answers.timings for stage in timings})
-    return Measured(
-        unloaded_p50_ms=unloaded_p50_ms,
-        closed_loop_per_s=closed_per_s,
-        capacity_per_s=capacity,
-        held_s=held_s,
-        share=share,
-        rate_per_s=capacity * share,
+    return Latency(
+        rate_per_s=rate_per_s,
+        seconds=load.measured_s,
         requests=answers.offered,
         failed=answers.failed,
-        p50_ms=p50_ms,
-        p99_ms=p99_ms,
+        percentiles_ms={f"{percent:g}": _percentile(answers.latency_ms, percent) for percent in _PERCENTILES},
+        stolen=None if before is None or after is None else (after[1] - before[1]) / (after[0] - before[0]),
         late_p99_ms=_percentile(answers.late_ms, 99),
         stage_p50_ms={stage: float(np.median([timings.get(stage, 0.0) for timings in answers.timings])) for stage in stages},
     )
 
 
-def steady(port: int, load: Load, rate_per_s: float) -> dict[str, float]:
-    """Latency at one rate, after a warm-up; milliseconds. Raises RuntimeError if no full answer comes."""
-    asker = Asker(port, load)
-    asker.ask(load.seconds / 4, rate_per_s * _WARM_UP)
-    asker.rest()
-    answers = asker.ask(load.seconds, rate_per_s)
-    if not answers.latency_ms:
-        raise RuntimeError(f"the server gave no full page of {load.notes} notes in {load.seconds} s")
-    percentiles = {f"p{percent}_ms": _percentile(answers.latency_ms, percent) for percent in (50, 90, 99, 99.9, 100)}
-    return {"rate_per_s": rate_per_s, "requests": answers.offered, "failed": answers.failed, **percentiles}
+def _processor_time() -> tuple[int, int] | None:
+    """Of all processors since the start, in the system's units: all of it, and what the host took (proc_stat(5)). None where
+    the system is no Linux."""
+    if not _PROC_STAT.exists():
+        return None
+    times = [int(part) for part in _PROC_STAT.read_text().partition("\n")[0].split()[1:9]]
+    return sum(times), times[7]
 
 
 def dropped_rows(port: int) -> int:
@@ -174,10 +200,11 @@ def _in_log(port: int, what: str) -> int:
 
 
 def status_of(port: int) -> dict[str, Any] | None:
-    """What a server says of itself; None of the plain one, which says nothing. OSError if it does not answer."""
+    """What a server says of itself; None of the plain one, which says nothing. OSError if it does not answer in two minutes:
+    one that was asked for too much first computes what nobody waits for any more."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=20) as answer:
+        with opener.open(f"http://127.0.0.1:{port}/v1/status", timeout=_ANSWERS_WITHIN_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 404:
