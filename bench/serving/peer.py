@@ -251,6 +251,8 @@ def main() -> int:
             if os.fork() == 0:
                 own = socket.create_server(("127.0.0.1", arguments.port), reuse_port=True)
                 break
+        # the first use of PyTorch after a fork makes its thread pool anew, which two requests at once may not do
+        torch.set_num_threads(1)
         uvicorn.Server(uvicorn.Config(create_app(plain), log_level="warning")).run(sockets=[own])
     return 0
 
