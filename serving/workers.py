@@ -28,9 +28,11 @@ OF_WORKER = ("worker", "pid", "leads", "ready", "missing", "tick", "position", "
 async def seated(engine: Engine, metrics: Metrics) -> Peers:
     """Once a worker is ready to answer: until then the others take what arrives. Raises HeadraceError if it cannot be, which
     ends the server."""
+    may_come = True  # loading that ends just after a wait is seen by the next
     while not await asyncio.to_thread(engine.wait, 1.0):
-        if not engine.is_loading:
+        if not may_come:
             raise HeadraceError("; ".join(engine.missing()))
+        may_come = engine.is_loading
     assert engine.seat is not None
 
     def answer(question: str) -> bytes:

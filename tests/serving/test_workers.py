@@ -17,12 +17,15 @@ import pytest
 
 from serving.budget import Budget
 from serving.cores import share_of
+from serving.engine import Engine
 from serving.metrics import Metrics, of_workers
 from serving.peers import Peers
 from serving.seat import take_seat
+from serving.settings import Settings
 from serving.sharing import Sharing
-from serving.workers import computed_for_another, to_hand_on
+from serving.workers import computed_for_another, seated, to_hand_on
 from tests.serving.hand_made import free_port, furnish
+from warehouse.clock import Clock
 from warehouse.errors import HeadraceError
 from warehouse.home import Home
 from warehouse.lake import Lake
@@ -86,6 +89,39 @@ def until_all_ready(port, process=None, timeout_s=180.0):
             workers = None
         assert time.monotonic() < deadline, workers
         time.sleep(0.2)
+
+
+class EndsBetween(Engine):
+    """Whose loading goes on while it is waited for, and has ended when it is looked at."""
+
+    def wait(self, timeout_s):
+        return super().wait(0.0)
+
+    @property
+    def is_loading(self):
+        self._loader.join()
+        return super().is_loading
+
+
+@pytest.mark.parametrize("is_furnished", [True, False])
+def test_a_worker_whose_loading_ends_just_after_a_wait_starts_or_says_what_is_missing(tmp_path, is_furnished):
+    home = Home(tmp_path / "home")
+    if is_furnished:
+        furnish(home, num_users=180, num_notes=120, days=1)
+    engine = EndsBetween(home, Clock(), Settings.load(), server="7")
+    engine.start()
+
+    async def seat_and_leave():
+        await (await seated(engine, Metrics())).close()
+
+    try:
+        if is_furnished:
+            asyncio.run(seat_and_leave())
+        else:
+            with pytest.raises(HeadraceError, match="no events"):
+                asyncio.run(seat_and_leave())
+    finally:
+        engine.stop()
 
 
 def test_one_leads_and_both_stand_at_the_same_tick(two):
