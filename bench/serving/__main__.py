@@ -6,8 +6,8 @@
 Each server runs alone, in processes of its own; arrivals come from another (`arrivals.py`). The capacity is searched first,
 in steps of 40 s, as a server may put off what it writes for a while, and what it sustains is with that. What the search finds
 is asked for once more for twice as long, less until it is held: that is the capacity. Then the latency is measured at a share
-of it, for the five minutes from one tick to the next, so that each run has one tick in it. Ends by itself, usually within 25
-minutes for each server, the making of the world (once per folder) included.
+of it, for five minutes: ticks come every five, so one falls into each run. Ends by itself, usually within 25 minutes for each
+server, the making of the world (once per folder) included.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> int:
             furnish(home, size)
         except (HeadraceError, ValueError) as error:
             parser.exit(2, f"{error}\n")
-        step_s, measured_s = (QUICK_S, QUICK_S) if arguments.quick else (STEP_S, arguments.seconds)
+        step_s, measured_s = (QUICK_S, min(arguments.seconds, QUICK_S)) if arguments.quick else (STEP_S, arguments.seconds)
         load = Load(readers_of(size), PAGE, step_s, measured_s)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
